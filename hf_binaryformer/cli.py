@@ -1,0 +1,211 @@
+"""The command line, `binaryformer`: what is typed, shown and refused; :mod:`hf_binaryformer.jobs` does the work."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
+from hf_binaryformer import jobs
+from hf_binaryformer.outputs import versions
+
+P = ParamSpec("P")
+TRACEBACK_VARIABLE = "BINARYFORMER_TRACEBACK"
+
+app = typer.Typer(
+    name="binaryformer",
+    help="1-bit vision transformers for medical volumes. Research only, not for clinical use.",
+    epilog=f"An error is told in one line; with {TRACEBACK_VARIABLE}=1 in the environment, with its traceback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+class DType(str, Enum):
+    """Number formats that a network can run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors that a user can cure into one red line and exit code 1; all others are ours and keep their trace."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            _fail(error)
+        except RuntimeError as error:
+            from hf_binaryformer.kernels import BackendUnavailableError
+
+            if not isinstance(error, BackendUnavailableError):
+                raise
+            _fail(error)
+
+    return run
+
+
+def _fail(error: Exception) -> NoReturn:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        raise error
+    message = " ".join(str(error).split())
+    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[jobs.Progress]:
+    """A bar on stderr, if that is a terminal, gone at the end; yields what is to be called with (done, total)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@app.command()
+@one_line_errors
+def segment(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Label volume to write: .nii.gz, .nii or .mha.")],
+    overlay: Annotated[Path | None, typer.Option(help="Picture of the labels on the image to write: .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Label volumes, settings, versions to write: .json.")] = None,
+    probabilities: Annotated[Path | None, typer.Option(help="4D volume of probabilities to write: .nii.gz.")] = None,
+    model: Annotated[str, typer.Option(help="Short name, folder or Hub id.")] = jobs.DEFAULT_MODEL,
+    backend: Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
+    device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")] = None,
+) -> None:
+    """Segment a volume; labels come back on its own grid."""
+    with progress_bar("segmenting") as progress:
+        content = jobs.segment_file(
+            source,
+            output,
+            overlay=overlay,
+            report=report,
+            probabilities=probabilities,
+            model=model,
+            backend=backend,
+            dtype=dtype.value,
+            device=device,
+            progress=progress,
+        )
+    show_volumes(content)
+    for path in filter(None, (output, probabilities, overlay, report)):
+        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    pred: Annotated[Path, typer.Option(help="Predicted label volume, or a folder of them.")],
+    truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same file names.")],
+    report: Annotated[Path | None, typer.Option(help="All scores to write: .json.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Label names, or the report of `segment`: .json.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Distance up to which a surface is right, mm.")] = 1.0,
+) -> None:
+    """Score labels against the truth: Dice, NSD and HD95."""
+    with progress_bar("scoring") as progress:
+        content = jobs.evaluate_files(pred, truth, report=report, labels=labels, tolerance=tolerance, progress=progress)
+    show_scores(content)
+
+
+@app.command()
+@one_line_errors
+def info() -> None:
+    """Versions, attention backends and why one is missing, checkpoints."""
+    from hf_binaryformer.kernels import backend_report
+    from hf_binaryformer.modeling.pretrained import known_checkpoints, resolve_checkpoint
+
+    table = Table("library", "version")
+    for name, version in versions().items():
+        table.add_row(name, version)
+    show(table)
+    out.print("attention backends:")
+    for name, state in backend_report().items():
+        out.print(f"  {name:<10} {state}", markup=False, highlight=False, soft_wrap=True)
+    out.print("packaged checkpoints:" if known_checkpoints() else "packaged checkpoints: none")
+    for name in known_checkpoints():
+        size = sum(path.stat().st_size for path in resolve_checkpoint(name).rglob("*") if path.is_file())
+        out.print(f"  {name:<30} {size / 1e6:.2f} MB", markup=False, highlight=False)
+
+
+@app.command()
+@one_line_errors
+def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo")) -> None:
+    """Try it on a real brain, the MNI152 template."""
+    from hf_binaryformer.demo import run_demo
+
+    with progress_bar("segmenting MNI152") as progress:
+        content = run_demo(folder, progress=progress)
+    show_volumes(content["segmentation"])
+    table = Table("on MNI152, never seen in training", "Dice", title="agreement with the template's own tissue maps")
+    for tissue, dice in content["segmentation"]["dice"].items():
+        table.add_row(tissue, f"{dice:.3f}")
+    show(table)
+    for name in content["files"]:
+        out.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_scores(content: dict[str, Any]) -> None:
+    """Scores of each label, averaged over cases, and their mean."""
+    number_of_cases = len(content["cases"])
+    table = Table(
+        "label",
+        "name",
+        "Dice",
+        f"NSD {content['tolerance_mm']:g} mm",
+        "HD95 mm",
+        "NaN",
+        title=f"{number_of_cases} case(s)",
+    )
+    formats = {"dice": ".3f", "nsd": ".3f", "hd95": ".2f"}
+    for row in (*content["labels"], content["mean"]):
+        numbers = ["NaN" if row[metric] is None else format(row[metric], style) for metric, style in formats.items()]
+        missing = "/".join(str(row["nan"][metric]) for metric in formats)
+        if row is content["mean"]:
+            table.add_section()
+        table.add_row("" if row["label"] is None else str(row["label"]), row["name"], *numbers, missing)
+    show(table)
+    out.print("NaN: Dice/NSD/HD95 left out where truth or prediction lacks the label", style="dim")
+
+
+def show_volumes(content: dict[str, Any]) -> None:
+    """The labels that were found and how large they are."""
+    table = Table("label", "name", "volume ml", title=f"{content['model']}, {content['seconds']:.1f} s")
+    for row in content["labels"]:
+        if row["label"] == 0:
+            continue
+        table.add_row(str(row["label"]), row["name"], f"{row['volume_ml']:,.1f}")
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print with numbers aligned to the right and nothing in a name read as markup."""
+    for column in table.columns[2:]:
+        column.justify = "right"
+    out.print(table, markup=False)
+
+
+def main() -> None:
+    """Entry point of the `binaryformer` command."""
+    app(prog_name="binaryformer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The demo: the package's jobs on a real brain, with packaged checkpoints and without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_binaryformer import jobs, outputs
+
+# Labels of binaryformer-tiny-brain that make up each tissue of the template's probability maps.
+TISSUES: dict[str, tuple[int, ...]] = {
+    "white matter": (1, 4),
+    "grey matter": (2, 5, 6, 7, 8, 9, 12, 13),
+}
+
+
+def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """The MNI152 2009a T1 template at 1 mm: an average of 152 people, skull-stripped.
+
+    Args:
+        folder: where `mni152.nii.gz` is written.
+
+    Returns:
+        The file, and for each tissue a boolean array (197, 233, 189), RAS: its probability map > 0.5.
+
+    Raises:
+        ModuleNotFoundError: nilearn, which carries the template, is missing.
+    """
+    try:
+        from nilearn import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'the demo needs nilearn, which is missing: pip install "hf-binaryformer[demo]"'
+        ) from error
+    import nibabel as nib
+
+    path = folder / "mni152.nii.gz"
+    with outputs.all_or_nothing([path]) as temporary:
+        nib.save(datasets.load_mni152_template(resolution=1), temporary[path])
+    maps = {
+        "white matter": datasets.load_mni152_wm_template(resolution=1),
+        "grey matter": datasets.load_mni152_gm_template(resolution=1),
+    }
+    return path, {tissue: np.asarray(image.dataobj) > 0.5 for tissue, image in maps.items()}
+
+
+def segmentation_job(
+    folder: Path, brain: Path, tissues: dict[str, np.ndarray], progress: jobs.Progress | bool = False
+) -> dict[str, Any]:
+    """Segment the brain into `segmentation.nii.gz` and `.png`; the report with a Dice for each tissue."""
+    from hf_binaryformer.pipelines.metrics import mask_dice
+    from hf_binaryformer.pipelines.volumes import read_volume
+
+    output = folder / "segmentation.nii.gz"
+    content = jobs.segment_file(
+        brain, output, overlay=folder / "segmentation.png", title="MNI152 T1 template", progress=progress
+    )
+    labels = read_volume(output, labels=True).array
+    dice = {tissue: mask_dice(np.isin(labels, TISSUES[tissue]), mask) for tissue, mask in tissues.items()}
+    return {**content, "dice": dice}
+
+
+def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[str, Any]:
+    """All jobs of the demo, one after the other.
+
+    Args:
+        folder: made if it is missing; gets the results, the input, and `report.json`.
+        progress: called with (done, total), or whether to show a bar.
+
+    Returns:
+        What `report.json` holds: each job's report under its name, and "files".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = folder / "report.json"
+    outputs.check_outputs([(report, (".json",))], [])
+    brain, tissues = load_mni152(folder)
+    content: dict[str, Any] = {
+        "notice": jobs.NOTICE,
+        "segmentation": segmentation_job(folder, brain, tissues, progress),
+        "files": ["mni152.nii.gz", "segmentation.nii.gz", "segmentation.png", "report.json"],
+    }
+    with outputs.all_or_nothing([report]) as temporary:
+        outputs.write_json(temporary[report], content)
+    return content

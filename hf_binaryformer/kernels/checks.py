@@ -1,0 +1,67 @@
+"""What Hamming attention accepts: every relation between its arguments, each with a message of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_binaryformer.kernels.bits import words_for
+
+BIT_GRADIENTS = ("none", "ste", "ternary")
+
+
+def check_inputs(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    head_dim: int,
+    bit_gradient: str,
+) -> None:
+    """Raise ValueError for arguments of :func:`hf_binaryformer.kernels.hamming_attention` that do not fit one another."""
+    if bit_gradient not in BIT_GRADIENTS:
+        raise ValueError(f"bit_gradient is '{bit_gradient}', expected one of {', '.join(BIT_GRADIENTS)}")
+    if query_bits.dim() not in (4, 5) or key_bits.dim() != query_bits.dim():
+        raise ValueError(
+            f"query_bits has {query_bits.dim()} axes and key_bits {key_bits.dim()}; both need (B, H, N, words), "
+            f"or (B, H, N, 2, words) for two samples"
+        )
+    if value.dim() != 4:
+        raise ValueError(f"value has shape {tuple(value.shape)}, expected (B, H, Nk, d_v)")
+    if value.shape[2] != key_bits.shape[2]:
+        raise ValueError(
+            f"value has {value.shape[2]} key tokens, key_bits has {key_bits.shape[2]}; both come from the same sequence"
+        )
+    if not query_bits.shape[:2] == key_bits.shape[:2] == value.shape[:2]:
+        raise ValueError(
+            f"batch and heads differ: query_bits {tuple(query_bits.shape[:2])}, key_bits {tuple(key_bits.shape[:2])}, "
+            f"value {tuple(value.shape[:2])}"
+        )
+    for name, bits, weight, real in (
+        ("query", query_bits, query_weight, query),
+        ("key", key_bits, key_weight, key),
+    ):
+        if bits.dtype != torch.int64:
+            raise ValueError(f"{name}_bits has type {bits.dtype}, expected torch.int64 as pack_sign_bits returns it")
+        if bits.shape[-1] != words_for(head_dim):
+            raise ValueError(
+                f"{name}_bits has {bits.shape[-1]} words, head_dim {head_dim} needs {words_for(head_dim)}: "
+                f"pass the head_dim that was packed"
+            )
+        if weight.shape != bits.shape[:-1]:
+            raise ValueError(
+                f"{name}_weight has shape {tuple(weight.shape)}, {name}_bits asks for {tuple(bits.shape[:-1])}"
+            )
+        if bit_gradient == "none":
+            continue
+        if bits.dim() == 5:
+            raise ValueError(
+                f"bit_gradient '{bit_gradient}' needs one plane of sign bits; two samples learn by their weights"
+            )
+        if real is None:
+            raise ValueError(f"bit_gradient '{bit_gradient}' needs {name}=, the real tensor whose signs were packed")
+        if real.shape != (*bits.shape[:3], head_dim):
+            raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")

@@ -1,0 +1,55 @@
+"""Stochastic ternary numbers for the bit gradient, from a counter-based hash that every backend repeats exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DRAW_BITS = 22
+
+
+def ternary(g: Tensor, scale: Tensor, draw: Tensor) -> Tensor:
+    """Unbiased stochastic ternary form of g / scale: ``floor(g / scale + draw)`` is -1, 0 or 1 with mean g / scale.
+
+    Args:
+        g: real numbers, abs(g) <= scale.
+        scale: not negative, broadcast over g; where it is 0 the result is 0.
+        draw: uniform in (0, 1), the shape of g.
+    """
+    return (g * (1 / scale).nan_to_num_(posinf=0.0)).add_(draw).floor_()
+
+
+def uniform(seed: Tensor, group: slice, rows: slice, keys: int, device: torch.device) -> Tensor:
+    """Uniform float32 in (0, 1) for every (head, query, key), a function of (seed, head, i, j) alone.
+
+    head counts batch x heads. With all arithmetic modulo 2^32, mix = :func:`_mix32` and mix' its part before the last
+    xor-shift: ``row = mix(mix(mix(seed_low) + seed_high + head) + i)``, ``number = mix'(row + 0x9E3779B9 * j)``; the result
+    is ``((number >> 10) + 1/2) / 2^22``, which leaves one bit of a float32 to spare, so that 1 + draw stays below 2.
+    """
+    seed = seed.to(device)
+    head = torch.arange(group.start, group.stop, dtype=torch.int32, device=device)[:, None, None]
+    i = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)[None, :, None]
+    j = torch.arange(keys, dtype=torch.int32, device=device)
+    row = _mix32(_mix32(_mix32(_low32(seed)) + _low32(seed >> 32) + head) + i)
+    number = _multiply32(row + j * -1640531527)
+    return number.bitwise_right_shift_(10).bitwise_and_(2**DRAW_BITS - 1).float().add_(0.5).mul_(2.0**-DRAW_BITS)
+
+
+def _low32(x: Tensor) -> Tensor:
+    """The low 32 bits of an int64 tensor as int32 (two's complement)."""
+    x = x & 0xFFFFFFFF
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
+def _mix32(h: Tensor) -> Tensor:
+    """A 32-bit integer finaliser: xor-shift 16, multiply, xor-shift 15, multiply, xor-shift 16 (logical shifts)."""
+    h = _multiply32(h)
+    return h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
+
+
+def _multiply32(h: Tensor) -> Tensor:
+    """Xor-shift 16, multiply by 0x7FEB352D, xor-shift 15, multiply by 0x846CA68B."""
+    h = h ^ (h >> 16).bitwise_and_(0xFFFF)
+    h.mul_(0x7FEB352D)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
+    return h.mul_(-2073254261)

@@ -1,0 +1,99 @@
+"""The convolutional decoder from tokens back to pixels (paper A.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+
+
+class SegmentationDecoder(nn.Module):
+    """1x1 convolution, stages of (transposed convolution x2, residual shuffle blocks), 3x3 convolutions, output head.
+
+    Channels: hidden_size -> decoder_hidden_size, halved at each of log2(patch_size) stages. The shuffle blocks mix
+    channels within a small block of pixels and nothing beyond, so that context stays the transformer's job; only the
+    residual 3x3 convolutions at the last resolution look across.
+
+    Raises:
+        ValueError: the patch size is no power of two, or the channels cannot be halved that often.
+    """
+
+    def __init__(self, config: BinaryFormerConfig) -> None:
+        super().__init__()
+        stages = int(math.log2(config.patch_size))
+        if 2**stages != config.patch_size:
+            raise ValueError(
+                f"patch_size is {config.patch_size}; the decoder doubles the resolution: use a power of two"
+            )
+        # The finest shuffle works on a quarter of the last stage's channels.
+        if config.decoder_hidden_size % 2 ** (stages + 2):
+            raise ValueError(
+                f"decoder_hidden_size {config.decoder_hidden_size} must be divisible by {2 ** (stages + 2)}"
+            )
+        channels = config.decoder_hidden_size
+        self.expand = nn.Conv2d(config.hidden_size, channels, 1)
+        self.stages = nn.ModuleList()
+        for _ in range(stages):
+            channels //= 2
+            self.stages.append(
+                nn.Sequential(
+                    nn.ConvTranspose2d(2 * channels, channels, 2, stride=2),
+                    UnshuffleBlock(channels, config.decoder_expansion),
+                    ShuffleBlock(channels),
+                )
+            )
+        self.convs = nn.ModuleList(ResidualConv(channels) for _ in range(config.decoder_num_convs))
+        self.head = nn.Conv2d(channels, config.num_labels, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, D, h, w) grid of tokens -> (B, num_labels, H, W) logits."""
+        x = self.expand(tokens)
+        for stage in self.stages:
+            x = stage(F.gelu(x))
+        for conv in self.convs:
+            x = conv(x)
+        return self.head(x)
+
+
+class UnshuffleBlock(nn.Module):
+    """Residual 1x1 convolutions over the channels of 2x2 pixels together."""
+
+    def __init__(self, channels: int, expansion: float) -> None:
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.norm = nn.GroupNorm(1, channels)
+        self.fc1 = nn.Conv2d(4 * channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, 4 * channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), H and W even."""
+        return x + F.pixel_shuffle(self.fc2(F.gelu(self.fc1(F.pixel_unshuffle(self.norm(x), 2)))), 2)
+
+
+class ShuffleBlock(nn.Module):
+    """Residual 1x1 convolutions at twice the resolution, on a quarter of the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels // 4, channels // 2, 1)
+        self.fc2 = nn.Conv2d(channels // 2, channels // 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W), C a multiple of 4."""
+        return x + F.pixel_unshuffle(self.fc2(F.gelu(self.fc1(F.pixel_shuffle(x, 2)))), 2)
+
+
+class ResidualConv(nn.Module):
+    """Residual 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.conv(F.gelu(self.norm(x)))

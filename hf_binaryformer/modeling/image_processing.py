@@ -1,0 +1,183 @@
+"""From intensities to network input, and from logits to labels; what it needs to know is saved with the checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
+
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, resolve_checkpoint
+
+
+class BinaryFormerImageProcessor(BaseImageProcessor):
+    """Scales intensities by percentiles and cuts volumes into slices with their neighbours as channels.
+
+    Args:
+        orientation: axis codes that a volume is brought to before slicing; "RAS" is the only one supported.
+        slice_axis: axis that slices are taken along: 0 left-right (sagittal), 1 posterior-anterior (coronal),
+            2 inferior-superior (axial).
+        spacing: voxel size in mm, (R, A, S), that a volume is resampled to; None keeps its own.
+        num_slices: odd number of neighbouring slices that become channels.
+        slice_position: add one channel with the slice's position along the axis, -1 to 1.
+        image_size: (height, width) in pixels of the window that the network sees.
+        window_overlap: overlap of neighbouring windows, 0 to below 1.
+        percentiles: lower and upper percentile of the intensities that become 0 and 1.
+        foreground_only: take the percentiles over voxels that differ from the volume's minimum.
+        intensity_ceiling: scaled intensities are cut to [0, intensity_ceiling].
+        image_mean, image_std: subtracted from and divided into the scaled intensities.
+
+    Example:
+        >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)
+        >>> slices = processor.volume_to_slices(processor.scale_volume(np.random.rand(48, 20, 40)))
+        >>> slices.shape  # 20 coronal slices, 3 channels
+        torch.Size([20, 3, 48, 40])
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers reads it from the class)
+
+    def __init__(
+        self,
+        orientation: str = "RAS",
+        slice_axis: int = 1,
+        spacing: Sequence[float] | None = (1.0, 1.0, 1.0),
+        num_slices: int = 3,
+        slice_position: bool = False,
+        image_size: Sequence[int] = (224, 224),
+        window_overlap: float = 0.25,
+        percentiles: Sequence[float] = (0.5, 99.5),
+        foreground_only: bool = True,
+        intensity_ceiling: float = 1.5,
+        image_mean: float = 0.0,
+        image_std: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if orientation != "RAS":
+            raise ValueError(f"orientation is '{orientation}', expected 'RAS'")
+        if slice_axis not in (0, 1, 2):
+            raise ValueError(f"slice_axis is {slice_axis}, expected 0, 1 or 2")
+        if num_slices < 1 or num_slices % 2 == 0:
+            raise ValueError(f"num_slices is {num_slices}, expected an odd number of at least 1")
+        if not 0 <= window_overlap < 1:
+            raise ValueError(f"window_overlap is {window_overlap}, expected at least 0 and below 1")
+        self.orientation = orientation
+        self.slice_axis = slice_axis
+        self.spacing = None if spacing is None else [float(s) for s in spacing]
+        self.num_slices = num_slices
+        self.slice_position = slice_position
+        self.image_size = [int(s) for s in image_size]
+        self.window_overlap = window_overlap
+        self.percentiles = [float(p) for p in percentiles]
+        self.foreground_only = foreground_only
+        self.intensity_ceiling = intensity_ceiling
+        self.image_mean = image_mean
+        self.image_std = image_std
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load by short name, folder or Hub id, as the models do."""
+        hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path, **hub_options), **kwargs)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the network's input."""
+        return self.num_slices + self.slice_position
+
+    def scale_volume(self, array: np.ndarray) -> np.ndarray:
+        """Percentile scaling of a volume or image of any shape: float32, lower percentile 0, upper 1.
+
+        Raises:
+            ValueError: all intensities are equal.
+        """
+        array = np.asarray(array, dtype=np.float32)
+        minimum = array.min()
+        inside = array[array > minimum] if self.foreground_only else array
+        if inside.size == 0 or array.max() == minimum:
+            raise ValueError("all intensities are equal; expected an image with contrast")
+        low, high = np.percentile(inside, self.percentiles)
+        if self.foreground_only:
+            low = min(low, float(inside.min()))
+        scale = max(float(high - low), float(np.finfo(np.float32).tiny))
+        return np.clip((array - low) / scale, 0, self.intensity_ceiling).astype(np.float32)
+
+    def volume_to_slices(self, scaled: np.ndarray | Tensor) -> Tensor:
+        """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, the neighbours of each as its channels.
+
+        H and W are the two other axes in their order; the first and last slices are repeated beyond the ends.
+        """
+        volume = torch.as_tensor(scaled, dtype=torch.float32).movedim(self.slice_axis, 0)
+        return self.slices_at(volume, torch.arange(len(volume)))
+
+    def slices_at(self, volume: Tensor, index: Tensor) -> Tensor:
+        """Slices ``index`` (B,) of a scaled volume whose first axis is the slice axis: (B, C, H, W)."""
+        half = self.num_slices // 2
+        neighbours = (index[:, None] + torch.arange(-half, half + 1)).clamp(0, len(volume) - 1)
+        channels = (volume[neighbours].float() - self.image_mean) / self.image_std
+        if self.slice_position:
+            position = 2 * index / max(len(volume) - 1, 1) - 1
+            plane = position.float()[:, None, None, None].expand(-1, 1, *volume.shape[1:])
+            channels = torch.cat([channels, plane], dim=1)
+        return channels
+
+    def slices_to_volume(self, slices: Tensor) -> Tensor:
+        """The way back: (S, ..., H, W) to (..., I, J, K)."""
+        return slices.movedim(0, -3).movedim(-3, self.slice_axis - 3)
+
+    def preprocess(
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """2D images to network input: scaled, resized to ``image_size``, grey values repeated over the slice channels.
+
+        Args:
+            images: one or a list of PIL images, (H, W) or (H, W, 3) arrays or tensors; colours are averaged.
+            segmentation_maps: labels (H, W) of each; resized without interpolation.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            ``pixel_values`` (B, C, H, W) float32, and ``labels`` (B, H, W) int64 where maps are given.
+        """
+        images = images if isinstance(images, (list, tuple)) else [images]
+        grey = [np.asarray(image, dtype=np.float32) for image in images]
+        grey = [g.mean(-1) if g.ndim == 3 else g for g in grey]
+        pixels = [
+            self.slices_at(torch.from_numpy(self.scale_volume(g))[None], torch.zeros(1, dtype=torch.long)) for g in grey
+        ]
+        data = {"pixel_values": torch.cat([F.interpolate(p, self.image_size, mode="bilinear") for p in pixels])}
+        if segmentation_maps is not None:
+            maps = segmentation_maps if isinstance(segmentation_maps, (list, tuple)) else [segmentation_maps]
+            tensors = [torch.as_tensor(np.asarray(m), dtype=torch.float32)[None, None] for m in maps]
+            data["labels"] = torch.cat([F.interpolate(t, self.image_size, mode="nearest") for t in tensors])[
+                :, 0
+            ].long()
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
+        """Label maps (H, W) int64 from a model's output, resized to ``target_sizes`` (height, width) where given."""
+        logits = outputs.logits.float()
+        if target_sizes is None:
+            return list(logits.argmax(1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"{len(target_sizes)} target_sizes for {len(logits)} images; give one for each")
+        return [
+            F.interpolate(one[None], tuple(size), mode="bilinear")[0].argmax(0)
+            for one, size in zip(logits, target_sizes, strict=True)
+        ]
+
+
+AutoImageProcessor.register(
+    BinaryFormerConfig, image_processor_classes={"torchvision": BinaryFormerImageProcessor}, exist_ok=True
+)

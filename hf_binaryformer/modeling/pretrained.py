@@ -1,0 +1,150 @@
+"""From a name to weights: an existing folder, a checkpoint that the package ships, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PACKAGED = Path(__file__).parent.parent / "checkpoints"
+NAMESPACE_VARIABLE = "HF_BINARYFORMER_NAMESPACE"
+DEFAULT_NAMESPACE = "hf-binaryformer"
+# How each published name is trained; shown when its weights cannot be found.
+TRAINING_COMMANDS = {
+    "binaryformer-tiny-brain": "accelerate launch scripts/finetune.py --recipe tiny-brain",
+    "binaryformer-tiny-hippocampus": "accelerate launch scripts/finetune.py --recipe hippocampus",
+}
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+class CheckpointNotFoundError(FileNotFoundError):
+    """No weights under this name; says what was tried, which names are known, and how to train them."""
+
+
+class CheckpointError(ValueError):
+    """Weights were found and cannot be used: damaged, of another kind, or at odds with their configuration."""
+
+
+def known_checkpoints() -> list[str]:
+    """Names of the checkpoints that this installation ships."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
+
+
+def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path:
+    """The folder that holds a checkpoint.
+
+    Tried in this order: an existing folder; a checkpoint in the package; ``<namespace>/<name>`` on the Hub, the namespace
+    from ``HF_BINARYFORMER_NAMESPACE`` or else the project's own (a name with a slash is a Hub id as it stands).
+
+    Args:
+        name: folder, short name, or Hub id.
+        hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+
+    Raises:
+        CheckpointNotFoundError: none of them has it.
+    """
+    name = os.fspath(name)
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if (PACKAGED / name / "config.json").is_file():
+        return PACKAGED / name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    repo_id = name if "/" in name else f"{os.environ.get(NAMESPACE_VARIABLE, DEFAULT_NAMESPACE)}/{name}"
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.md"], **hub_options))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        command = TRAINING_COMMANDS.get(name.rpartition("/")[2])
+        raise CheckpointNotFoundError(
+            f"no checkpoint '{name}'. Tried: the folder '{folder.absolute()}'; the package's own "
+            f"({', '.join(known_checkpoints()) or 'none'}); '{repo_id}' on the Hub ({type(error).__name__}). "
+            + (f"Train it with: {command}" if command else f"Known names: {', '.join(sorted(TRAINING_COMMANDS))}")
+        ) from error
+
+
+def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
+    """The model behind a short name, a folder, or a Hub id.
+
+    Args:
+        name: see :func:`resolve_checkpoint`.
+        options: handed to the class's own ``from_pretrained``.
+
+    Returns:
+        An instance of the class that the checkpoint was saved from, in evaluation mode.
+
+    Raises:
+        CheckpointNotFoundError: no such checkpoint.
+        CheckpointError: it cannot be used.
+
+    Example:
+        >>> model = from_pretrained("binaryformer-tiny-brain")
+        >>> model.config.attention_type
+        'sign'
+    """
+    from hf_binaryformer.modeling import modeling
+
+    hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    folder = resolve_checkpoint(name, **hub_options)
+    config = _read_json(folder / "config.json")
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if not architecture.startswith("BinaryFormer") or not hasattr(modeling, architecture):
+        raise CheckpointError(f"{folder} holds a '{architecture}', expected one of this package's own classes")
+    return getattr(modeling, architecture).from_pretrained(folder, **options)
+
+
+def load_image_processor(name: str | os.PathLike[str], **options: Any) -> Any:
+    """The image processor of a checkpoint, by the same names as :func:`from_pretrained`."""
+    from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
+
+    return BinaryFormerImageProcessor.from_pretrained(name, **options)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; expected a folder made by save_pretrained") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
+
+
+class CheckpointMixin:
+    """Gives a transformers model a ``from_pretrained`` that knows short names and refuses what does not fit."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Load weights by short name, folder or Hub id (:func:`resolve_checkpoint`); safetensors only.
+
+        Takes the options of transformers' ``from_pretrained``.
+
+        Raises:
+            CheckpointNotFoundError: no such checkpoint.
+            CheckpointError: a pickle instead of safetensors, a damaged file, or tensors that do not fit the configuration
+                (unless ``ignore_mismatched_sizes=True``).
+        """
+        from safetensors import SafetensorError
+
+        hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
+        if not any(folder.glob("*.safetensors")):
+            found = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")))
+            raise CheckpointError(
+                f"{folder} has no .safetensors file{f' (only {found})' if found else ''}: convert it first"
+            )
+        _read_json(folder / "config.json")
+        lenient = options.get("ignore_mismatched_sizes", False)
+        report_wanted = options.pop("output_loading_info", False)
+        try:
+            model, report = super().from_pretrained(  # type: ignore[misc]
+                folder, *args, use_safetensors=True, output_loading_info=True, **options
+            )
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"the weights in {folder} cannot be used with its config.json: {error}") from error
+        wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys") if report[kind]}
+        if wrong and not lenient:
+            listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
+            raise CheckpointError(f"the weights in {folder} do not fit its config.json: {listed}")
+        return (model, report) if report_wanted else model

@@ -1,0 +1,88 @@
+"""Where results go: checked before the work, written beside their place, and put there all together or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hf_binaryformer import __version__
+
+LIBRARIES = ("torch", "timm", "transformers", "diffusers", "monai", "nibabel", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that results depend on; "missing" for one not installed."""
+    found = {"hf-binaryformer": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: Sequence[Path]) -> list[Path]:
+    """Fail before the work when one of its results could not be written.
+
+    Args:
+        wanted: files and the endings that each may have; None stands for a result that nobody asked for.
+        inputs: files and folders that the job reads.
+
+    Returns:
+        The files without None.
+
+    Raises:
+        ValueError: wrong ending, a file that is one of the inputs, or the same file twice.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: no file can be made at that place.
+    """
+    paths = [path for path, _ in wanted if path is not None]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"outputs {', '.join(map(str, paths))}: the same file was asked for twice")
+    for path, suffixes in wanted:
+        if path is None:
+            continue
+        folder = path.parent
+        if not path.name.lower().endswith(tuple(suffixes)):
+            raise ValueError(f"output is named '{path.name}'; expected an ending of {', '.join(suffixes)}")
+        if not folder.exists():
+            raise FileNotFoundError(f"folder '{folder}' for the output '{path.name}' does not exist: make it first")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"'{folder}' for the output '{path.name}' is not a folder")
+        if path.is_dir():
+            raise IsADirectoryError(f"output '{path}' is a folder; expected the name of a file")
+        if any(path.resolve() == source.resolve() for source in inputs):
+            raise ValueError(f"output '{path}' is the job's own input, which stays untouched: choose another name")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise PermissionError(
+                f"folder '{folder}' cannot be written to ({error.strerror}): choose another"
+            ) from error
+    return paths
+
+
+@contextmanager
+def all_or_nothing(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Temporary names beside the targets; put in place together when the block succeeds, deleted when it does not."""
+    temporary = {target: target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}") for target in targets}
+    try:
+        yield temporary
+        for target, path in temporary.items():
+            os.replace(path, target)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Strict JSON: numbers that JSON lacks are an error."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Whole jobs on medical volumes: files to arrays and back, segmentation, scores, pictures."""

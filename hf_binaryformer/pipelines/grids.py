@@ -1,0 +1,201 @@
+"""Voxel grids: where a volume lies in space, how it is resampled, and whether two volumes lie on the same grid.
+
+All arrays are (I, J, K) and all affines map the *centres* of voxels to mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+# Corners of two grids may lie this many voxels apart and the grids still count as the same: qform and sform of one file
+# differ by rounding, which grows with the distance from the origin.
+SAME_GRID_TOLERANCE = 0.05
+# Spacings that differ by less than this share are taken for equal.
+SAME_SPACING_TOLERANCE = 0.01
+FOREGROUND_THRESHOLD = 0.1
+FOREGROUND_MARGIN_MM = 10.0
+
+
+class VolumeError(ValueError):
+    """A volume cannot be used; the message says what was expected, what came, and the remedy."""
+
+
+def check_shape(name: object, shape: Sequence[int]) -> None:
+    """Refuse anything but one 3D volume; further axes of length 1 are let through.
+
+    Raises:
+        VolumeError: fewer than three axes, an empty one, or a series of volumes.
+    """
+    if len(shape) < 3 or 0 in shape:
+        raise VolumeError(
+            f"{name} has shape {tuple(shape)}, expected three axes and at least one voxel: export it as a volume"
+        )
+    if any(n != 1 for n in shape[3:]):
+        raise VolumeError(
+            f"{name} is a series of {int(np.prod(shape[3:]))} volumes, shape {tuple(shape)}, expected one 3D volume: "
+            f"take one out of it, with nibabel.four_to_three for example"
+        )
+
+
+def affine_spacing(affine: np.ndarray) -> tuple[float, float, float]:
+    """Voxel size in mm along I, J, K of a (4, 4) affine."""
+    i, j, k = np.sqrt((np.asarray(affine, dtype=np.float64)[:3, :3] ** 2).sum(axis=0))
+    return float(i), float(j), float(k)
+
+
+def same_spacing(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two voxel sizes differ by no more than 1 % along any axis."""
+    return all(abs(x / y - 1) <= SAME_SPACING_TOLERANCE for x, y in zip(a, b, strict=True))
+
+
+def grid_distance(affine_a: np.ndarray, affine_b: np.ndarray, shape: Sequence[int]) -> float:
+    """Largest distance, in voxels of the first, between the corners of two grids of one shape."""
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in shape), [1], indexing="ij")).reshape(4, -1)
+    offset = ((np.asarray(affine_b) - np.asarray(affine_a)) @ corners)[:3]
+    return float(np.sqrt((offset**2).sum(axis=0)).max() / min(affine_spacing(affine_a)))
+
+
+def foreground_box(
+    scaled: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    threshold: float = FOREGROUND_THRESHOLD,
+    margin_mm: float = FOREGROUND_MARGIN_MM,
+) -> tuple[slice, slice, slice]:
+    """The box of everything brighter than a threshold, with a margin; all of the volume where nothing is.
+
+    Args:
+        scaled: intensities scaled to about [0, 1], (I, J, K).
+        spacing: voxel size along I, J, K in mm.
+        threshold: in units of the scaled intensities.
+        margin_mm: added on every side, as far as the volume reaches.
+    """
+    mask = torch.from_numpy(np.ascontiguousarray(scaled)) > threshold
+    box = []
+    for axis, (size, mm) in enumerate(zip(scaled.shape, spacing, strict=True)):
+        hits = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
+        first, last = (int(hits[0]), int(hits[-1])) if len(hits) else (0, size - 1)
+        margin = int(np.ceil(margin_mm / mm))
+        box.append(slice(max(0, first - margin), min(size, last + 1 + margin)))
+    return box[0], box[1], box[2]
+
+
+def crop_affine(affine: np.ndarray, box: Sequence[slice]) -> np.ndarray:
+    """Affine of ``array[box]``."""
+    cropped = np.array(affine, dtype=np.float64)
+    cropped[:3, 3] += cropped[:3, :3] @ [s.start for s in box]
+    return cropped
+
+
+def resample(
+    array: np.ndarray, affine: np.ndarray, spacing: Sequence[float], *, order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Change the voxel size along the array's own axes; the volume keeps its centre.
+
+    Args:
+        array: (I, J, K).
+        affine: (4, 4), voxel to mm.
+        spacing: wanted voxel size along I, J, K in mm, exactly reached; the length is rounded to whole voxels.
+        order: 0 for labels (nearest voxel, dtype kept), 1 for intensities (linear, float32; averages over the wanted
+            voxel where that is the larger one, so that nothing aliases).
+
+    Returns:
+        The resampled array (I', J', K') and its affine.
+
+    Raises:
+        VolumeError: a spacing is not positive, or ``order`` is neither 0 nor 1.
+    """
+    if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise VolumeError(f"spacing is {tuple(spacing)}, expected three positive numbers in mm")
+    ratio = np.divide(spacing, affine_spacing(affine))
+    shape = [max(1, round(n / r)) for n, r in zip(array.shape, ratio, strict=True)]
+    start = [(n - 1 - (m - 1) * r) / 2 for n, m, r in zip(array.shape, shape, ratio, strict=True)]
+    target = np.array(affine, dtype=np.float64)
+    target[:3, 3] += target[:3, :3] @ start
+    target[:3, :3] *= ratio
+    return resample_to(array, affine, shape, target, order=order), target
+
+
+def resample_to(
+    array: np.ndarray, affine: np.ndarray, shape: Sequence[int], target_affine: np.ndarray, *, order: int
+) -> np.ndarray:
+    """Bring a volume onto another grid whose axes run along its own.
+
+    Voxels of the target whose centre lies outside the source volume become 0.
+
+    Args:
+        array: (I, J, K).
+        affine: its (4, 4) affine, voxel to mm.
+        shape: of the target grid.
+        target_affine: (4, 4) affine of the target grid.
+        order: 0 nearest or 1 linear, as in :func:`resample`.
+
+    Returns:
+        Array of ``shape``; float32 for order 1, the array's own dtype for order 0.
+
+    Raises:
+        VolumeError: the grids are rotated against each other, or ``order`` is neither 0 nor 1.
+    """
+    to_source = np.linalg.inv(affine) @ np.asarray(target_affine, dtype=np.float64)
+    step, start = np.diag(to_source)[:3], to_source[:3, 3]
+    drift = np.abs(to_source[:3, :3] - np.diag(step)) @ (np.asarray(shape) - 1)
+    if drift.max() > 2 * SAME_GRID_TOLERANCE:
+        raise VolumeError(
+            f"the grids are turned against each other (off by {drift.max():.3g} voxels at the far end), expected axes "
+            f"that run along each other: bring both to one orientation and frame first"
+        )
+    axes = list(zip(array.shape, shape, step, start, strict=True))
+    if order == 0:
+        picked = [_nearest(*axis) for axis in axes]
+        nearest = array[np.ix_(*(index for index, _ in picked))]
+        outside = ~np.logical_and.outer(np.logical_and.outer(picked[0][1], picked[1][1]), picked[2][1])
+        nearest[outside] = 0
+        return nearest
+    if order != 1:
+        raise VolumeError(f"order is {order}, expected 0 (nearest) or 1 (linear)")
+
+    result = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    # The axes are independent; starting with the one that shrinks most keeps the work small.
+    for axis in sorted(range(3), key=lambda a: axes[a][1] / axes[a][0]):
+        weights = _linear_weights(*axes[axis])
+        if axis == 0:
+            result = (weights @ result.flatten(1)).unflatten(1, result.shape[1:])
+        else:
+            result = weights @ result if axis == 1 else result @ weights.T
+    return result.numpy()
+
+
+def _nearest(size: int, target_size: int, step: float, start: float) -> tuple[np.ndarray, np.ndarray]:
+    """Along one axis, for every target voxel: index of the nearest source voxel, and whether it lies in the volume."""
+    centre = start + step * np.arange(target_size)
+    return np.clip(np.floor(centre + 0.5), 0, size - 1).astype(np.intp), _inside(centre, size)
+
+
+def _inside(centre: np.ndarray, size: int) -> np.ndarray:
+    return (centre >= -0.5 - 1e-4) & (centre <= size - 0.5 + 1e-4)
+
+
+def _linear_weights(size: int, target_size: int, step: float, start: float) -> torch.Tensor:
+    """Along one axis: (target_size, size) weights of linear interpolation.
+
+    Where the step is larger than one source voxel, the interpolated function is averaged over a box that keeps the
+    blur of a large voxel, sqrt(step^2 - 1) wide: a linear field stays exact, and step 1 changes nothing.
+    """
+    centre = start + step * np.arange(target_size)
+    distance = np.clip(centre, 0, size - 1)[:, None] - np.arange(size)
+    width = np.sqrt(max(step**2 - 1, 0.0))
+    if width < 0.05:
+        weights = np.clip(1 - np.abs(distance), 0, None)
+    else:
+        weights = _hat_integral(distance + width / 2) - _hat_integral(distance - width / 2)
+        weights /= weights.sum(axis=1, keepdims=True)
+    return torch.from_numpy((weights * _inside(centre, size)[:, None]).astype(np.float32))
+
+
+def _hat_integral(x: np.ndarray) -> np.ndarray:
+    """Integral of max(0, 1 - abs(t)) from minus infinity to x."""
+    x = np.clip(x, -1, 1)
+    return 0.5 + x - np.sign(x) * x**2 / 2

@@ -1,0 +1,271 @@
+"""One picture of a segmented volume: three orthogonal views, each as the image beside the image with its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Label k is drawn in colour (k - 1) % 40. The first sixteen are chosen by eye for anatomy on black; each further one is
+# the colour of a coarse RGB grid that lies farthest from all before it in Oklab.
+_RGB = bytes.fromhex(
+    "f4d58d e5707e 4cc9f0 b8d8a8 3fa36b ff9f1c 2a6fdb 9b5de5 f15bb5 00e0c6"
+    "c98b5e d7ff3e ff4d2e 8f9bff b5179e 7a8ca3 944c40 f4b8f4 28e828 407058"
+    "6428f4 a0b828 705894 dc28f4 d02858 887c28 e8aca0 dc88f4 ac6494 88b8a0"
+    "8828c4 88f4f4 70f494 c45828 28b828 28a0dc c494b8 288828 287ca0 b8dc28"
+)
+PALETTE: tuple[tuple[int, int, int], ...] = tuple(zip(_RGB[0::3], _RGB[1::3], _RGB[2::3], strict=True))
+BACKGROUND = (13, 17, 23)
+TEXT = (230, 237, 243)
+DIM_TEXT = (139, 148, 158)
+FILL_OPACITY = 0.7
+# Panels are drawn this much larger and then reduced, which smooths the outlines of the labels.
+SUPERSAMPLING = 2
+GAP, MARGIN, COLUMN_WIDTH = 8, 16, 260
+# How far beyond the labels the picture reaches, in mm: enough to see the skull around a brain.
+SURROUNDINGS = 25
+
+
+@dataclass(frozen=True)
+class _View:
+    """A slice as it is shown: the axis it is cut along, and the letters at its left, right, top and bottom edges."""
+
+    axis: int
+    letters: str
+
+
+CORONAL, SAGITTAL, AXIAL = _View(1, "LRSI"), _View(0, "PASI"), _View(2, "LRAP")
+
+
+def label_colour(label: int) -> tuple[int, int, int]:
+    """RGB colour, 0-255, of a label number >= 1; the same in every picture, repeating after 40 labels."""
+    return PALETTE[(label - 1) % len(PALETTE)]
+
+
+def view_centre(labels: np.ndarray) -> tuple[int, int, int]:
+    """Voxel (i, j, k) nearest to the centre of mass of all labels; the middle of the volume where there are none."""
+    mask = labels > 0
+    if not mask.any():
+        return tuple(n // 2 for n in labels.shape)  # type: ignore[return-value]
+    counts = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    return tuple(round(float(np.average(np.arange(c.size), weights=c))) for c in counts)  # type: ignore[return-value]
+
+
+def label_overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    spacing: tuple[float, float, float],
+    label_names: Mapping[int, str] | None = None,
+    *,
+    title: str = "",
+    max_width: int = 1600,
+    max_height: int = 1000,
+) -> Image.Image:
+    """Coronal, sagittal and axial views through the labels' centre of mass, in true proportions, with a legend.
+
+    The viewer looks at the patient from behind: L is on the left of the picture, as letters at the panels' edges say.
+
+    Args:
+        image: intensities, (I, J, K) in RAS order (i grows to the right, j to the front, k upwards), any finite range;
+            shown between its 0.5 and 99.5 percentiles.
+        labels: whole numbers, the same shape, 0 is background.
+        spacing: voxel size along I, J, K in mm.
+        label_names: name of each label for the legend; a label without one is called "label 3".
+        title: first line beside the legend, such as the file name.
+        max_width: widest that the picture may be, in pixels, at least 700.
+        max_height: highest that the views may be together, in pixels; only a long legend makes the picture higher.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: shapes differ, are not 3D, or spacing is not three positive numbers.
+    """
+    if image.ndim != 3 or image.shape != labels.shape:
+        raise ValueError(f"image has shape {image.shape}, labels {labels.shape}; expected the same (I, J, K)")
+    if len(spacing) != 3 or min(spacing) <= 0:
+        raise ValueError(f"spacing is {spacing}; expected three positive numbers in mm, one for each axis")
+
+    centre = view_centre(labels)
+    low, high = np.percentile(image, (0.5, 99.5))
+    grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    box = _content_box(grey, labels, spacing)
+    extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
+    legend = _legend_rows(labels, spacing, label_names or {})
+    least_text = COLUMN_WIDTH * min(3, 1 + len(legend) // 20)
+    room = max_width - 2 * MARGIN - 3 * GAP
+    # Top row: coronal and sagittal pairs, 2 (I + J) wide. Bottom row: the axial pair, and text where it leaves room.
+    scale = min(
+        room / 2 / (extent[0] + extent[1]),
+        (room - least_text) / 2 / extent[0],
+        max_height / (extent[1] + extent[2]),
+    )
+    sizes = [max(1, round(e * scale)) for e in extent]
+
+    text_width = max(2 * sizes[1] + GAP, least_text)
+    text = _text_block(legend, text_width, sizes[1], title, image.shape, spacing)
+    canvas = Image.new(
+        "RGB",
+        (2 * MARGIN + 2 * sizes[0] + 2 * GAP + text_width, 2 * MARGIN + sizes[2] + GAP + max(sizes[1], text.height)),
+        BACKGROUND,
+    )
+    bottom, right = MARGIN + sizes[2] + GAP, MARGIN + 2 * (sizes[0] + GAP)
+    for view, x, y in ((CORONAL, MARGIN, MARGIN), (SAGITTAL, right, MARGIN), (AXIAL, MARGIN, bottom)):
+        for with_labels in (False, True):
+            panel = _panel(view, grey, labels, centre, box, sizes, with_labels)
+            canvas.paste(panel, (x + with_labels * (panel.width + GAP), y))
+    canvas.paste(text, (right, bottom))
+    return canvas
+
+
+def _content_box(grey: np.ndarray, labels: np.ndarray, spacing: tuple[float, float, float]) -> list[slice]:
+    """The box of everything brighter than a tenth of the range, cut to the surroundings of the labels if there are any."""
+    box = []
+    for axis, mm in enumerate(spacing):
+        others = tuple(a for a in range(3) if a != axis)
+        start, stop = 0, labels.shape[axis]
+        for content, margin in ((grey > 0.1, 4), (labels > 0, SURROUNDINGS)):
+            hits = np.flatnonzero(content.any(axis=others))
+            if hits.size:
+                reach = int(np.ceil(margin / mm))
+                start, stop = max(start, hits[0] - reach), min(stop, hits[-1] + 1 + reach)
+        box.append(slice(int(start), int(stop)))
+    return box
+
+
+def _display_slice(volume: np.ndarray, view: _View, index: int, box: list[slice]) -> np.ndarray:
+    """The 2D slice as rows from the top (superior or anterior) and columns from the left (left or posterior)."""
+    window: list[slice | int] = list(box)
+    window[view.axis] = index
+    return volume[tuple(window)].T[::-1]
+
+
+def _panel(
+    view: _View,
+    grey: np.ndarray,
+    labels: np.ndarray,
+    centre: tuple[int, int, int],
+    box: list[slice],
+    sizes: list[int],
+    with_labels: bool,
+) -> Image.Image:
+    """One view at its final size, with its letters."""
+    width, height = (sizes[a] for a in range(3) if a != view.axis)
+    large = (width * SUPERSAMPLING, height * SUPERSAMPLING)
+    picture = _enlarge(_display_slice(grey, view, centre[view.axis], box), large, Image.Resampling.BICUBIC)
+    rgb = np.repeat(np.clip(picture, 0, 1)[..., None] * 255, 3, axis=-1)
+    if with_labels:
+        rgb = _blend_labels(rgb, _display_slice(labels, view, centre[view.axis], box))
+    panel = Image.fromarray(rgb.astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
+    _draw_letters(panel, view)
+    return panel
+
+
+def _enlarge(values: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:
+    """Resize a 2D array to size (width, height), as float32."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).resize(size, method))
+
+
+def _blend_labels(rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Colour (H, W, 3) grey values 0-255 by labels (h, w), with smooth borders and a stronger line along them."""
+    size = (rgb.shape[1], rgb.shape[0])
+    # Each label's mask is smoothed and enlarged by itself and the largest wins: resized label numbers would make steps.
+    best = _enlarge(_smooth(labels == 0), size, Image.Resampling.BICUBIC)
+    winner = np.zeros(best.shape, dtype=np.int64)
+    for label in np.unique(labels[labels > 0]):
+        share = _enlarge(_smooth(labels == label), size, Image.Resampling.BICUBIC)
+        winner = np.where(share > best, label, winner)
+        best = np.maximum(share, best)
+
+    edge = np.zeros(winner.shape, dtype=bool)
+    for axis in (0, 1):
+        for step in (-1, 1):
+            edge |= np.roll(winner, step, axis) != winner
+    numbers, index = np.unique(winner, return_inverse=True)
+    colour = np.array([label_colour(max(1, int(n))) for n in numbers], dtype=np.float32)[index.reshape(winner.shape)]
+    # The image shades the colour, so that anatomy can still be checked inside a label.
+    blended = FILL_OPACITY * colour * (0.45 + 0.55 * rgb / 255) + (1 - FILL_OPACITY) * rgb
+    return np.where((winner > 0)[..., None], np.where(edge[..., None], colour, blended), rgb)
+
+
+def _smooth(mask: np.ndarray) -> np.ndarray:
+    """A 3 x 3 binomial average of a 2D mask, edges repeated."""
+    p = np.pad(mask.astype(np.float32), 1, mode="edge")
+    rows = p[:-2] + 2 * p[1:-1] + p[2:]
+    return (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 16
+
+
+def _legend_rows(
+    labels: np.ndarray, spacing: tuple[float, float, float], names: Mapping[int, str]
+) -> list[tuple[int, str, str]]:
+    """(label, name, volume as text) of every label that occurs, by number."""
+    found, counts = np.unique(labels[labels > 0], return_counts=True)
+    ml = float(np.prod(spacing)) / 1000
+    return [
+        (int(label), names.get(int(label), f"label {label}"), f"{count * ml:,.1f} ml")
+        for label, count in zip(found, counts, strict=True)
+    ]
+
+
+def _text_block(
+    legend: list[tuple[int, str, str]],
+    width: int,
+    height: int,
+    title: str,
+    shape: tuple[int, ...],
+    spacing: tuple[float, float, float],
+) -> Image.Image:
+    """Title, size and legend, at least `height` high, in the largest text with which everything fits."""
+    head, foot, inset = 84, 40, 2 * GAP
+    for font_size in (19, 18, 17, 16, 15, 14, 13, 12):
+        line = round(font_size * 1.6)
+        columns = min(max(1, width // (COLUMN_WIDTH * font_size // 15)), max(1, -(-len(legend) // 8)))
+        rows = -(-len(legend) // columns)
+        if head + rows * line + foot <= height:
+            break
+    block = Image.new("RGB", (width, max(height, head + rows * line + foot)), BACKGROUND)
+    draw, column_width = ImageDraw.Draw(block), min((width - inset) // columns, 2 * COLUMN_WIDTH)
+    summary = f"{_times(shape)} voxels of {_times(spacing)} mm, {len(legend)} label{'s' * (len(legend) != 1)}"
+    warning = "research only, not for clinical use"
+    for text, size, colour, y in ((title, 24, TEXT, 12), (summary, 16, DIM_TEXT, 46), (warning, 14, DIM_TEXT, -26)):
+        font = _font(size)
+        draw.text((inset, y % block.height), _shorten(text, font, width - inset), fill=colour, font=font, anchor="lt")
+    font, swatch = _font(font_size), round(font_size * 0.8)
+    for index, (label, name, volume) in enumerate(legend):
+        x, y = inset + index // rows * column_width, head + index % rows * line
+        middle, end = y + swatch / 2, x + column_width - 2 * inset
+        draw.rounded_rectangle((x, y, x + swatch, y + swatch), radius=3, fill=label_colour(label))
+        draw.text((end, middle), volume, fill=DIM_TEXT, font=font, anchor="rm")
+        name_width = end - font.getlength(volume) - x - swatch - 3 * GAP
+        draw.text((x + swatch + GAP, middle), _shorten(name, font, name_width), fill=TEXT, font=font, anchor="lm")
+    return block
+
+
+def _times(numbers: Sequence[float]) -> str:
+    # Pillow's own font has no multiplication sign.
+    return " x ".join(f"{n:.4g}" for n in numbers)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """The text, cut with dots so that it is at most `width` pixels long."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _draw_letters(panel: Image.Image, view: _View) -> None:
+    """Write the four directions at the panel's edges, each on a dark disc so that it is readable on any image."""
+    draw, font, radius = ImageDraw.Draw(panel), _font(15), 11
+    (width, height), inset = panel.size, radius + 4
+    places = ((inset, height / 2), (width - inset, height / 2), (width / 2, inset), (width / 2, height - inset))
+    for letter, (x, y) in zip(view.letters, places, strict=True):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=BACKGROUND)
+        draw.text((x, y), letter, fill=TEXT, font=font, anchor="mm")

@@ -1,0 +1,336 @@
+"""Medical image files to arrays and back; the formats themselves are in ``nifti.py`` and ``itk.py``.
+
+Every volume is read into the closest canonical orientation, RAS: i grows to the patient's right, j to the front,
+k upwards. Results are written on the grid that the file itself has: its own axis order, affine, qform and sform codes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hf_binaryformer.pipelines import itk, nifti
+from hf_binaryformer.pipelines.grids import (
+    SAME_GRID_TOLERANCE,
+    VolumeError,
+    affine_spacing,
+    check_shape,
+    grid_distance,
+    resample,
+    resample_to,
+)
+
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Header, Nifti1Image
+
+__all__ = [
+    "Volume",
+    "VolumeError",
+    "VolumeSource",
+    "check_output_path",
+    "check_same_grid",
+    "read_volume",
+    "resample",
+    "resample_to",
+    "volume_from_image",
+    "write_image",
+    "write_labels",
+]
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+ITK_SUFFIXES = (".mha", ".mhd", ".nrrd")
+DICOM_SUFFIXES = (".dcm", ".ima")
+OUTPUT_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
+# A voxel that fills less than this share of the box of the same edge lengths is flat.
+MIN_VOXEL_FILL = 1e-3
+
+Kind = Literal["nifti", "itk", "dicom"]
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeSource:
+    """Where a volume came from, and what is needed to write on its own grid.
+
+    Args:
+        path: file or folder; None for an image made in memory.
+        kind: "nifti", "itk" or "dicom".
+        shape: (I, J, K) in the file's own axis order.
+        affine: (4, 4) of that order, voxel to mm, RAS+.
+        orientation: (3, 2) nibabel orientation of that order: the RAS axis that each axis runs along, and its sign.
+        header: NIfTI header, with its qform, sform, codes and units; None for the other kinds.
+    """
+
+    path: Path | None
+    kind: Kind
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    orientation: np.ndarray
+    header: Nifti1Header | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A 3D image or label map in the closest canonical orientation.
+
+    Args:
+        array: (I, J, K), RAS order; float32 for images, int32 for labels.
+        affine: (4, 4) of ``array``, voxel to mm, RAS+.
+        source: where it came from.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    source: VolumeSource
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size along I, J, K in mm."""
+        return affine_spacing(self.affine)
+
+    @property
+    def name(self) -> str:
+        """Path of the file, for messages."""
+        return str(self.source.path or "image in memory")
+
+
+def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume:
+    """Read one 3D volume.
+
+    Args:
+        path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series.
+            All but NIfTI need the extra ``dicom``.
+        labels: the file holds label numbers: whole numbers of at least 0, which may be all equal.
+
+    Raises:
+        VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
+            colours, complex numbers, NaN or Inf, one intensity only, or has no usable geometry.
+        ImportError: SimpleITK is needed and not installed.
+
+    Example:
+        >>> volume = read_volume("head.nii.gz")
+        >>> volume.array.shape, volume.spacing
+        ((176, 256, 256), (1.0, 1.0, 1.0))
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not path.exists():
+        raise VolumeError(f"{path} does not exist, expected a volume file or a DICOM folder: check the name")
+    if path.is_dir() or suffix in DICOM_SUFFIXES:
+        array, affine = itk.read_dicom(path)
+        return _canonical(array, affine, labels=labels, path=path, kind="dicom")
+    if suffix in NIFTI_SUFFIXES:
+        return volume_from_image(nifti.read_file(path), path=path, labels=labels)
+    if suffix in ITK_SUFFIXES:
+        array, affine = itk.read_file(path)
+        return _canonical(array, affine, labels=labels, path=path, kind="itk")
+    if itk.is_dicom(path):
+        array, affine = itk.read_dicom(path)
+        return _canonical(array, affine, labels=labels, path=path, kind="dicom")
+    expected = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES))
+    raise VolumeError(f"{path} ends in '{path.suffix}', expected {expected} or a DICOM folder: convert it first")
+
+
+def volume_from_image(
+    image: Nifti1Image, *, labels: bool = False, path: str | os.PathLike[str] | None = None
+) -> Volume:
+    """The same as :func:`read_volume` for a NIfTI image that nibabel holds.
+
+    Raises:
+        VolumeError: as there.
+    """
+    path = None if path is None else Path(path)
+    array, affine = nifti.image_values(path or "image in memory", image, labels=labels)
+    return _canonical(array, affine, labels=labels, path=path, kind="nifti", header=image.header.copy())
+
+
+def write_labels(
+    path: str | os.PathLike[str],
+    labels_ras: np.ndarray,
+    like: Volume,
+    *,
+    label_names: Mapping[int, str] | None = None,
+    description: str = "",
+) -> Path:
+    """Write labels on the grid of the file that ``like`` was read from; the file appears whole or not at all.
+
+    Args:
+        path: .nii, .nii.gz, .mha or .nrrd (the last two need the extra ``dicom``).
+        labels_ras: whole numbers of at least 0 in the shape of ``like.array``; stored as uint8, uint16 or uint32, the
+            smallest that holds them.
+        like: the volume that was labelled.
+        label_names: written into a NIfTI comment extension, as JSON; other formats do not keep them.
+        description: NIfTI's description, cut to 79 bytes; other formats do not keep it.
+
+    Returns:
+        The path.
+
+    Raises:
+        VolumeError: shape, values, suffix or folder are wrong, or ``path`` is the input itself.
+    """
+    labels_ras = np.asarray(labels_ras)
+    if labels_ras.dtype.kind not in "iub":
+        raise VolumeError(f"labels have dtype {labels_ras.dtype}, expected whole numbers: round them first")
+    if labels_ras.shape != like.array.shape:
+        raise _wrong_shape(labels_ras, like)
+    low, high = int(labels_ras.min()), int(labels_ras.max())
+    if low < 0 or high > np.iinfo(np.uint32).max:
+        raise VolumeError(f"labels range from {low} to {high}, expected 0 to {np.iinfo(np.uint32).max}: renumber them")
+    options = {"label_names": label_names, "description": description, "intent": "label"}
+    return _write(path, labels_ras, like, np.min_scalar_type(high), options)
+
+
+def write_image(path: str | os.PathLike[str], array_ras: np.ndarray, like: Volume, *, description: str = "") -> Path:
+    """Write intensities as float32 on the grid of the file that ``like`` was read from.
+
+    Args:
+        path: as for :func:`write_labels`.
+        array_ras: (I, J, K), or (C, I, J, K), which becomes a NIfTI with C as its fourth axis.
+        like: the volume whose grid it is.
+        description: NIfTI's description, cut to 79 bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        VolumeError: shape, suffix or folder are wrong, or ``path`` is the input itself.
+    """
+    return _write(path, np.asarray(array_ras), like, np.dtype(np.float32), {"description": description})
+
+
+def check_output_path(path: str | os.PathLike[str], like: Volume | None = None) -> Path:
+    """Refuse, before any work is done, a path that results cannot be written to.
+
+    Raises:
+        VolumeError: the suffix is none of the output formats', the folder does not exist, or it is the input itself.
+    """
+    path = Path(path)
+    if _suffix(path) not in OUTPUT_SUFFIXES:
+        raise VolumeError(f"{path} ends in '{path.suffix}', expected {', '.join(OUTPUT_SUFFIXES)}: choose one of them")
+    if not path.parent.is_dir():
+        raise VolumeError(f"the folder {path.parent} does not exist, expected one to write into: create it first")
+    if path.is_dir():
+        raise VolumeError(f"{path} is a folder, expected the name of a file: add one")
+    source = like.source.path if like is not None else None
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise VolumeError(f"{path} is the input itself, expected another file: choose another name")
+    return path
+
+
+def check_same_grid(a: Volume, b: Volume) -> None:
+    """Refuse two volumes that do not lie on one grid, after both were brought to canonical orientation.
+
+    Raises:
+        VolumeError: shapes differ, or voxels lie apart.
+    """
+    if a.array.shape != b.array.shape:
+        raise VolumeError(
+            f"{a.name} has shape {a.array.shape}, {b.name} {b.array.shape} (in RAS order), expected the same grid: "
+            f"resample one onto the other"
+        )
+    apart = grid_distance(a.affine, b.affine, a.array.shape)
+    if apart > SAME_GRID_TOLERANCE:
+        raise VolumeError(
+            f"{a.name} and {b.name} have one shape, but lie up to {apart:.3g} voxels apart, expected the same grid: "
+            f"resample one onto the other. Affines (RAS): {a.affine.tolist()} and {b.affine.tolist()}"
+        )
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _canonical(
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    labels: bool,
+    path: Path | None,
+    kind: Kind,
+    header: Nifti1Header | None = None,
+) -> Volume:
+    """Check values and geometry, and turn the array into RAS order."""
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+    name = path or "image in memory"
+    check_shape(name, array.shape)
+    array = array.reshape(array.shape[:3])
+    edges = float(np.prod(affine_spacing(affine)))
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > MIN_VOXEL_FILL * edges:
+        raise VolumeError(
+            f"{name} has the affine {affine.tolist()}, expected one that spans a volume: repair its header"
+        )
+    array = _checked_labels(name, array) if labels else _checked_image(name, array)
+    orientation = io_orientation(affine)
+    ras = np.ascontiguousarray(apply_orientation(array, orientation))
+    source = VolumeSource(path, kind, array.shape, affine, orientation, header)
+    return Volume(ras, affine @ inv_ornt_aff(orientation, array.shape), source)
+
+
+def _checked_image(name: object, array: np.ndarray) -> np.ndarray:
+    array = array.astype(np.float32, copy=False)
+    low, high = float(array.min()), float(array.max())
+    # NaN survives min and max, so both are finite if and only if every voxel is.
+    if not np.isfinite(low) or not np.isfinite(high):
+        nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+        raise VolumeError(
+            f"{name} has {nan} NaN and {inf} infinite voxels of {array.size}, expected finite float32 values: repair "
+            f"the export, or replace them (numpy.nan_to_num) where they lie outside the body"
+        )
+    if low == high:
+        raise VolumeError(
+            f"{name} is empty: all {array.size} voxels are {low:g}, expected an image with contrast: export it again"
+        )
+    return array
+
+
+def _checked_labels(name: object, array: np.ndarray) -> np.ndarray:
+    low, high = float(array.min()), float(array.max())
+    finite = bool(np.isfinite(low) and np.isfinite(high))
+    whole = array.dtype.kind in "iub" or (finite and bool((array == np.rint(array)).all()))
+    if not whole or low < 0 or high > np.iinfo(np.int32).max:
+        raise VolumeError(
+            f"{name} has values from {low:g} to {high:g}, {'all' if whole else 'not all'} whole, expected label numbers "
+            f"of at least 0: give a label map"
+        )
+    return array.astype(np.int32)
+
+
+def _wrong_shape(array: np.ndarray, like: Volume) -> VolumeError:
+    return VolumeError(
+        f"the array has shape {array.shape}, expected {like.array.shape}, that of {like.name} in RAS order: "
+        f"bring it to that grid first"
+    )
+
+
+def _write(
+    path: str | os.PathLike[str], ras: np.ndarray, like: Volume, dtype: np.dtype, nifti_options: dict[str, Any]
+) -> Path:
+    from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+
+    path = check_output_path(path, like)
+    if ras.ndim not in (3, 4) or ras.shape[-3:] != like.array.shape:
+        raise _wrong_shape(ras, like)
+    as_nifti = _suffix(path) in NIFTI_SUFFIXES
+    if ras.ndim == 4 and not as_nifti:
+        raise VolumeError(f"the array has shape {ras.shape}, {path.suffix} takes (I, J, K): write .nii.gz")
+    back = ornt_transform(axcodes2ornt("RAS"), like.source.orientation)
+    own = apply_orientation(ras if ras.ndim == 3 else np.moveaxis(ras, 0, -1), back)
+
+    # The file is finished under another name and then moved, so that no part of it is ever seen. The writers choose
+    # the format by the suffix, so the temporary name keeps it.
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        if as_nifti:
+            nifti.write_file(temporary, own, like.source.affine, like.source.header, dtype=dtype, **nifti_options)
+        else:
+            itk.write_file(temporary, own.astype(dtype), like.source.affine)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,116 @@
+"""The image processor: scaling, slicing, and what it hands back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
+
+
+@pytest.fixture
+def volume() -> np.ndarray:
+    array = np.random.default_rng(0).gamma(2.0, 100.0, (6, 7, 8)).astype(np.float32)
+    array[:2] = 0
+    return array
+
+
+def test_scaling_by_percentiles_of_the_foreground(volume):
+    processor = BinaryFormerImageProcessor(percentiles=(0.0, 99.0), intensity_ceiling=1.5)
+    high = np.percentile(volume[volume > 0], 99.0)
+    low = volume[volume > 0].min()
+    np.testing.assert_allclose(
+        processor.scale_volume(volume), np.clip((volume - low) / (high - low), 0, 1.5), rtol=1e-5, atol=1e-6
+    )
+    everything = BinaryFormerImageProcessor(percentiles=(2.0, 98.0), foreground_only=False)
+    low, high = np.percentile(volume, [2.0, 98.0])
+    np.testing.assert_allclose(
+        everything.scale_volume(volume), np.clip((volume - low) / (high - low), 0, 1.5), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_scaling_does_not_depend_on_the_scanners_units(volume):
+    processor = BinaryFormerImageProcessor()
+    np.testing.assert_allclose(
+        processor.scale_volume(volume * 1e4), processor.scale_volume(volume), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_constant_image_is_refused():
+    with pytest.raises(ValueError, match="all intensities are equal"):
+        BinaryFormerImageProcessor().scale_volume(np.ones((3, 3, 3)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_hold_their_neighbours_and_go_back(volume, axis):
+    processor = BinaryFormerImageProcessor(slice_axis=axis, num_slices=3, slice_position=True)
+    slices = processor.volume_to_slices(volume)
+    count = volume.shape[axis]
+    assert slices.shape == (count, 4, *np.delete(volume.shape, axis))
+    for i in range(count):
+        for channel, j in enumerate((max(i - 1, 0), i, min(i + 1, count - 1))):
+            np.testing.assert_array_equal(slices[i, channel], volume.take(j, axis))
+    np.testing.assert_allclose(slices[:, 3, 0, 0], np.linspace(-1, 1, count), atol=1e-6)
+    np.testing.assert_array_equal(processor.slices_to_volume(slices[:, 1]), volume)
+    assert processor.slices_to_volume(slices).shape == (4, *volume.shape)
+
+
+def test_mean_and_deviation_leave_the_position_alone(volume):
+    plain = BinaryFormerImageProcessor(slice_position=True).volume_to_slices(volume)
+    normal = BinaryFormerImageProcessor(slice_position=True, image_mean=5.0, image_std=2.0).volume_to_slices(volume)
+    torch.testing.assert_close(normal[:, :3], (plain[:, :3] - 5) / 2)
+    assert torch.equal(normal[:, 3], plain[:, 3])
+
+
+def test_2d_images_and_label_maps():
+    processor = BinaryFormerImageProcessor(image_size=(16, 24), num_slices=3)
+    grey = np.arange(8 * 12, dtype=np.float32).reshape(8, 12)
+    colour = np.stack([grey] * 3, -1)
+    batch = processor([grey, colour], segmentation_maps=[(grey > 40).astype(int)] * 2, return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 3, 16, 24)
+    torch.testing.assert_close(batch["pixel_values"][0], batch["pixel_values"][1])
+    assert torch.equal(batch["labels"][0], torch.from_numpy(np.kron(grey > 40, np.ones((2, 2)))).long())
+
+
+def test_post_processing_resizes_logits():
+    logits = torch.zeros(1, 2, 4, 4)
+    logits[0, 1, :, 2:] = 1.0
+    logits[0, 0, :, :2] = 1.0
+    processor = BinaryFormerImageProcessor()
+    outputs = SimpleNamespace(logits=logits)
+    assert torch.equal(processor.post_process_semantic_segmentation(outputs)[0], logits[0].argmax(0))
+    (large,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)])
+    assert large.shape == (8, 8) and large[:, 5:].all() and not large[:, :3].any()
+    with pytest.raises(ValueError, match="2 target_sizes for 1 images"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)] * 2)
+
+
+def test_saved_and_loaded_also_by_auto_class(tmp_path):
+    processor = BinaryFormerImageProcessor(
+        slice_axis=2, spacing=(0.5, 1, 0.5), image_size=(96, 80), slice_position=True
+    )
+    processor.save_pretrained(tmp_path)
+    BinaryFormerConfig().save_pretrained(tmp_path)
+    for again in (BinaryFormerImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+        assert isinstance(again, BinaryFormerImageProcessor)
+        assert again.to_dict() == processor.to_dict()
+    assert again.num_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"orientation": "LPS"}, "expected 'RAS'"),
+        ({"slice_axis": 3}, "expected 0, 1 or 2"),
+        ({"num_slices": 2}, "expected an odd number"),
+        ({"window_overlap": 1.0}, "below 1"),
+    ],
+)
+def test_fields_out_of_range(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BinaryFormerImageProcessor(**fields)

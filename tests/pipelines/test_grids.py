@@ -1,0 +1,154 @@
+"""Resampling against analytic fields and hand-made averages, boxes, and grids in space."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_binaryformer.pipelines.grids import (
+    VolumeError,
+    affine_spacing,
+    crop_affine,
+    foreground_box,
+    resample,
+    resample_to,
+    same_spacing,
+)
+
+# Axes of a grid that are turned in space and differently long, as scanners make them.
+TURNED = np.array(
+    [[0.6, -0.8, 0.0, 10.0], [0.8, 0.6, 0.0, -20.0], [0.0, 0.0, 1.0, 30.0], [0.0, 0.0, 0.0, 1.0]]
+) @ np.diag([0.9, 1.3, 3.0, 1.0])
+
+
+def positions(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Voxel centres in mm, (I, J, K, 3)."""
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    return index @ affine[:3, :3].T + affine[:3, 3]
+
+
+def linear_field(shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """A function of the place in mm that linear interpolation must reproduce."""
+    return (positions(shape, affine) @ np.array([0.7, -0.4, 0.25]) + 3).astype(np.float32)
+
+
+def interior(array: np.ndarray, voxels: int) -> np.ndarray:
+    return array[(slice(voxels, -voxels),) * 3]
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.9, 1.3, 3.0), (0.45, 2.0, 1.7), (2.5, 2.1, 6.1)])
+def test_a_linear_field_stays_where_it_is(spacing: tuple[float, float, float]) -> None:
+    shape = (41, 37, 23)
+    result, affine = resample(linear_field(shape, TURNED), TURNED, spacing, order=1)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(affine_spacing(affine), spacing)
+    np.testing.assert_allclose(interior(result, 3), interior(linear_field(result.shape, affine), 3), atol=2e-5)
+    # The same length to half a voxel, and the same centre.
+    for old, new, before, after in zip(shape, result.shape, affine_spacing(TURNED), spacing, strict=True):
+        assert abs(old * before - new * after) <= after / 2 + 1e-9
+    centres = [a @ [*((n - 1) / 2 for n in s), 1] for a, s in ((TURNED, shape), (affine, result.shape))]
+    np.testing.assert_allclose(*centres)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 0.7, 1.1)])
+def test_there_and_back_keeps_a_smooth_field(spacing: tuple[float, float, float]) -> None:
+    shape = (30, 28, 16)
+
+    def smooth(s: tuple[int, ...], a: np.ndarray) -> np.ndarray:
+        return np.sin(positions(s, a) / 12).sum(-1).astype(np.float32)
+
+    original = smooth(shape, TURNED)
+    there, affine = resample(original, TURNED, spacing, order=1)
+    back = resample_to(there, affine, shape, TURNED, order=1)
+    assert back.shape == shape
+    # Half a voxel's shift would make an error of about 0.05 to 0.12 along each axis.
+    assert np.abs(interior(back - original, 3)).max() < 0.02
+
+
+def test_equal_spacing_changes_nothing() -> None:
+    array = np.random.default_rng(0).random((9, 8, 7), dtype=np.float32)
+    result, affine = resample(array, TURNED, affine_spacing(TURNED), order=1)
+    np.testing.assert_array_equal(result, array)
+    np.testing.assert_allclose(affine, TURNED)
+    labels = (array * 9).astype(np.uint16)
+    result, _ = resample(labels, TURNED, affine_spacing(TURNED), order=0)
+    assert result.dtype == np.uint16
+    np.testing.assert_array_equal(result, labels)
+
+
+def test_coarser_voxels_average_and_do_not_alias() -> None:
+    # Stripes as fine as the grid allows: a third of the resolution must see their mean, not one of them.
+    stripes = np.zeros((60, 12, 12), dtype=np.float32)
+    stripes[::2] = 1
+    result, _ = resample(stripes, np.eye(4), (3.0, 1.0, 1.0), order=1)
+    assert result.shape == (20, 12, 12)
+    # A mean of three voxels would be off by 1/6.
+    np.testing.assert_allclose(result[1:-1], 0.5, atol=0.1)
+    # Averages keep the total and reduce noise of single voxels as an average over 3 x 3 x 3 of them would, or nearly.
+    noise = np.random.default_rng(0).standard_normal((60, 60, 60)).astype(np.float32)
+    coarse, _ = resample(noise, np.eye(4), (3.0, 3.0, 3.0), order=1)
+    assert coarse.std() < 1.3 * noise.std() / np.sqrt(27)
+
+
+def test_nearest_takes_the_voxel_whose_centre_is_closest() -> None:
+    labels = np.random.default_rng(1).integers(0, 900, (11, 9, 6)).astype(np.int32)
+    result, affine = resample(labels, TURNED, (0.55, 1.0, 1.25), order=0)
+    assert result.dtype == np.int32
+    index = (positions(result.shape, affine) - TURNED[:3, 3]) @ np.linalg.inv(TURNED[:3, :3]).T
+    distance = np.abs(index - np.floor(index) - 0.5)
+    clear = (distance > 1e-6).all(-1)
+    nearest = np.clip(np.round(index), 0, np.array(labels.shape) - 1).astype(int)
+    np.testing.assert_array_equal(result[clear], labels[tuple(nearest[clear].T)])
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_crop_goes_back_into_its_volume(order: int) -> None:
+    array = np.random.default_rng(2).random((12, 11, 10), dtype=np.float32) + 1
+    box = (slice(2, 9), slice(0, 5), slice(6, 10))
+    whole = resample_to(array[box], crop_affine(TURNED, box), array.shape, TURNED, order=order)
+    np.testing.assert_allclose(whole[box], array[box], rtol=1e-6)
+    outside = np.ones(array.shape, dtype=bool)
+    outside[box] = False
+    assert not whole[outside].any()
+
+
+def test_one_slice_can_be_resampled() -> None:
+    array = np.random.default_rng(3).random((6, 5, 1), dtype=np.float32)
+    result, _ = resample(array, np.diag([1.0, 1.0, 5.0, 1.0]), (1.0, 1.0, 1.0), order=1)
+    assert result.shape == (6, 5, 5)
+    np.testing.assert_allclose(result, np.repeat(array, 5, axis=2), rtol=1e-6)
+
+
+def test_flipped_target_axes() -> None:
+    array = np.random.default_rng(4).random((6, 5, 4), dtype=np.float32)
+    flipped = TURNED @ np.array([[-1.0, 0, 0, 5], [0, 1, 0, 0], [0, 0, -1, 3], [0, 0, 0, 1]])
+    for order in (0, 1):
+        np.testing.assert_allclose(
+            resample_to(array, TURNED, array.shape, flipped, order=order), array[::-1, :, ::-1], rtol=1e-6
+        )
+
+
+def test_wrong_requests_are_named() -> None:
+    array = np.zeros((6, 5, 4), dtype=np.float32)
+    with pytest.raises(VolumeError, match="turned against each other"):
+        resample_to(array, np.eye(4), (6, 5, 4), TURNED, order=1)
+    with pytest.raises(VolumeError, match=r"order is 3, expected 0 \(nearest\) or 1"):
+        resample(array, TURNED, (1, 1, 1), order=3)
+    for spacing in ((1, 1), (1, 0, 1), (1, float("nan"), 1)):
+        with pytest.raises(VolumeError, match="three positive numbers in mm"):
+            resample(array, TURNED, spacing, order=1)
+
+
+def test_spacings_count_as_equal_within_one_per_cent() -> None:
+    assert same_spacing((1.0, 0.5, 3.0), (1.009, 0.5, 2.971))
+    assert not same_spacing((1.0, 0.5, 3.0), (1.0, 0.5, 3.05))
+
+
+def test_foreground_box_has_a_margin_in_mm() -> None:
+    scaled = np.full((40, 30, 20), 0.05, dtype=np.float32)
+    scaled[12, 10:21, 1] = 0.5
+    scaled[15, 15, 9] = 0.11
+    box = foreground_box(scaled, (1.0, 2.0, 3.0), margin_mm=4.0)
+    assert box == (slice(8, 20), slice(8, 23), slice(0, 12))
+    assert foreground_box(scaled * 0, (1.0, 1.0, 1.0)) == (slice(0, 40), slice(0, 30), slice(0, 20))
+    np.testing.assert_allclose(crop_affine(TURNED, box) @ [0, 0, 0, 1], TURNED @ [8, 8, 0, 1])

@@ -1,0 +1,207 @@
+"""The training script on volumes of a few voxels: recipes, resume, two processes, evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from safetensors.torch import load_file
+
+import finetune
+import hf_binaryformer as bf
+from evaluation import PriorAtlas, evaluate_split
+from slices import PreparedFolder, SliceSamples
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A folder in prepare_data.py's layout: a bright ball (label 1) with a brighter core (label 2) in noise."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "images").mkdir()
+    (folder / "labels").mkdir()
+    rng = np.random.default_rng(0)
+    cases = []
+    for number, split in enumerate(["train"] * 4 + ["validation", "test"]):
+        shape = (20, 22, 24)
+        centre = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
+        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
+        label = (distance < 8).astype(np.uint8) + (distance < 4)
+        image = (label * 80 + rng.normal(20, 5, shape)).astype(np.float32)
+        case = {"case": f"c{number}", "group": f"g{number}", "split": split}
+        for kind, array in (("image", image), ("label", label)):
+            case[kind] = f"{kind}s/c{number}.nii.gz"
+            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / case[kind])
+        cases.append(case)
+    names = {"0": "background", "1": "shell", "2": "core"}
+    (folder / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """The hippocampus recipe at toy size."""
+    settings = yaml.safe_load((ROOT / "scripts" / "recipes" / "hippocampus.yaml").read_text())
+    settings["model"] |= {
+        "hidden_size": 24,
+        "num_heads": 2,
+        "num_hidden_layers": 2,
+        "value_head_dim": 4,
+        "decoder_hidden_size": 32,
+    }
+    settings["processor"] |= {"image_size": [24, 24], "spacing": None}
+    settings["augment"]["max_shift"] = 2
+    settings["train"] |= {
+        "iterations": 6,
+        "batch_size": 4,
+        "workers": 0,
+        "checkpoint_every": 3,
+        "log_every": 1,
+        "warmup": 2,
+        "mixed_precision": "no",
+        "save_dtype": "float32",
+    }
+    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(recipe: Path, prepared: Path, output: Path, **options) -> dict[str, torch.Tensor]:
+    overrides = options.pop("overrides", [])
+    options = {"resume": False, "evaluate": "none", "stop_after": None, **options}
+    finetune.main(str(recipe), prepared, output, overrides=overrides, **options)
+    return load_file(output / "model" / "model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_builds_and_trains_a_step(path):
+    settings = yaml.safe_load(path.read_text())
+    model, processor = finetune.build_model(settings, {0: "background", 1: "a"})
+    x = torch.randn(1, processor.num_channels, *processor.image_size)
+    loss = model(x, labels=torch.zeros(1, *processor.image_size, dtype=torch.long)).loss
+    loss.backward()
+    optimizer = finetune.build_optimizer(model, settings["train"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert 0 < settings["train"]["theta_lr_scale"] <= 1
+    assert finetune.rate_factor(0, settings["train"]) == settings["train"]["warmup_start"]
+    assert finetune.rate_factor(settings["train"]["warmup"], settings["train"]) == 1
+
+
+def test_the_weight_networks_learn_at_their_own_rate():
+    settings = yaml.safe_load(RECIPES[0].read_text())
+    settings["model"] |= {"attention_type": "hamming", "bit_gradient": None}
+    model, _ = finetune.build_model(settings, {0: "background", 1: "a"})
+    rates = {
+        id(p): g["lr"] for g in finetune.build_optimizer(model, settings["train"]).param_groups for p in g["params"]
+    }
+    for name, parameter in model.named_parameters():
+        factor = settings["train"]["theta_lr_scale"] if "theta" in name else 1.0
+        assert rates[id(parameter)] == pytest.approx(settings["train"]["learning_rate"] * factor), name
+
+
+def test_paper_schedule():
+    train = {"warmup": 300, "warmup_start": 0.01, "schedule": "step", "decay_factor": 0.98, "decay_every": 12}
+    assert finetune.rate_factor(150, train) == pytest.approx(0.505)
+    assert [finetune.rate_factor(s, train) for s in (300, 311, 312, 324)] == pytest.approx([1, 1, 0.98, 0.98**2])
+
+
+def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
+    whole = run(recipe, prepared, tmp_path / "whole")
+    run(recipe, prepared, tmp_path / "cut", stop_after=3)
+    resumed = run(recipe, prepared, tmp_path / "cut", resume=True)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared, tmp_path):
+    # Dice slice by slice, so that the mean over processes is the mean over the batch; no random draws in the network.
+    overrides = ["train.batch_dice=false", "model.attention_type=softmax", "model.bit_gradient=null"]
+    one = run(recipe, prepared, tmp_path / "one", overrides=overrides)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command += [str(ROOT / "scripts" / "finetune.py"), "--recipe", str(recipe), "--data", str(prepared)]
+    command += ["--output", str(tmp_path / "two"), "--evaluate", "none"]
+    command += [word for override in overrides for word in ("--set", override)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-4, msg=key)
+
+
+def test_it_learns_and_is_evaluated_beside_the_prior_atlas(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=60", "train.learning_rate=0.003", "train.checkpoint_every=60"]
+    run(recipe, prepared, tmp_path, evaluate="test", overrides=overrides)
+    assert np.mean(losses(tmp_path)[-5:]) < 0.6 * losses(tmp_path)[0]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["volumes"] == 1 and set(results["rows"]) == {"network", "prior atlas"}
+    assert results["rows"]["network"]["labels"]["shell"]["mean"] > 0.5
+    again = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "test", baseline=False)
+    assert again["cases"] == results["cases"]
+
+
+def test_prior_atlas_is_the_majority_vote(prepared):
+    folder = PreparedFolder(prepared)
+    truth = [np.asarray(nib.load(c.label).dataobj) for c in folder.split("train")]
+    votes = np.stack([sum((t == label).astype(int) for t in truth) for label in range(3)])
+    np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
+
+
+def test_samples_depend_on_their_number_alone(recipe, prepared):
+    settings = yaml.safe_load(recipe.read_text())
+    processor = bf.BinaryFormerImageProcessor(**settings["processor"])
+    cases = PreparedFolder(prepared).split("train")
+    first, again = (SliceSamples(cases, processor, settings["augment"], 5, 100) for _ in range(2))
+    expected = [first[n] for n in (3, 7)]
+    again[50]
+    for sample, number in zip(expected, (3, 7), strict=True):
+        assert all(torch.equal(again[number][key], tensor) for key, tensor in sample.items())
+    assert not torch.equal(first[3]["pixel_values"], first[7]["pixel_values"])
+    assert expected[0]["pixel_values"].shape == (processor.num_channels, 24, 24)
+    assert set(torch.cat([first[n]["labels"].flatten() for n in range(8)]).tolist()) == {0, 1, 2}
+
+
+def test_image_and_labels_move_together(recipe, prepared):
+    settings = yaml.safe_load(recipe.read_text())
+    settings["augment"]["intensity_probability"] = 0.0
+    processor = bf.BinaryFormerImageProcessor(**settings["processor"])
+    samples = SliceSamples(PreparedFolder(prepared).split("train"), processor, settings["augment"], 0, 100)
+    for number in range(10):
+        sample = samples[number]
+        middle = sample["pixel_values"][processor.num_slices // 2]
+        if (sample["labels"] == 2).sum() > 20:
+            assert middle[sample["labels"] == 2].mean() > 1.3 * middle[sample["labels"] == 1].mean()
+
+
+def test_a_group_on_both_sides_of_a_split_is_refused(prepared, tmp_path):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["cases"][-1]["group"] = "g0"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="groups g0 of split 'test' stand in other splits too"):
+        PreparedFolder(tmp_path).split("test")
+
+
+def test_wrong_options_say_what_is_known(tmp_path):
+    with pytest.raises(typer.BadParameter, match="known are .*hippocampus"):
+        finetune.load_recipe("nothing", [])
+    with pytest.raises(typer.BadParameter, match=r"expected section\.key=value"):
+        finetune.load_recipe("hippocampus", ["iterations=3"])
+    with pytest.raises(FileNotFoundError, match="prepare_data"):
+        PreparedFolder(tmp_path)
