@@ -48,6 +48,8 @@ class BinaryFormerConfig(PreTrainedConfig):
         decoder_hidden_size: channels after the decoder's first 1x1 convolution; halved at each of its stages.
         decoder_expansion: hidden channels of a residual unshuffle block, as a multiple of the stage's channels.
         decoder_num_convs: residual 3x3 convolutions at the last resolution.
+        decoder_image_skip: add a 3x3 convolution of the image itself before them (not in the paper, whose decoder sees
+            tokens alone): boundaries are learned from far fewer images where nothing is pretrained.
         pooling: "mean", "max" or "cls" over tokens, for classification.
         initializer_range: standard deviation of the linear layers at the start.
 
@@ -89,6 +91,7 @@ class BinaryFormerConfig(PreTrainedConfig):
     decoder_hidden_size: int = 1024
     decoder_expansion: float = 1.5
     decoder_num_convs: int = 2
+    decoder_image_skip: bool = False
     pooling: Literal["mean", "max", "cls"] = "mean"
     initializer_range: float = 0.02
 

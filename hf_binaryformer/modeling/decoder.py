@@ -45,14 +45,17 @@ class SegmentationDecoder(nn.Module):
                     ShuffleBlock(channels),
                 )
             )
+        self.image_skip = nn.Conv2d(config.num_channels, channels, 3, padding=1) if config.decoder_image_skip else None
         self.convs = nn.ModuleList(ResidualConv(channels) for _ in range(config.decoder_num_convs))
         self.head = nn.Conv2d(channels, config.num_labels, 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, D, h, w) grid of tokens -> (B, num_labels, H, W) logits."""
+    def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """(B, D, h, w) grid of tokens and (B, C, H, W) image, which only the skip reads -> (B, num_labels, H, W) logits."""
         x = self.expand(tokens)
         for stage in self.stages:
             x = stage(F.gelu(x))
+        if self.image_skip is not None:
+            x = x + self.image_skip(image)
         for conv in self.convs:
             x = conv(x)
         return self.head(x)

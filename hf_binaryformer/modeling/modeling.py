@@ -160,7 +160,7 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
         tokens = self.binaryformer(pixel_values).last_hidden_state
         height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
         grid = tokens[:, -height * width :].mT.unflatten(2, (height, width))
-        logits = self.decoder(grid)
+        logits = self.decoder(grid, pixel_values)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 

@@ -82,6 +82,20 @@ def test_frequency_of_every_pair_is_its_share_of_the_maximum(side, backend, devi
 
 
 @on_every_target
+def test_draws_are_those_of_the_reference(backend, device) -> None:
+    """One hash for every backend and device: not only the distribution agrees, each draw does."""
+    case = full_rank_case(device)
+    reference = case.with_(**{n: t.cpu() for n, t in vars(case).items() if isinstance(t, torch.Tensor)})
+    for seed in (0, 2**40 + 3):
+        runs = [
+            (case, case.run(bit_gradient="ternary", seed=seed, backend=backend)),
+            (reference, reference.run(bit_gradient="ternary", seed=seed, backend="reference")),
+        ]
+        for side in ("query", "key"):
+            assert np.array_equal(*(np.round(recovered_draws(c, run[side], side)) for c, run in runs)), side
+
+
+@on_every_target
 def test_mean_over_seeds_is_the_straight_through_gradient(backend, device) -> None:
     case = make_case(12, 10, head_dim=16, value_dim=4, batch=1, heads=2, device=device)
     exact = case.expected()
