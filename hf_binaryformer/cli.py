@@ -16,7 +16,7 @@ from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer import jobs
-from hf_binaryformer.outputs import versions
+from hf_binaryformer.pipelines.provenance import versions
 
 P = ParamSpec("P")
 TRACEBACK_VARIABLE = "BINARYFORMER_TRACEBACK"

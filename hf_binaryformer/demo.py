@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_binaryformer import jobs, outputs
+from hf_binaryformer.pipelines.provenance import NOTICE
 
 # Labels of binaryformer-tiny-brain that make up each tissue of the template's probability maps.
 TISSUES: dict[str, tuple[int, ...]] = {
@@ -77,7 +78,7 @@ def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[st
     outputs.check_outputs([(report, (".json",))], [])
     brain, tissues = load_mni152(folder)
     content: dict[str, Any] = {
-        "notice": jobs.NOTICE,
+        "notice": NOTICE,
         "segmentation": segmentation_job(folder, brain, tissues, progress),
         "files": ["mni152.nii.gz", "segmentation.nii.gz", "segmentation.png", "report.json"],
     }

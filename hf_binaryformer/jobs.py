@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_binaryformer.outputs import all_or_nothing, check_outputs, versions, write_json
+from hf_binaryformer.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.pipelines.provenance import NOTICE, versions
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hf_binaryformer.pipelines.volumes import Volume
 
-NOTICE = "Research only, not for clinical use."
 DEFAULT_MODEL = "binaryformer-tiny-brain"
 
 Progress = Callable[[int, int], None]

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from hf_binaryformer import __version__
-
-LIBRARIES = ("torch", "timm", "transformers", "diffusers", "monai", "nibabel", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that results depend on; "missing" for one not installed."""
-    found = {"hf-binaryformer": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: Sequence[Path]) -> list[Path]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.pipelines.volumes import read_volume, resample
+from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample
+from hf_binaryformer.pipelines.volumes import read_volume
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ class SliceSamples(Dataset):
         self.foreground: list[np.ndarray] = []
         for case in cases:
             image, label = read_volume(case.image), read_label_array(case.label)
-            scaled, affine = processor.scale_volume(image.array), image.affine
+            scaled = processor.scale_volume(image.array)
+            # As the pipeline cuts a volume, so that a slice's position means the same here and there.
+            box = foreground_box(scaled, image.spacing)
+            scaled, label, affine = scaled[box], label[box], crop_affine(image.affine, box)
             if processor.spacing is not None and not np.allclose(image.spacing, processor.spacing, rtol=0.01):
                 scaled, _ = resample(scaled, affine, processor.spacing, order=1)
                 label, _ = resample(label, affine, processor.spacing, order=0)

@@ -32,6 +32,12 @@ def dice_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def mean_dice(results: dict[str, Any], labels: int) -> float:
+    """Mean Dice of the network over the first labels of a ``results.json``."""
+    rows = list(results["rows"]["network"]["labels"].values())[:labels]
+    return sum(row["mean"] for row in rows) / labels
+
+
 def render(name: str) -> ModelCard:
     """The card of a checkpoint.
 
@@ -41,7 +47,7 @@ def render(name: str) -> ModelCard:
     words = yaml.safe_load((CARDS / f"{name}.yaml").read_text())
     records = {p.stem: json.loads(p.read_text()) for p in sorted((CARDS / "evidence" / name).glob("*.json"))}
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(records, dice_table=dice_table)
+    environment.globals.update(records, dice_table=dice_table, mean_dice=mean_dice)
     sections = {key: environment.from_string(text).render() for key, text in words["sections"].items()}
     metrics = [
         EvalResult(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, resample_to, same_spacing
+from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
-NOTICE = "Research only, not for clinical use."
-REPORTED_PACKAGES = ("hf-binaryformer", "torch", "transformers", "timm", "monai", "nibabel")
 DTYPES = ("float32", "bfloat16", "float16")
 # Called with (slices done, all slices).
 ProgressCallback = Callable[[int, int], None]
@@ -169,7 +166,7 @@ class VolumeSegmentationPipeline:
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
         scaled = self.processor.scale_volume(volume.array)
-        box = self._box(scaled, volume)
+        box = tuple(foreground_box(scaled, volume.spacing))
         crop, affine = scaled[box], crop_affine(volume.affine, box)
         spacing = self.processor.spacing
         resampled = spacing is not None and not same_spacing(volume.spacing, spacing)
@@ -190,14 +187,6 @@ class VolumeSegmentationPipeline:
         seconds = time.perf_counter() - start
         report = self._report(volume, labels, network_input.shape, network_affine, seconds)
         return VolumeSegmentationOutput(labels, probabilities, volume, dict(self.label_names), seconds, report)
-
-    def _box(self, scaled: np.ndarray, volume: Volume) -> tuple[slice, ...]:
-        """The part of the volume that the network sees."""
-        box: list[slice] = list(foreground_box(scaled, volume.spacing))
-        if self.processor.slice_position:
-            # The position counts from end to end of the volume, in training as here.
-            box[self.processor.slice_axis] = slice(0, scaled.shape[self.processor.slice_axis])
-        return tuple(box)
 
     @torch.inference_mode()
     def _predict(
@@ -289,7 +278,7 @@ class VolumeSegmentationPipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             "network_grid": {"shape": list(network_shape), "affine": network_affine.tolist()},
             "seconds": seconds,
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in REPORTED_PACKAGES}},
+            "versions": versions(),
         }
 
 
@@ -345,10 +334,3 @@ def _attention_backend(model: Any, device_type: str) -> str | None:
         return None
     requested = next((m.backend for m in model.modules() if hasattr(m, "backend")), None)
     return select_backend(requested, device_type).name
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,20 +1,23 @@
 """Every attention type against a dense float64 evaluation of its formula with the module's own parameters."""
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
+from attention_oracle import (
+    DIM,
+    HEAD_DIM,
+    HEADS,
+    VALUE_DIM,
+    assert_same,
+    make_attention,
+    make_config,
+    output_and_gradients,
+    tokens,
+)
 from torch import Tensor
 
-import hf_binaryformer.modeling.attention as attention_module
-from hf_binaryformer.kernels import unpack_sign_bits
 from hf_binaryformer.modeling.attention import BinaryAttention
-from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.modeling import BinaryFormerModel
 
-DIM, HEADS, VALUE_DIM = 24, 3, 4
-HEAD_DIM = DIM // HEADS
 TYPES = ["softmax", "sign", "sign_stopgrad", "hamming", "hamming_grouped", "uniform"]
 LEARNED = ["hamming", "hamming_grouped"]
 # Does a gradient reach W_q and W_k?
@@ -26,136 +29,6 @@ QUERY_KEY_LEARN = {
     "hamming_grouped": True,
     "hamming_bernoulli": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed() -> None:
-    torch.manual_seed(7)
-
-
-def make_config(attention_type: str, **fields: Any) -> BinaryFormerConfig:
-    sizes = {"hidden_size": DIM, "num_heads": HEADS, "value_head_dim": VALUE_DIM, "initializer_range": 0.3}
-    return BinaryFormerConfig(attention_type=attention_type, **(sizes | fields))
-
-
-def make_attention(attention_type: str, **fields: Any) -> BinaryAttention:
-    """In float64, with parameters large enough that no term of a formula is negligible."""
-    module = BinaryAttention(DIM, HEADS, qkv_bias=True, config=make_config(attention_type, **fields)).double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
-
-
-def sigma(x: Tensor) -> Tensor:
-    return 2 * torch.tanh(0.5 * x) / 0.5
-
-
-def sign(x: Tensor) -> Tensor:
-    return (x.detach() >= 0).double() * 2 - 1
-
-
-def straight_through(x: Tensor) -> Tensor:
-    """sgn(x) whose gradient is 1 where abs(x) <= 1 and 0 elsewhere (Eq. 3)."""
-    inside = x * (x.detach().abs() <= 1)
-    return sign(x) + inside - inside.detach()
-
-
-def split_heads(x: Tensor) -> Tensor:
-    """(B, N, H c) -> (B, H, N, c)."""
-    return torch.stack(x.chunk(HEADS, dim=-1), dim=1)
-
-
-def project(module: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias = module.qkv.weight, module.qkv.bias
-    query, key, value = (
-        x @ weight[rows].T + bias[rows] for rows in (slice(DIM), slice(DIM, 2 * DIM), slice(2 * DIM, None))
-    )
-    return split_heads(query), split_heads(key), split_heads(value)
-
-
-def normalised(x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-
-
-def dense_theta(theta: torch.nn.Module, x: Tensor, config: BinaryFormerConfig) -> Tensor:
-    """w = theta(sigma(x) || sgn(x)): (B, H, N, d) -> (B, H, N), one head's hidden units and output at a time."""
-    real, signs = sigma(x), sign(x)
-    everything = torch.cat([*real.unbind(1), *signs.unbind(1)], dim=-1)  # (B, N, 2 D)
-    prepare = normalised if config.weight_input_norm else lambda features: features
-    hidden_units = DIM // 2 // HEADS
-    weights = []
-    if config.attention_type == "hamming":
-        hidden = F.gelu(prepare(everything) @ theta.fc1.weight[..., 0].T + theta.fc1.bias)
-        weights = (hidden @ theta.fc2.weight[..., 0].T + theta.fc2.bias).unbind(-1)
-    else:
-        for head in range(HEADS):
-            if config.grouped_layout == "per_head":
-                seen = torch.cat([real[:, head], signs[:, head]], dim=-1)
-            else:
-                seen = everything[..., head * 2 * HEAD_DIM : (head + 1) * 2 * HEAD_DIM]
-            units = slice(head * hidden_units, (head + 1) * hidden_units)
-            hidden = F.gelu(prepare(seen) @ theta.fc1.weight[units, :, 0].T + theta.fc1.bias[units])
-            weights.append(hidden @ theta.fc2.weight[head, :, 0] + theta.fc2.bias[head])
-    weight = torch.stack(list(weights), dim=1)
-    if config.weight_activation == "softplus":
-        return torch.log1p(torch.exp(weight))
-    if config.weight_activation == "bounded":
-        return config.weight_max / (1 + torch.exp(-weight))
-    return weight
-
-
-def dense_scores(module: BinaryAttention, query: Tensor, key: Tensor) -> Tensor:
-    config = module.config
-    bit = straight_through if config.bit_gradient == "ste" else sign
-    if config.attention_type == "uniform":
-        return query.new_zeros(*query.shape[:3], query.shape[2])
-    if config.attention_type == "softmax":
-        left, right = query, key
-    elif config.attention_type == "sign":
-        bit = sign if config.bit_gradient == "none" else straight_through
-        left, right = bit(query), bit(key)
-    elif config.attention_type == "sign_stopgrad":
-        left, right = sign(query), sign(key)
-    else:
-        left = bit(query) * dense_theta(module.query_theta, query, config)[..., None]
-        right = bit(key) * dense_theta(module.key_theta, key, config)[..., None]
-    return config.logit_scale * left @ right.transpose(-1, -2) / HEAD_DIM**0.5
-
-
-def finish(module: BinaryAttention, per_head: Tensor) -> Tensor:
-    """(B, H, N, d_v) -> (B, N, D): heads side by side, then the output projection."""
-    return torch.cat(per_head.unbind(1), dim=-1) @ module.proj.weight.T + module.proj.bias
-
-
-def dense_attention(module: BinaryAttention, x: Tensor) -> Tensor:
-    if module.config.attention_type == "uniform":
-        value = split_heads(x @ module.qkv.weight.T + module.qkv.bias)
-        query = key = x.new_zeros(x.shape[0], HEADS, x.shape[1], HEAD_DIM)
-    else:
-        query, key, value = project(module, x)
-    return finish(module, dense_scores(module, query, key).softmax(-1) @ value)
-
-
-def output_and_gradients(module: BinaryAttention, output: Tensor, x: Tensor) -> dict[str, Tensor]:
-    torch.manual_seed(99)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    found = torch.autograd.grad(output, [x, *parameters], torch.randn_like(output), allow_unused=True)
-    zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(found, [x, *parameters], strict=True)]
-    return {"output": output.detach(), **dict(zip(["x", *names], zeros, strict=True))}
-
-
-def assert_same(module: BinaryAttention, x: Tensor) -> None:
-    actual, expected = (
-        output_and_gradients(module, run(x), x) for run in (module, lambda x: dense_attention(module, x))
-    )
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def tokens(count: int = 11) -> Tensor:
-    return torch.randn(2, count, DIM, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("attention_type", TYPES)
@@ -290,100 +163,6 @@ def test_value_channels(attention_type: str) -> None:
     assert narrow.proj.weight.shape == (DIM, HEADS * VALUE_DIM)
     assert wide.proj.weight.shape == (DIM, DIM)
     assert wide(tokens()).shape == (2, 11, DIM)
-
-
-class Recorder:
-    """Stands before `hamming_attention` and keeps what it was given."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[Tensor, ...]] = []
-        self.real = attention_module.hamming_attention
-        monkeypatch.setattr(attention_module, "hamming_attention", self)
-
-    def __call__(self, *args: Tensor, **options: Any) -> Tensor:
-        self.calls.append(args)
-        return self.real(*args, **options)
-
-
-def dense_bernoulli(module: BinaryAttention, x: Tensor, query_bits: Tensor, key_bits: Tensor) -> Tensor:
-    """y* = w1 y1 + w2 y2 with w1 = d2 / (d1 + d2), d = mean abs(sigma(q) - y), for samples y drawn by the module."""
-    query, key, value = project(module, x)
-    interpolated = []
-    for real, bits in ((sigma(query), query_bits), (sigma(key), key_bits)):
-        first, second = unpack_sign_bits(bits, HEAD_DIM, dtype=torch.float64).unbind(3)
-        d_first, d_second = (real - first).abs().mean(-1), (real - second).abs().mean(-1)
-        w_first, w_second = d_second / (d_first + d_second), d_first / (d_first + d_second)
-        interpolated.append(w_first[..., None] * first + w_second[..., None] * second)
-    scores = module.config.logit_scale * interpolated[0] @ interpolated[1].transpose(-1, -2) / HEAD_DIM**0.5
-    per_head = scores.softmax(-1) @ value
-    if module.config.bernoulli_transpose_heads:
-        return finish(module, per_head)
-    mixed = per_head.reshape(x.shape[0], x.shape[1], HEADS * VALUE_DIM)
-    return mixed @ module.proj.weight.T + module.proj.bias
-
-
-@pytest.mark.parametrize("fields", [{}, {"logit_scale": 4.0}, {"bernoulli_transpose_heads": False}])
-def test_bernoulli_given_its_samples(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_config("hamming_bernoulli").bernoulli_transpose_heads
-    recorder = Recorder(monkeypatch)
-    module, x = make_attention("hamming_bernoulli", **fields), tokens()
-    actual = output_and_gradients(module, module(x), x)
-    query_bits, key_bits = recorder.calls[0][:2]
-    expected = output_and_gradients(module, dense_bernoulli(module, x, query_bits, key_bits), x)
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def test_bernoulli_samples_have_the_right_mean_and_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """psgn(x) is +1 with probability clip((x + 1) / 2, 0, 1), x = sigma(q), twice for queries and twice for keys."""
-    recorder = Recorder(monkeypatch)
-    module, x = make_attention("hamming_bernoulli"), tokens()
-    with torch.no_grad():
-        # sigma rises with slope 2 at zero: small queries and keys, so that many probabilities are neither 0 nor 1.
-        module.qkv.weight[: 2 * DIM] *= 0.2
-        module.qkv.bias[: 2 * DIM] *= 0.2
-        query, key, _ = project(module, x)
-        for _ in range(400):
-            module(x)
-    sides = []
-    for side, real in ((0, query), (1, key)):
-        samples = torch.stack([unpack_sign_bits(call[side], HEAD_DIM, torch.float64) for call in recorder.calls])
-        mean = sigma(real).clamp(-1, 1).unsqueeze(3).expand(*samples.shape[1:])
-        deviation = (1 - mean.square()).sqrt()
-        assert ((samples.mean(0) - mean).abs() <= 5 * deviation / 20 + 1e-12).all()
-        assert (deviation > 0.1).double().mean() > 0.5
-        standardised = (samples - mean) / deviation.clamp_min(1e-9)
-        uncertain = deviation[:, :, :, 0] > 0.1
-        between = (standardised[:, :, :, :, 0] * standardised[:, :, :, :, 1]).mean(0)[uncertain]
-        assert between.abs().max() < 6.5 / 20, "the two samples of a token are independent"
-        sides.append((standardised[:, :, :, :, 0], uncertain))
-    both = sides[0][1] & sides[1][1]
-    across = (sides[0][0] * sides[1][0]).mean(0)[both]
-    assert across.abs().max() < 6.5 / 20, "queries and keys are drawn independently"
-
-
-def test_bernoulli_with_saturated_inputs_is_sign_attention() -> None:
-    """abs(sigma(q)) >= 1 leaves nothing to chance: both samples are sgn(q), and their weights add up to one."""
-    bernoulli, signed = make_attention("hamming_bernoulli"), make_attention("sign")
-    signed.load_state_dict(bernoulli.state_dict())
-    with torch.no_grad():
-        for module in (bernoulli, signed):
-            module.qkv.weight[: 2 * DIM] *= 1000
-    x = tokens()
-    torch.testing.assert_close(bernoulli(x), signed(x))
-
-
-def test_bernoulli_repeats_with_a_generator() -> None:
-    module, x = make_attention("hamming_bernoulli").eval(), tokens()
-
-    def run(seed: int) -> Tensor:
-        module.generator = torch.Generator().manual_seed(seed)
-        return module(x)
-
-    first = run(1)
-    torch.randn(5)
-    assert torch.equal(first, run(1))
-    assert not torch.equal(first, run(2))
 
 
 def test_shared_attention_is_one_module_for_all_blocks() -> None:

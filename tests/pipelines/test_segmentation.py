@@ -216,9 +216,10 @@ def test_only_the_foreground_is_seen_and_the_rest_is_background() -> None:
     np.testing.assert_array_equal(result.labels, expected)
     assert result.probabilities is not None
     assert (result.probabilities[0][expected == 0] == 1).all()
-    # With the position of slices as a channel, no slice is left out: positions count from end to end, as in training.
+    # The position of slices counts from end to end of the foreground, as in training.
     pipeline = make(processor(image_size=(16, 16), slice_position=True))
-    assert pipeline(volume).report["network_grid"]["shape"] == [30, 60, 13]
+    assert pipeline(volume).report["network_grid"]["shape"] == [30, 25, 13]
+    torch.testing.assert_close(torch.cat(pipeline.model.seen)[:, 3].mean((1, 2)), torch.linspace(-1, 1, 25))
 
 
 @pytest.mark.parametrize("spacing", [None, (1.4, 1.4, 1.4)])

@@ -1,0 +1,82 @@
+"""The checkpoints that the package ships: small, 1 bit wide, documented, and still as good as their card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import hf_binaryformer as bf
+from hf_binaryformer.modeling.configuration import BINARY_TYPES
+from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
+from hf_binaryformer.pipelines.metrics import mask_dice
+from write_card import CARDS, render
+
+ROOT = Path(__file__).parent.parent
+TINY_BRAIN = "binaryformer-tiny-brain"
+
+
+def mni_slab(folder: Path, start: int, stop: int) -> tuple[Path, np.ndarray]:
+    """Some coronal slices of the MNI152 template, and its white matter in them."""
+    datasets = pytest.importorskip("nilearn.datasets")
+    image = datasets.load_mni152_template(resolution=1).slicer[:, start:stop]
+    nib.save(image, folder / "scan.nii.gz")
+    white = np.asarray(datasets.load_mni152_wm_template(resolution=1).dataobj)[:, start:stop] > 0.5
+    return folder / "scan.nii.gz", white
+
+
+def test_tiny_brain_is_shipped():
+    assert TINY_BRAIN in known_checkpoints()
+
+
+@pytest.mark.parametrize("name", known_checkpoints())
+def test_small_and_one_bit_wide(name):
+    folder = PACKAGED / name
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 5_000_000
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".md"}
+    config = bf.from_pretrained(name).config
+    assert config.attention_type in BINARY_TYPES
+    tensors = load_file(folder / "model.safetensors")
+    assert all(np.isfinite(t.float().numpy()).all() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", known_checkpoints())
+def test_card_is_rendered_from_the_records(name):
+    card = str(render(name))
+    assert (CARDS / f"{name}.md").read_text() == card, "run: python scripts/write_card.py " + name
+    assert (PACKAGED / name / "README.md").read_text() == card
+    assert "not for clinical use" in card and "| --- |" in card
+
+
+@pytest.mark.parametrize("page", ["README.md", f"model_cards/{TINY_BRAIN}.md"])
+def test_the_first_snippet_runs(page, tmp_path, monkeypatch, capsys):
+    code = (ROOT / page).read_text().split("```python\n")[1].split("```")[0]
+    # What follows the second blank line of the README's loads weights from the Hub.
+    code = "\n\n".join(code.split("\n\n")[:2])
+    mni_slab(tmp_path, 120, 123)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    assert "cerebral cortex" in capsys.readouterr().out
+
+
+def test_segments_a_slab_of_a_real_brain(tmp_path):
+    scan, white = mni_slab(tmp_path, 110, 118)
+    labels = bf.VolumeSegmentationPipeline.from_pretrained(TINY_BRAIN)(scan).labels
+    # Eight slices at the ends of which neighbours are missing: the whole volume does better, see the slow test.
+    assert mask_dice(np.isin(labels, [1, 4]), white) > 0.75
+    assert set(range(1, 4)) <= set(np.unique(labels))
+
+
+@pytest.mark.slow
+def test_demo_repeats_the_card(tmp_path):
+    from hf_binaryformer.demo import run_demo
+
+    record = json.loads((CARDS / "evidence" / TINY_BRAIN / "mni152.json").read_text())
+    dice = run_demo(tmp_path)["segmentation"]["dice"]
+    for tissue, value in record["segmentation"]["dice"].items():
+        assert dice[tissue] == pytest.approx(value, abs=0.002)
+    assert dice["white matter"] >= 0.80 and dice["grey matter"] >= 0.75
