@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from rich.console import Console
@@ -28,11 +29,11 @@ class PriorAtlas:
     """
 
     def __init__(self, cases: list[Case], labels: list[int]) -> None:
-        masks = {case.label: read_label_array(case.label) for case in cases}
-        shape = np.mean([m.shape for m in masks.values()], axis=0).round().astype(int)
-        votes = np.zeros((max(labels) + 1, *shape), dtype=np.int32)
-        for mask in masks.values():
-            resized = resize_nearest(mask, shape)
+        shapes = [nib.as_closest_canonical(nib.load(case.label)).shape for case in cases]
+        shape = np.mean(shapes, axis=0).round().astype(int)
+        votes = np.zeros((max(labels) + 1, *shape), dtype=np.uint16)
+        for case in cases:
+            resized = resize_nearest(read_label_array(case.label), shape)
             for label in [0, *labels]:
                 votes[label] += resized == label
         self.majority = votes.argmax(0)

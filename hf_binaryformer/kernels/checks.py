@@ -29,6 +29,13 @@ def check_inputs(
             f"query_bits has {query_bits.dim()} axes and key_bits {key_bits.dim()}; both need (B, H, N, words), "
             f"or (B, H, N, 2, words) for two samples"
         )
+    if query_bits.dim() == 5 and not query_bits.shape[3] == key_bits.shape[3] == 2:
+        raise ValueError(
+            f"query_bits has {query_bits.shape[3]} planes and key_bits {key_bits.shape[3]}; with a plane axis both need 2"
+        )
+    for name, real in (("value", value), ("query_weight", query_weight), ("key_weight", key_weight)):
+        if not real.is_floating_point():
+            raise ValueError(f"{name} has type {real.dtype}, expected a floating-point type: convert it first")
     if value.dim() != 4:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected (B, H, Nk, d_v)")
     if value.shape[2] != key_bits.shape[2]:

@@ -23,14 +23,14 @@ def uniform(seed: Tensor, group: slice, rows: slice, keys: int, device: torch.de
     """Uniform float32 in (0, 1) for every (head, query, key), a function of (seed, head, i, j) alone.
 
     head counts batch x heads. With all arithmetic modulo 2^32, mix = :func:`_mix32` and mix' its part before the last
-    xor-shift: ``row = mix(mix(mix(seed_low) + seed_high + head) + i)``, ``number = mix'(row + 0x9E3779B9 * j)``; the result
+    xor-shift: ``row = mix(mix(mix(mix(seed_low) + seed_high) + head) + i)``, ``number = mix'(row + 0x9E3779B9 * j)``; the result
     is ``((number >> 10) + 1/2) / 2^22``, which leaves one bit of a float32 to spare, so that 1 + draw stays below 2.
     """
     seed = seed.to(device)
     head = torch.arange(group.start, group.stop, dtype=torch.int32, device=device)[:, None, None]
     i = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)[None, :, None]
     j = torch.arange(keys, dtype=torch.int32, device=device)
-    row = _mix32(_mix32(_mix32(_low32(seed)) + _low32(seed >> 32) + head) + i)
+    row = _mix32(_mix32(_mix32(_mix32(_low32(seed)) + _low32(seed >> 32)) + head) + i)
     number = _multiply32(row + j * -1640531527)
     return number.bitwise_right_shift_(10).bitwise_and_(2**DRAW_BITS - 1).float().add_(0.5).mul_(2.0**-DRAW_BITS)
 

@@ -198,7 +198,9 @@ class TokenWeight(nn.Module):
             real_and_sign = real_and_sign.transpose(1, 2)  # (B, H, 2, N, d)
         features = real_and_sign.movedim(3, -1).flatten(1, 3)  # (B, 2 D, N)
         if self.config.weight_input_norm:
-            features = F.layer_norm(features.mT, features.shape[1:2]).mT
+            # Each group on its own, so that a grouped weight sees no other head.
+            groups = features.unflatten(1, (self.groups, -1)).mT
+            features = F.layer_norm(groups, groups.shape[-1:]).mT.flatten(1, 2)
         weight = self.fc2(F.gelu(self.fc1(features)))
         if self.config.weight_activation == "softplus":
             return F.softplus(weight)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from attention_oracle import (
+    DIM,
     HEAD_DIM,
     HEADS,
     VALUE_DIM,
