@@ -143,16 +143,15 @@ class SliceSamples(Dataset):
         start = np.round(middle - size / 2).astype(int)
         before, after = np.maximum(-start, 0), np.maximum(start + size - np.array(label.shape), 0)
         inner = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size, strict=True))
-        padding = (before[1], after[1], before[0], after[0])
-        padding = tuple(int(p) for p in padding)
-        cut = [torch.nn.functional.pad(t[(..., *inner)], padding) for t in (pixels, label)]
+        padding = [int(p) for p in (before[1], after[1], before[0], after[0])]
+        cut = [torch.nn.functional.pad(t[..., inner[0], inner[1]], padding) for t in (pixels, label)]
         return cut[0][..., : size[0], : size[1]], cut[1][: size[0], : size[1]]
 
 
 def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProcessor) -> tuple[mt.Compose, mt.Compose]:
     """MONAI transforms of a recipe's ``augment`` section: spatial ones for image and label, intensity ones for the image."""
     zoom, turn = augment["max_zoom"], augment["max_rotation"]
-    spatial = [
+    spatial: list[mt.Transform] = [
         mt.RandAffined(
             keys=["image", "label"],
             prob=1.0,
@@ -167,7 +166,7 @@ def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProc
     if augment["flip_axis"] is not None:
         spatial.append(mt.RandFlipd(keys=["image", "label"], prob=0.5, spatial_axis=augment["flip_axis"]))
     p, key = augment["intensity_probability"], "image"
-    intensity = [
+    intensity: list[mt.Transform] = [
         mt.RandGaussianSmoothd(key, sigma_x=(0.3, augment["max_blur"]), sigma_y=(0.3, augment["max_blur"]), prob=p),
         mt.RandSimulateLowResolutiond(key, prob=p / 2, zoom_range=(0.5, 1.0), upsample_mode="bilinear"),
         mt.RandBiasFieldd(key, degree=2, coeff_range=(0.0, augment["max_bias"]), prob=p),

@@ -33,9 +33,9 @@ def check_inputs(
         raise ValueError(
             f"query_bits has {query_bits.shape[3]} planes and key_bits {key_bits.shape[3]}; with a plane axis both need 2"
         )
-    for name, real in (("value", value), ("query_weight", query_weight), ("key_weight", key_weight)):
-        if not real.is_floating_point():
-            raise ValueError(f"{name} has type {real.dtype}, expected a floating-point type: convert it first")
+    for name, tensor in (("value", value), ("query_weight", query_weight), ("key_weight", key_weight)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has type {tensor.dtype}, expected a floating-point type: convert it first")
     if value.dim() != 4:
         raise ValueError(f"value has shape {tuple(value.shape)}, expected (B, H, Nk, d_v)")
     if value.shape[2] != key_bits.shape[2]:

@@ -313,7 +313,9 @@ def reference_backward(
         those not asked for have no element.
     """
     sizes = (query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient)
-    gradients = tuple(g.zero_() for g in _empty_gradients(*sizes))
+    gradients = _empty_gradients(*sizes)
+    for gradient in gradients:
+        gradient.zero_()
     dtype = _compute_dtype(value)
     batch, heads, queries = query_bits.shape[:3]
     keys = value.shape[2]

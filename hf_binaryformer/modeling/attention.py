@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +188,7 @@ class TokenWeight(nn.Module):
             start = math.log(start / (config.weight_max - start))
         for layer, bias in ((self.fc1, 0.0), (self.fc2, start)):
             nn.init.trunc_normal_(layer.weight, std=config.initializer_range)
-            nn.init.constant_(layer.bias, bias)
+            nn.init.constant_(cast(Tensor, layer.bias), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, N, d) -> (B, H, N)."""

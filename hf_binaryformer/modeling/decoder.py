@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class SegmentationDecoder(nn.Module):
             )
         self.image_skip = nn.Conv2d(config.num_channels, channels, 3, padding=1) if config.decoder_image_skip else None
         self.convs = nn.ModuleList(ResidualConv(channels) for _ in range(config.decoder_num_convs))
-        self.head = nn.Conv2d(channels, config.num_labels, 1)
+        self.head = nn.Conv2d(channels, cast(int, config.num_labels), 1)
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         """(B, D, h, w) grid of tokens and (B, C, H, W) image, which only the skip reads -> (B, num_labels, H, W) logits."""

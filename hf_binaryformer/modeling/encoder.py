@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers import Attention as TimmAttention
@@ -39,7 +39,7 @@ def build_encoder(config: BinaryFormerConfig) -> VisionTransformer:
     )
     if config.share_attention:
         for block in vit.blocks[1:]:
-            block.attn = SharedAttention(vit.blocks[0].attn)
+            block.attn = SharedAttention(cast(BinaryAttention, vit.blocks[0].attn))
     return vit
 
 

@@ -81,7 +81,9 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         self.image_std = image_std
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
         """Load by short name, folder or Hub id, as the models do."""
         hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path, **hub_options), **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from hf_binaryformer.modeling.pretrained import CheckpointMixin
 IGNORED_LABEL = 255
 
 
-class BinaryFormerPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class BinaryFormerPreTrainedModel(CheckpointMixin, PreTrainedModel):  # type: ignore[misc]
     """What all networks share: initial weights, checkpoints by name, choice of the attention backend."""
 
     config_class = BinaryFormerConfig
@@ -197,11 +197,13 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
 
         if isinstance(checkpoint, (str, Path)) and Path(checkpoint).suffix != ".safetensors":
             raise ValueError(f"checkpoint is '{checkpoint}', expected a .safetensors file: convert it first")
-        vit = timm.create_model(name, pretrained=False, num_classes=0)
+        vit: Any = timm.create_model(name, pretrained=False, num_classes=0)
         fields = {"image_size": vit.patch_embed.img_size, **_timm_sizes(vit), **config}
         model = cls(BinaryFormerConfig(**fields))
         if checkpoint is not False:
-            overlay = {} if checkpoint is None else {"pretrained_cfg_overlay": {"file": str(checkpoint)}}
+            overlay: dict[str, Any] = (
+                {} if checkpoint is None else {"pretrained_cfg_overlay": {"file": str(checkpoint)}}
+            )
             vit = timm.create_model(
                 name,
                 pretrained=True,
@@ -219,7 +221,7 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
 
 def _timm_sizes(vit: VisionTransformer) -> dict[str, Any]:
     """Configuration fields that a timm vision transformer settles."""
-    block = vit.blocks[0]
+    block: Any = vit.blocks[0]
     return {
         "patch_size": vit.patch_embed.patch_size[0],
         "num_channels": vit.patch_embed.proj.in_channels,
@@ -254,7 +256,7 @@ class BinaryFormerForImageClassification(BinaryFormerPreTrainedModel):
     def __init__(self, config: BinaryFormerConfig) -> None:
         super().__init__(config)
         self.binaryformer = BinaryFormerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
