@@ -91,22 +91,9 @@ def hamming_attention(
         seed = torch.tensor(seed, dtype=torch.int64)
     if bit_gradient == "none":
         query = key = None
-    chosen = select_backend(backend, value.device.type)
-    output, _ = _hamming_attention(
-        query_bits,
-        key_bits,
-        query_weight,
-        key_weight,
-        value,
-        query,
-        key,
-        seed,
-        head_dim,
-        scale,
-        bit_gradient,
-        chosen.name,
-    )
-    return output
+    backend = select_backend(backend, value.device.type).name
+    tensors = (query_bits, key_bits, query_weight, key_weight, value, query, key, seed)
+    return _hamming_attention(*tensors, head_dim, scale, bit_gradient, backend)[0]
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention", mutates_args=())
@@ -174,12 +161,12 @@ def _(  # type: ignore[no-untyped-def]
     grad_output, query_bits, key_bits, query_weight, key_weight, value, logsumexp, delta, seed, head_dim, scale,
     bit_gradient, weight_gradient, backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_gradients(
+    return _zero_gradients(
         query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient
     )
 
 
-def _empty_gradients(
+def _zero_gradients(
     query_bits: Tensor,
     key_bits: Tensor,
     query_weight: Tensor,
@@ -189,15 +176,15 @@ def _empty_gradients(
     bit_gradient: str,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Contiguous room for every gradient of the backward op; a gradient that nobody asked for has no element."""
+    """Zeros for every gradient of the backward op; a gradient that nobody asked for has no element."""
     dtype = _compute_dtype(value)
     bits = bit_gradient != "none"
     return (
-        value.new_empty(query_weight.shape if weight_gradient else (0,), dtype=dtype),
-        value.new_empty(key_weight.shape if weight_gradient else (0,), dtype=dtype),
-        value.new_empty(value.shape, dtype=dtype),
-        value.new_empty((*query_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
-        value.new_empty((*key_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
+        value.new_zeros(query_weight.shape if weight_gradient else (0,), dtype=dtype),
+        value.new_zeros(key_weight.shape if weight_gradient else (0,), dtype=dtype),
+        value.new_zeros(value.shape, dtype=dtype),
+        value.new_zeros((*query_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
+        value.new_zeros((*key_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
     )
 
 
@@ -313,9 +300,7 @@ def reference_backward(
         those not asked for have no element.
     """
     sizes = (query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient)
-    gradients = _empty_gradients(*sizes)
-    for gradient in gradients:
-        gradient.zero_()
+    gradients = _zero_gradients(*sizes)
     dtype = _compute_dtype(value)
     batch, heads, queries = query_bits.shape[:3]
     keys = value.shape[2]
