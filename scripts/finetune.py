@@ -191,6 +191,13 @@ def train_model(
     return accelerator, accelerator.unwrap_model(model), processor
 
 
+def summarise_training(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of a run: settings, final loss, and seconds since its last start."""
+    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+    chosen = {key: settings["train"][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
+    return {"iterations": last["step"], "loss": last["loss"], "seconds": last["seconds"], **chosen}
+
+
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes, or the path of a .yaml file.")],
     data: Annotated[Path, typer.Option(help="Folder written by prepare_data.py.")],
@@ -213,6 +220,7 @@ def main(
     model.save_pretrained(output / "model", state_dict=rounded)
     processor.save_pretrained(output / "model")
     (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (output / "training.json").write_text(json.dumps(summarise_training(output, settings), indent=2) + "\n")
     if evaluate != "none":
         results = evaluate_split(output / "model", folder, evaluate, baseline=True)
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
