@@ -135,13 +135,16 @@ class SliceSamples(Dataset):
         }
 
     def _window(self, pixels: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A window half as large again as the network's, about the labels' middle (or the slice's), shifted at random."""
-        where = np.argwhere(label.numpy())
-        middle = (where.min(0) + where.max(0)) / 2 if len(where) else np.array(label.shape) / 2
-        middle = middle + rng.uniform(-1, 1, 2) * self.augment["max_shift"]
-        size = np.array(self.processor.image_size) * 3 // 2
+        """A window half as large again as the network's, where the pipeline could put one, and shifted at random.
+
+        The pipeline centres a slice smaller than the window, and tiles a larger one: so does training.
+        """
+        extent, window = np.array(label.shape), np.array(self.processor.image_size)
+        spare = np.maximum(extent - window, 0)
+        middle = extent / 2 + rng.uniform(-0.5, 0.5, 2) * spare + rng.uniform(-1, 1, 2) * self.augment["max_shift"]
+        size = window * 3 // 2
         start = np.round(middle - size / 2).astype(int)
-        before, after = np.maximum(-start, 0), np.maximum(start + size - np.array(label.shape), 0)
+        before, after = np.maximum(-start, 0), np.maximum(start + size - extent, 0)
         inner = tuple(slice(max(s, 0), max(s + n, 0)) for s, n in zip(start, size, strict=True))
         padding = [int(p) for p in (before[1], after[1], before[0], after[0])]
         cut = [torch.nn.functional.pad(t[..., inner[0], inner[1]], padding) for t in (pixels, label)]
