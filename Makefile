@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*)
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found: install one (Debian: also python3-venv)," \
 		"or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'" >&2; exit 1; }
 	@echo "installing into $(VENV) with $(PYTHON): some gigabytes, a few minutes"

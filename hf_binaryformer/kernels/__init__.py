@@ -4,6 +4,7 @@ The whole contract (schema, fake, autograd, readable reference) stands in :mod:`
 register into :mod:`hf_binaryformer.kernels.backends`. This subpackage imports torch and nothing else.
 """
 
+from hf_binaryformer.kernels import cpu  # noqa: F401 (registers itself)
 from hf_binaryformer.kernels.backends import BackendUnavailableError, available_backends, backend_report
 from hf_binaryformer.kernels.bits import pack_sign_bits, unpack_sign_bits
 from hf_binaryformer.kernels.hamming import hamming_attention

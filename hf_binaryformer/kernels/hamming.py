@@ -118,7 +118,8 @@ def _hamming_attention(
 @_hamming_attention.register_fake
 def _(query_bits, key_bits, query_weight, key_weight, value, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     rows = query_bits.shape[:3]
-    return value.new_empty((*rows, value.shape[-1])), value.new_empty(rows, dtype=_compute_dtype(value))
+    output = token_major(value, (*rows, value.shape[-1]), value.dtype)
+    return output, value.new_empty(rows, dtype=_compute_dtype(value))
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention_backward", mutates_args=())
@@ -182,7 +183,7 @@ def _zero_gradients(
     return (
         value.new_zeros(query_weight.shape if weight_gradient else (0,), dtype=dtype),
         value.new_zeros(key_weight.shape if weight_gradient else (0,), dtype=dtype),
-        value.new_zeros(value.shape, dtype=dtype),
+        token_major(value, value.shape, dtype).zero_(),
         value.new_zeros((*query_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
         value.new_zeros((*key_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
     )
@@ -267,7 +268,8 @@ def reference_forward(
             output[group, rows] = (weights @ v) / total
             logsumexp[group, rows] = (maximum + total.log()).squeeze(-1)
     shape = (batch, heads, queries)
-    return output.view(*shape, value_dim).to(value.dtype), logsumexp.view(shape)
+    rows_together = token_major(value, (*shape, value_dim), value.dtype)
+    return rows_together.copy_(output.view(*shape, value_dim)), logsumexp.view(shape)
 
 
 def reference_backward(
@@ -304,9 +306,10 @@ def reference_backward(
     dtype = _compute_dtype(value)
     batch, heads, queries = query_bits.shape[:3]
     keys = value.shape[2]
-    d_query_weight, d_key_weight, d_value, d_query, d_key = (
-        g.view(batch * heads, *g.shape[2:]) if g.dim() > 1 else g for g in gradients
+    d_query_weight, d_key_weight, _, d_query, d_key = (
+        g.view(batch * heads, *g.shape[2:]) if g.dim() > 1 and g is not gradients[2] else g for g in gradients
     )
+    d_value = value.new_zeros((batch * heads, keys, value.shape[3]), dtype=dtype)
     for group, row_blocks in _tiles(batch * heads, queries, keys):
         query_signs, query_w, signed_query = _planes(query_bits, query_weight, group, head_dim, dtype)
         key_signs, key_w, signed_key = _planes(key_bits, key_weight, group, head_dim, dtype)
@@ -349,6 +352,7 @@ def reference_backward(
             d_key_weight[group] = _weight_gradient(d_signed_key, key_signs, key_weight)
         if bit_gradient == "ste":
             d_key[group] = d_signed_key * key_w
+    gradients[2].copy_(d_value.view(value.shape))
     return gradients
 
 
@@ -378,6 +382,12 @@ def _tiles(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, list[s
     row_blocks = [slice(i, min(i + height, queries)) for i in range(0, queries, height)]
     for first in range(0, groups, together):
         yield slice(first, min(first + together, groups)), row_blocks
+
+
+def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """An uninitialised (B, H, N, d) tensor whose heads lie side by side in memory, as projections give and take them."""
+    batch, heads, tokens, channels = shape
+    return like.new_empty((batch, tokens, heads, channels), dtype=dtype).transpose(1, 2)
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:

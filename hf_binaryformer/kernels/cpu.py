@@ -1,0 +1,155 @@
+"""The backend "cpu": compiled Hamming attention, forward and backward in O(N) memory (sources in ``kernels/cpu``)."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from hf_binaryformer.kernels import cpu_library
+from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
+from hf_binaryformer.kernels.cpu_library import TYPES, Call, Rows
+from hf_binaryformer.kernels.hamming import reference_backward, reference_forward, token_major
+
+
+def forward(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    head_dim: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`hf_binaryformer.kernels.hamming.reference_forward`, which also computes what is float64 or empty."""
+    if not _served(query_bits, value):
+        return reference_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+    batch, heads, queries = query_bits.shape[:3]
+    output = token_major(value, (batch, heads, queries, value.shape[3]), value.dtype)
+    logsumexp = value.new_empty((batch, heads, queries), dtype=torch.float32)
+    call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+    call.output, call.logsumexp = Rows.of(output), logsumexp.data_ptr()
+    _library().forward(call)
+    return output, logsumexp
+
+
+def backward(
+    grad_output: Tensor,
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    seed: Tensor,
+    head_dim: int,
+    scale: float,
+    bit_gradient: str,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`hf_binaryformer.kernels.hamming.reference_backward`, which also computes ``bit_gradient="ste"``."""
+    if not _served(query_bits, value) or bit_gradient == "ste":
+        return reference_backward(
+            grad_output,
+            query_bits,
+            key_bits,
+            query_weight,
+            key_weight,
+            value,
+            logsumexp,
+            delta,
+            seed,
+            head_dim,
+            scale,
+            bit_gradient,
+            weight_gradient,
+        )
+    call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+    grad_output = _rows(grad_output.to(value.dtype))
+    logsumexp, delta = logsumexp.contiguous(), delta.contiguous()
+    call.logsumexp, call.delta, call.grad_output = logsumexp.data_ptr(), delta.data_ptr(), Rows.of(grad_output)
+
+    def empty(like: Tensor, wanted: bool = True) -> Tensor:
+        return value.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
+
+    signs = bit_gradient == "ternary"
+    grad_value = token_major(value, value.shape, torch.float32)
+    d_query_weight, d_key_weight = empty(query_weight, weight_gradient), empty(key_weight, weight_gradient)
+    d_query, d_key = (
+        value.new_empty((*bits.shape[:3], head_dim) if signs else (0,), dtype=torch.float32)
+        for bits in (query_bits, key_bits)
+    )
+    call.grad_value = Rows.of(grad_value)
+    if weight_gradient:
+        call.grad_query_weight, call.grad_key_weight = d_query_weight.data_ptr(), d_key_weight.data_ptr()
+    if signs:
+        call.grad_query, call.grad_key = d_query.data_ptr(), d_key.data_ptr()
+        call.seed = int(seed) & (2**64 - 1)
+    _library().backward(call)
+    return d_query_weight, d_key_weight, grad_value, d_query, d_key
+
+
+def _served(query_bits: Tensor, value: Tensor) -> bool:
+    return value.dtype in TYPES and min(query_bits.shape[:3]) > 0 and min(value.shape) > 0
+
+
+def _prepare(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    head_dim: int,
+    scale: float,
+) -> tuple[Call, tuple[Tensor, ...]]:
+    """The call's common part, and the tensors that must outlive it."""
+    query_bits, key_bits, value = query_bits.contiguous(), key_bits.contiguous(), _rows(value)
+    query_weight, key_weight = query_weight.float().contiguous(), key_weight.float().contiguous()
+    batch, heads, queries = query_bits.shape[:3]
+    call = Call(
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=value.shape[2],
+        head_dim=head_dim,
+        value_dim=value.shape[3],
+        planes=query_bits.shape[3] if query_bits.dim() == 5 else 1,
+        threads=torch.get_num_threads(),
+        type=TYPES[value.dtype],
+        scale=scale,
+        query_bits=query_bits.data_ptr(),
+        key_bits=key_bits.data_ptr(),
+        query_weight=query_weight.data_ptr(),
+        key_weight=key_weight.data_ptr(),
+        value=Rows.of(value),
+    )
+    return call, (query_bits, key_bits, query_weight, key_weight, value)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Channels side by side."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _library() -> cpu_library.Library:
+    assert cpu_library.LIBRARY is not None  # registered only then
+    return cpu_library.LIBRARY
+
+
+if cpu_library.LIBRARY is None:
+    register_missing("cpu", cpu_library.MISSING_REASON)
+    if cpu_library.INSTRUCTION_SET_VARIABLE in cpu_library.MISSING_REASON:
+        warnings.warn(f"no compiled Hamming attention: {cpu_library.MISSING_REASON}", RuntimeWarning, stacklevel=2)
+else:
+    register_backend(
+        Backend(
+            "cpu",
+            forward,
+            backward,
+            ("cpu",),
+            f"compiled, {cpu_library.LIBRARY.instruction_set} "
+            f"(this processor runs {', '.join(cpu_library.LIBRARY.runnable)})",
+        )
+    )

@@ -1,0 +1,172 @@
+"""The compiled library of ``kernels/cpu`` behind its plain C interface (``kernels/cpu/hamming.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Rows packed by one thread before a second one is worth its start.
+ROWS_PER_THREAD = 2048
+
+
+class Rows(ctypes.Structure):
+    """``hf_rows``: (B, H, N, channels), strides in elements, channels side by side."""
+
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
+
+    @classmethod
+    def of(cls, t: Tensor) -> Rows:
+        """The rows of a tensor whose last axis has stride 1."""
+        return cls(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+
+
+class Call(ctypes.Structure):
+    """``hf_attention``."""
+
+    _fields_ = [
+        *[(n, c_int64) for n in ("batch", "heads", "queries", "keys", "head_dim", "value_dim", "planes")],
+        ("threads", c_int64),
+        ("type", c_int64),
+        ("scale", c_double),
+        *[(n, c_void_p) for n in ("query_bits", "key_bits", "query_weight", "key_weight")],
+        ("value", Rows),
+        ("output", Rows),
+        ("logsumexp", c_void_p),
+        ("grad_output", Rows),
+        *[(n, c_void_p) for n in ("delta", "grad_query_weight", "grad_key_weight")],
+        ("grad_value", Rows),
+        *[(n, c_void_p) for n in ("grad_query", "grad_key")],
+        ("seed", c_uint64),
+    ]
+
+
+class LibraryMissingError(RuntimeError):
+    """The compiled library cannot run here; says why and what would cure it."""
+
+
+class Library:
+    """The loaded library.
+
+    Args:
+        path: of the shared library.
+        instruction_set: name of the one to use; empty for the best that this processor runs.
+
+    Raises:
+        LibraryMissingError: there is no library at ``path``, it is of another version, or the instruction set cannot run.
+    """
+
+    def __init__(self, path: Path, instruction_set: str = "") -> None:
+        if not path.is_file():
+            raise LibraryMissingError(
+                "it was not built; install from source with a C++ compiler (g++ or clang++) present: pip install ."
+            )
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise LibraryMissingError(f"{path.name} does not load ({error}); install again: pip install .") from error
+        declare(self._library)
+        if self._library.hf_abi_version() != ABI_VERSION:
+            raise LibraryMissingError(f"{path.name} was built from another version of the sources; run: pip install .")
+        self.instruction_sets = self._library.hf_instruction_sets().decode().split()
+        self.runnable = [name for name in self.instruction_sets if self._library.hf_can_run(name.encode())]
+        if self._library.hf_select(instruction_set.encode()):
+            raise LibraryMissingError(
+                f"{INSTRUCTION_SET_VARIABLE} is '{instruction_set}', this processor runs {', '.join(self.runnable)}; "
+                f"choose one of those or leave the variable out"
+            )
+        self._team = torch_team()
+        self._library.hf_set_team(self._team)
+
+    @property
+    def instruction_set(self) -> str:
+        """The one in use."""
+        return self._library.hf_selected().decode()
+
+    def forward(self, call: Call) -> None:
+        """Run ``hf_forward``."""
+        check(self._library.hf_forward(ctypes.byref(call)))
+
+    def backward(self, call: Call) -> None:
+        """Run ``hf_backward``."""
+        check(self._library.hf_backward(ctypes.byref(call)))
+
+    def pack_sign_bits(self, x: Tensor) -> Tensor:
+        """(..., d) float32, bfloat16 or float16 with up to three leading axes -> (..., ceil(d / 64)) int64."""
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            x = x.contiguous()
+        head_dim = x.shape[-1]
+        bits = x.new_empty((*x.shape[:-1], -(-head_dim // 64)), dtype=torch.int64)
+        lead = 3 - (x.dim() - 1)
+        outer = (c_int64 * 3)(*[1] * lead, *x.shape[:-1])
+        stride = (c_int64 * 3)(*[0] * lead, *x.stride()[:-1])
+        threads = min(torch.get_num_threads(), 1 + bits.numel() // ROWS_PER_THREAD)
+        check(
+            self._library.hf_pack_signs(x.data_ptr(), TYPES[x.dtype], outer, stride, head_dim, threads, bits.data_ptr())
+        )
+        return bits
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Types of the functions."""
+    library.hf_instruction_sets.restype = library.hf_selected.restype = c_char_p
+    library.hf_can_run.argtypes = library.hf_select.argtypes = [c_char_p]
+    library.hf_set_team.argtypes, library.hf_set_team.restype = [c_void_p], None
+    library.hf_forward.argtypes = library.hf_backward.argtypes = [ctypes.POINTER(Call)]
+    triple = ctypes.POINTER(c_int64)
+    library.hf_pack_signs.argtypes = [c_void_p, c_int64, triple, triple, c_int64, c_int64, c_void_p]
+    library.hf_pack_signs.restype = c_int
+
+
+def check(status: int) -> None:
+    """Raise for a status of the library other than 0."""
+    if status == -2:
+        raise MemoryError("the compiled Hamming attention found no memory for its tiles")
+    if status:
+        raise RuntimeError(f"the compiled Hamming attention refused the call (status {status}): please report this")
+
+
+def torch_team() -> c_void_p | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; None where it is another runtime.
+
+    A second team of threads would compete with torch's, whose idle threads go on spinning for a while.
+    """
+    for path in openmp_runtimes():
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, c_void_p)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def openmp_runtimes() -> Iterator[str]:
+    """Files of GNU OpenMP that may be torch's: the one shipped with torch, or the only one in this process."""
+    shipped = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if shipped:
+        yield from map(str, shipped)
+        return
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        mapped = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+        if len(mapped) == 1:
+            yield from mapped
+
+
+def load() -> tuple[Library | None, str]:
+    """The library, or None and the reason."""
+    try:
+        instruction_set = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
+        return Library(Path(__file__).with_name("_cpu.so"), instruction_set), ""
+    except LibraryMissingError as error:
+        return None, str(error)
+
+
+LIBRARY, MISSING_REASON = load()

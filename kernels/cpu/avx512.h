@@ -1,0 +1,62 @@
+// AVX-512 with VPOPCNTDQ and VBMI: sixteen lanes, thirty-two registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vectors.h"
+
+namespace hf {
+namespace {
+
+struct Avx512 : Vector<float16, int16> {
+    static constexpr int channels = 16; // accumulators that stay in registers
+
+    template <class T> static inline void keep(T &x) { __asm__("" : "+v"(x)); }
+    static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+    // b where either is NaN.
+    static inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+    static inline I popcount(I x) { return (I)_mm512_popcnt_epi32((__m512i)x); }
+    static inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
+    static inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
+    static inline uint32_t mask(I x) { return _mm512_movepi32_mask((__m512i)x); } // the sign bits
+    static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
+    static inline uint32_t below(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
+    static inline F floor(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
+    // Number of differing bits of `halves` 32-bit words.
+    template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {
+        I count = popcount(q[0] ^ k[0]);
+        if constexpr (Halves == 0) {
+            for (int h = 1; h < halves; h++) count += popcount(q[h] ^ k[h]);
+        } else {
+            for (int h = 1; h < Halves; h++) count += popcount(q[h] ^ k[h]);
+        }
+        return count;
+    }
+
+    // 2^x for -126 <= x <= 127, relative error 4e-7: a table of sixteenths and a polynomial of degree 2.
+    struct Exp2 {
+        F magic = splat(786432.0f); // 1.5 * 2^19: the last place is a sixteenth
+        // 2^(k/16), less what shifting k into the mantissa would add
+        I table = {0x3f800000 - (0 << 19),  0x3f85aac3 - (1 << 19),  0x3f8b95c2 - (2 << 19),  0x3f91c3d3 - (3 << 19),
+                   0x3f9837f0 - (4 << 19),  0x3f9ef532 - (5 << 19),  0x3fa5fed7 - (6 << 19),  0x3fad583f - (7 << 19),
+                   0x3fb504f3 - (8 << 19),  0x3fbd08a4 - (9 << 19),  0x3fc5672a - (10 << 19), 0x3fce248c - (11 << 19),
+                   0x3fd744fd - (12 << 19), 0x3fe0ccdf - (13 << 19), 0x3feac0c7 - (14 << 19), 0x3ff5257d - (15 << 19)};
+        // c1 takes up three quarters of the cubic term at the ends of the interval.
+        F c1 = splat(0.69318783f), c2 = splat(0.24022651f);
+        Exp2() {
+            keep(magic);
+            keep(table);
+            keep(c1);
+            keep(c2);
+        }
+        inline F operator()(F x) const {
+            const F y = x + magic, r = x - (y - magic);
+            const I power = (I)_mm512_permutexvar_epi32((__m512i)y, (__m512i)table) + ((I)y << 19);
+            return fma((F)power * r, fma(c2, r, c1), (F)power);
+        }
+    };
+};
+
+} // namespace
+} // namespace hf

@@ -1,0 +1,51 @@
+// What one instruction set offers to the dispatcher. Internal; the public interface is hamming.h.
+#pragma once
+
+#include <stddef.h>
+
+#include "hamming.h"
+
+namespace hf {
+
+// One call, with what all its units share.
+struct Call {
+    const hf_attention *a;
+    int64_t id;               // tells calls apart, so that a thread's packed head is not taken for another call's
+    int64_t chunk;            // keys of one unit of the backward
+    int64_t chunks;           // ceil(keys / chunk)
+    float *partial;           // (heads, chunks, Nq, P): each chunk's share of grad_query_weight
+    float *row_maximum;       // (heads, chunks, Nq) of abs(dS w_k); after the fold row 0 holds the maximum over chunks
+    float *column_maximum;    // (heads, Nk) of abs(dS w_q)
+    int32_t *partial_signs;   // (heads, chunks, Nq, d): each chunk's sum of t_ij sgn(k_j)
+};
+
+// Memory of one thread, kept from call to call.
+struct Arena {
+    char *base = nullptr;
+    size_t size = 0;
+    int64_t call = -1, head = -1; // whose head lies packed at the start of the memory
+    bool reserve(size_t bytes);
+};
+
+// Query rows of one unit of the forward.
+constexpr int64_t kForwardRows = 512;
+
+struct Kernels {
+    const char *name;
+    size_t (*forward_bytes)(const hf_attention &);
+    void (*forward)(const Call &, int64_t head, int64_t first, int64_t last, Arena &);
+    size_t (*backward_bytes)(const Call &);
+    void (*maxima)(const Call &, int64_t head, int64_t chunk, Arena &);   // ternary gradient: first pass
+    void (*backward)(const Call &, int64_t head, int64_t chunk, Arena &);
+    void (*pack)(const void *row, int64_t type, int64_t head_dim, uint64_t *bits); // one row
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#endif
+#if defined(__aarch64__)
+extern const Kernels kNeon;
+#endif
+
+} // namespace hf

@@ -1,0 +1,42 @@
+// Any processor: four lanes in plain arithmetic.
+#include <math.h>
+
+#include "attention.h"
+#include "polynomial.h"
+
+namespace hf {
+
+struct Portable : Vector<float4, int4> {
+    static constexpr int channels = 8;
+
+    static inline F fma(F a, F b, F c) { return a * b + c; }
+    static inline F max(F a, F b) { return a > b ? a : b; } // b where either is NaN
+    static inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+    static inline uint32_t mask(I x) {
+        uint32_t bits = 0;
+        for (int l = 0; l < 4; l++) bits |= (uint32_t)(x[l] < 0) << l;
+        return bits;
+    }
+    static inline F floor(F x) {
+        for (int l = 0; l < 4; l++) x[l] = floorf(x[l]);
+        return x;
+    }
+    template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {
+        I count = splat_int(0);
+        for (int h = 0; h < (Halves ? Halves : halves); h++) {
+            I x = q[h] ^ k[h];
+            x = x - ((x >> 1) & 0x55555555);
+            x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
+            x = (x + (x >> 4)) & 0x0f0f0f0f;
+            count += (x * 0x01010101) >> 24;
+        }
+        return count;
+    }
+    struct Exp2 {
+        inline F operator()(F x) const { return Polynomial<Portable>::exp2(x); }
+    };
+};
+
+const Kernels kPortable = make_kernels<ByShape<Portable>>("portable");
+
+} // namespace hf

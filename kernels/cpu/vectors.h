@@ -1,0 +1,47 @@
+// Vectors by the compilers' own extension (GCC, Clang): operators for everything, so that the kernels are written once.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace hf {
+namespace {
+
+typedef float float4 __attribute__((vector_size(16)));
+typedef int32_t int4 __attribute__((vector_size(16)));
+typedef float float8 __attribute__((vector_size(32)));
+typedef int32_t int8 __attribute__((vector_size(32)));
+typedef float float16 __attribute__((vector_size(64)));
+typedef int32_t int16 __attribute__((vector_size(64)));
+
+template <class Floats, class Ints> struct Vector {
+    typedef Floats F;
+    typedef Ints I;
+    static constexpr int lanes = sizeof(F) / sizeof(float);
+
+    // Keeps a value in a register: a compiler that reads it anew for each use makes loads the limit.
+    template <class T> static inline void keep(T &) {}
+    static inline F splat(float x) { return x - F{}; }
+    static inline I splat_int(int32_t x) { return x - I{}; }
+    static inline F load(const float *p) {
+        F x;
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static inline void store(float *p, F x) { memcpy(p, &x, sizeof x); }
+    static inline F to_float(I x) { return __builtin_convertvector(x, F); }
+    static inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
+
+    // log2 of x > 0 by the series of artanh; relative error of the result below 2e-7.
+    static inline F log2(F x) {
+        I bits = (I)x;
+        I exponent = (bits - 0x3f3504f3) >> 23; // mantissa from sqrt(1/2) to sqrt(2)
+        F mantissa = (F)(bits - (exponent << 23));
+        F s = (mantissa - 1.0f) / (mantissa + 1.0f), s2 = s * s;
+        F series = 1.0f + s2 * (0.333333333f + s2 * (0.2f + s2 * (0.142857143f + s2 * 0.111111111f)));
+        return to_float(exponent) + s * series * 2.88539008f;
+    }
+};
+
+} // namespace
+} // namespace hf
