@@ -12,6 +12,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "ternary.h"
 
 namespace hf {
 namespace { // one copy for each instruction set: a shared one could be another set's
@@ -19,7 +20,7 @@ namespace { // one copy for each instruction set: a shared one could be another 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.693147181f;
 constexpr float kLowest = -126.0f;     // exp2 of less than this would leave the normal numbers
-constexpr float kBoundedRange = 100.0f; // a row's scores may spread so far and still be taken against their known bound
+constexpr float kBounded = 50.0f;      // rows whose scores are known to be less than this (in log2) need no maximum
 
 // Cuts one block of memory into arrays.
 struct Carver {
@@ -68,8 +69,8 @@ template <class V, int Halves, int Planes> struct Attention {
     static constexpr int kAhead = 6;        // keys that the pipelines of the forward look ahead
     static constexpr int kScoreBlock = 32;  // keys whose scores are held at one time where the maximum is sought
     static constexpr int kValueBlock = 128; // keys whose probabilities are held where d_v > C
-    static constexpr int kSumBlock = 1024;  // keys summed up in registers elsewhere
-    static constexpr int kQueryBlock = 64;  // queries of one tile of the backward
+    static constexpr int kSumBlock = 256;  // keys summed up in registers elsewhere
+    static constexpr int kQueryBlock = kSignBlock; // queries of one tile of the backward
 
     static int halves(const hf_attention &a) { return Halves ? Halves : (int)halves_of(a); }
     static int64_t padded_values(const hf_attention &a) { return round_up(std::max<int64_t>(a.value_dim, 1), C); }
@@ -181,11 +182,12 @@ template <class V, int Halves, int Planes> struct Attention {
         }
     }
 
-    // Against a bound known beforehand: no maximum, three keys in flight. Returns the sum of the probabilities.
-    template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries, F bound) {
+    // Scores whose bound is known beforehand: no maximum, three keys in flight. Returns the sum of 2^score, which with
+    // |score| < 50 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
+    template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries) {
         const Exp2 exp2;
         F total = V::splat(0);
-        const F start = -bound;
+        const F start = V::splat(0);
         F probability = exp2(queries.score(r, 0, start)), next = queries.score(r, 1, start);
         const float *row = v.data;
         const int64_t step = Wide ? kValueBlock : kSumBlock;
@@ -209,7 +211,7 @@ template <class V, int Halves, int Planes> struct Attention {
         return total;
     }
 
-    // With the running maximum, for rows whose bound is too far from their scores. Sets `maximum`.
+    // With the running maximum, for rows of large scores. Sets `maximum`.
     static F attend_online(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries, F &maximum) {
         const Exp2 exp2;
         const int64_t values = padded_values(a);
@@ -224,39 +226,39 @@ template <class V, int Halves, int Planes> struct Attention {
             }
             F factor = exp2(V::max(maximum - higher, V::splat(kLowest)));
             maximum = higher;
-            total *= factor;
-            for (int64_t c = 0; c < values; c++) r.sums[c] *= factor;
+            F sums[C], block = V::splat(0);
+            for (int c = 0; c < C; c++) sums[c] = V::splat(0);
             for (int64_t j = 0; j < count; j++) {
                 // NaN stays NaN: max gives its second argument then.
                 r.scores[j] = exp2(V::max(V::splat(kLowest), r.scores[j] - maximum));
-                total += r.scores[j];
+                block += r.scores[j];
+                add_values(sums, r.scores[j], v.data + (first + j) * v.stride);
             }
-            F sums[C];
-            for (int c = 0; c < C; c++) sums[c] = r.sums[c];
-            for (int64_t j = 0; j < count; j++) add_values(sums, r.scores[j], v.data + (first + j) * v.stride);
-            for (int c = 0; c < C; c++) r.sums[c] = sums[c];
+            total = total * factor + block;
+            for (int64_t c = 0; c < values; c++) r.sums[c] *= factor;
+            for (int c = 0; c < C; c++) r.sums[c] += sums[c];
             add_further_values(r.scores, v, first, count, values, r.sums);
         }
         return total;
     }
 
-    // Lanes of a tile: its queries' bits in r.lanes, their slopes, and the bound of their scores; whether it is near enough.
-    static bool load_queries(const hf_attention &a, int64_t head, int64_t i, int64_t last, const ForwardRoom &r, Queries &q, F &bound) {
+    // Lanes of a tile: its queries' bits in r.lanes and their slopes; whether all their scores are bounded.
+    static bool load_queries(const hf_attention &a, int64_t head, int64_t i, int64_t last, const ForwardRoom &r, Queries &q) {
         F weight[Planes];
         const int64_t row = head * a.queries;
         load_lanes(a, a.query_bits + row * Planes * words_of(a), a.query_weight + row * Planes, i, last, r.lanes, weight);
         q.lanes = r.lanes;
         q.halves = halves(a);
         q.middle = V::splat(0.5f * (float)a.head_dim);
-        bound = V::splat(0);
+        F bound = V::splat(0);
         for (int p = 0; p < Planes; p++) {
             // One rounding only: an error here is one of the row's temperature, which no average removes.
             for (int l = 0; l < L; l++) ((float *)&q.slope[p])[l] = (float)(-2 * a.scale * kLog2E * ((const float *)&weight[p])[l]);
             for (int k = 0; k < Planes; k++) bound += V::absolute(q.slope[p]) * (r.largest[k] * 0.5f * (float)a.head_dim);
         }
-        bool near = true;
-        for (int l = 0; l < L; l++) near &= 2 * ((const float *)&bound)[l] < kBoundedRange; // false for NaN
-        return near;
+        bool bounded = true;
+        for (int l = 0; l < L; l++) bounded &= ((const float *)&bound)[l] < kBounded; // false for NaN
+        return bounded;
     }
 
     // Sums of a tile's lanes over `total`, as rows of the output, and the log-sum-exp.
@@ -288,12 +290,12 @@ template <class V, int Halves, int Planes> struct Attention {
                                 : FloatRows{rows_of<const float>(a.value, a.heads, head), a.value.row_stride};
         for (int64_t i = first; i < last; i += L) {
             Queries queries;
-            F maximum, total;
-            const bool near = load_queries(a, head, i, last, r, queries, maximum);
+            F maximum = V::splat(0), total;
+            const bool bounded = load_queries(a, head, i, last, r, queries);
             for (int64_t n = 0; n < values; n++) r.sums[n] = V::splat(0);
-            if (!near) total = attend_online(a, r, v, queries, maximum);
-            else if (values > C) total = attend_bounded<true>(a, r, v, queries, maximum);
-            else total = attend_bounded<false>(a, r, v, queries, maximum);
+            if (!bounded) total = attend_online(a, r, v, queries, maximum);
+            else if (values > C) total = attend_bounded<true>(a, r, v, queries);
+            else total = attend_bounded<false>(a, r, v, queries);
             write_queries(a, head, i, last, r, total, maximum);
         }
     }
@@ -316,6 +318,7 @@ template <class V, int Halves, int Planes> struct Attention {
         F *dp;          // (kQueryBlock)
         F *d_query;     // (kQueryBlock, P): dw_q, not yet summed over lanes
         float *rows;    // (L, padded d_v)
+        Signs<V> signs; // of the ternary gradient
     };
 
     static BackwardRoom carve_backward(const Call &call, Carver &c) {
@@ -336,6 +339,7 @@ template <class V, int Halves, int Planes> struct Attention {
         r.dp = c.take<F>(kQueryBlock + 1);
         r.d_query = c.take<F>(kQueryBlock * Planes);
         r.rows = c.take<float>(L * values);
+        if (a.grad_query) r.signs = Signs<V>::carve(call, c);
         return r;
     }
 
@@ -409,9 +413,9 @@ template <class V, int Halves, int Planes> struct Attention {
     }
 
     // dP of one tile, and dV += P dO: two queries at a time, so that a vector of V serves both.
-    template <bool First> static inline void products(const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t c, const F *value, F *d_value) {
+    template <bool First, bool Values> static inline void products(const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t c, const F *value, F *d_value) {
         F sums[C];
-        for (int k = 0; k < C; k++) sums[k] = d_value[k];
+        for (int k = 0; k < C; k++) sums[k] = V::splat(0); // of the block: sums of sums lose fewer digits
         const float *row0 = grad.data + i * grad.stride + c;
         for (int64_t n = 0; n < count; n += 2, row0 += 2 * grad.stride) {
             const float *row1 = n + 1 < count ? row0 + grad.stride : row0;
@@ -427,6 +431,7 @@ template <class V, int Halves, int Planes> struct Attention {
                 even1 = V::fma(g1, v0, even1);
                 odd0 = V::fma(h0, v1, odd0);
                 odd1 = V::fma(h1, v1, odd1);
+                if (!Values) continue;
                 sums[k] = V::fma(p0, g0, sums[k]);
                 sums[k] = V::fma(p1, g1, sums[k]);
                 sums[k + 1] = V::fma(p0, h0, sums[k + 1]);
@@ -435,13 +440,14 @@ template <class V, int Halves, int Planes> struct Attention {
             r.dp[n] = even0 + odd0;
             r.dp[n + 1] = even1 + odd1;
         }
-        for (int k = 0; k < C; k++) d_value[k] = sums[k];
+        if (Values)
+            for (int k = 0; k < C; k++) d_value[k] += sums[k];
     }
 
     // dS into dw_k of the lanes and dw_q of the queries. `counted` is w_k, or 0 for lanes past the end.
     static inline void weights(const BackwardRoom &r, const float *delta, const float *query_weight, int64_t count, const F *counted, F *d_weight) {
         F d_key[Planes];
-        for (int k = 0; k < Planes; k++) d_key[k] = d_weight[k];
+        for (int k = 0; k < Planes; k++) d_key[k] = V::splat(0);
         for (int64_t n = 0; n < count; n++) {
             const F ds = r.p[n] * (r.dp[n] - delta[n]), *dot = r.dot + n * Planes * Planes;
             for (int q = 0; q < Planes; q++)
@@ -451,43 +457,89 @@ template <class V, int Halves, int Planes> struct Attention {
                     r.d_query[n * Planes + q] = V::fma(e, counted[k], r.d_query[n * Planes + q]);
                 }
         }
-        for (int k = 0; k < Planes; k++) d_weight[k] = d_key[k];
+        for (int k = 0; k < Planes; k++) d_weight[k] += d_key[k];
+    }
+
+    // P and dP of one tile and a block of queries; with Values also dV.
+    template <bool Values> static inline void recompute(const hf_attention &a, const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t t) {
+        const int64_t values = padded_values(a);
+        const F *value = r.value + t * values;
+        F *d_value = r.d_value + t * values;
+        probabilities(a, r, Keys(a, r, t), i, count);
+        products<true, Values>(r, grad, i, count, 0, value, d_value);
+        for (int64_t c = C; c < values; c += C) products<false, Values>(r, grad, i, count, c, value + c, d_value + c);
+    }
+
+    // What a unit of the backward starts with; returns dO.
+    static FloatRows load_unit(const Call &call, int64_t head, int64_t first, int64_t last, const BackwardRoom &r, Arena &arena) {
+        const hf_attention &a = *call.a;
+        const int64_t values = padded_values(a);
+        if (arena.call != call.id || arena.head != head) {
+            pack_queries(a, head, r);
+            FloatRows::of(a, a.grad_output, head, a.queries, values, r.grad);
+            if (a.grad_query) r.signs.load_queries(call, head);
+            arena.call = call.id, arena.head = head;
+        }
+        load_chunk(call, head, first, last, r);
+        return FloatRows::needs_room(a, values) ? FloatRows{r.grad, values}
+                                                : FloatRows{rows_of<const float>(a.grad_output, a.heads, head), a.grad_output.row_stride};
+    }
+
+    // First pass of the ternary gradient: the largest abs(dS w_k) of each query in the chunk, abs(dS w_q) of each key.
+    static void maxima(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
+        const hf_attention &a = *call.a;
+        Carver c{arena.base};
+        const BackwardRoom r = carve_backward(call, c);
+        const int64_t first = chunk * call.chunk, last = std::min(first + call.chunk, a.keys), tiles = (last - first + L - 1) / L, row = head * a.queries;
+        const FloatRows grad = load_unit(call, head, first, last, r, arena);
+        for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
+            const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
+            for (int64_t n = 0; n < count; n++) r.d_query[n] = V::splat(0);
+            for (int64_t t = 0; t < tiles; t++) {
+                recompute<false>(a, r, grad, i, count, t);
+                F largest = r.d_weight[t];
+                const F weight = r.tile_weight[t];
+                for (int64_t n = 0; n < count; n++) {
+                    const F ds = r.p[n] * (r.dp[n] - a.delta[row + i + n]);
+                    r.d_query[n] = V::max(V::absolute(ds * weight), r.d_query[n]);
+                    largest = V::max(V::absolute(ds * a.query_weight[row + i + n]), largest);
+                }
+                r.d_weight[t] = largest;
+            }
+            float *to = call.row_maximum + (head * call.chunks + chunk) * a.queries + i;
+            for (int64_t n = 0; n < count; n++) to[n] = V::largest(r.d_query[n]);
+        }
+        for (int64_t key = first; key < last; key++) call.column_maximum[head * a.keys + key] = ((const float *)&r.d_weight[(key - first) / L])[(key - first) % L];
     }
 
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
         const hf_attention &a = *call.a;
         Carver c{arena.base};
         const BackwardRoom r = carve_backward(call, c);
-        const int64_t values = padded_values(a), row = head * a.queries;
-        const int64_t first = chunk * call.chunk, last = std::min(first + call.chunk, a.keys), tiles = (last - first + L - 1) / L;
-        if (arena.call != call.id || arena.head != head) {
-            pack_queries(a, head, r);
-            FloatRows::of(a, a.grad_output, head, a.queries, values, r.grad);
-            arena.call = call.id, arena.head = head;
-        }
-        const FloatRows grad = FloatRows::needs_room(a, values)
-                                   ? FloatRows{r.grad, values}
-                                   : FloatRows{rows_of<const float>(a.grad_output, a.heads, head), a.grad_output.row_stride};
-        load_chunk(call, head, first, last, r);
+        const int64_t first = chunk * call.chunk, last = std::min(first + call.chunk, a.keys), tiles = (last - first + L - 1) / L, row = head * a.queries;
+        const FloatRows grad = load_unit(call, head, first, last, r, arena);
+        if (a.grad_query) r.signs.load_chunk(call, head, first, last);
         for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
             const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
+            if (a.grad_query) r.signs.start_block();
             for (int64_t t = 0; t < tiles; t++) {
-                probabilities(a, r, Keys(a, r, t), i, count);
-                products<true>(r, grad, i, count, 0, r.value + t * values, r.d_value + t * values);
-                for (int64_t c = C; c < values; c += C) products<false>(r, grad, i, count, c, r.value + t * values + c, r.d_value + t * values + c);
+                recompute<true>(a, r, grad, i, count, t);
+                if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.tile_weight[t]);
                 if (!a.grad_query_weight) continue;
                 F counts[Planes];
-                for (int p = 0; p < Planes; p++) counts[p] = counted(call, first + t * L, last, r.tile_weight[t * Planes + p]);
+                for (int p = 0; p < Planes; p++) counts[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
                 weights(r, a.delta + row + i, a.query_weight + (row + i) * Planes, count, counts, r.d_weight + t * Planes);
             }
             write_query_block(call, head, chunk, i, count, r);
+            if (a.grad_query) r.signs.write_block(call, head, i, count);
         }
         write_chunk(call, head, first, last, r);
+        if (a.grad_query) r.signs.write_chunk(call, head, first, last);
     }
 
     // A tile's key weights, 0 in lanes past the end: those repeat the last key and must not count twice.
-    static F counted(const Call &, int64_t key, int64_t last, F weight) {
+    static F counted(int64_t key, int64_t last, F weight) {
         for (int l = 0; l < L; l++)
             if (key + l >= last) ((float *)&weight)[l] = 0;
         return weight;
@@ -541,6 +593,9 @@ template <class Select> struct Face {
         Select::with_shape(*call.a, [&](auto kernel) { bytes = decltype(kernel)::backward_bytes(call); });
         return bytes;
     }
+    static void maxima(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
+        Select::with_shape(*call.a, [&](auto kernel) { decltype(kernel)::maxima(call, head, chunk, arena); });
+    }
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
         Select::with_shape(*call.a, [&](auto kernel) { decltype(kernel)::backward(call, head, chunk, arena); });
     }
@@ -548,7 +603,7 @@ template <class Select> struct Face {
 
 template <class Select> constexpr Kernels make_kernels(const char *name) {
     using f = Face<Select>;
-    return {name, f::forward_bytes, f::forward, f::backward_bytes, nullptr, f::backward, pack_row};
+    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::maxima, f::backward, pack_row};
 }
 
 } // namespace

@@ -6,7 +6,7 @@
 
 namespace hf {
 
-struct Avx2 : Vector<float8, int8> {
+struct Avx2 : Vector<float8, int8, uint8> {
     static constexpr int channels = 8;
 
     static inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -15,8 +15,9 @@ struct Avx2 : Vector<float8, int8> {
         const float4 y = (float4)_mm256_castps256_ps128((__m256)x) + (float4)_mm256_extractf128_ps((__m256)x, 1);
         return (y[0] + y[2]) + (y[1] + y[3]);
     }
-    static inline uint32_t mask(I x) { return (uint32_t)_mm256_movemask_ps((__m256)x); }
-    static inline F floor(F x) { return (F)_mm256_floor_ps((__m256)x); }
+
+    static inline uint32_t at_least(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)); }
+    static inline uint32_t below(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)); }
 
     static inline __m256i count_bytes(I x) {
         const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);

@@ -8,7 +8,7 @@
 namespace hf {
 namespace {
 
-struct Avx512 : Vector<float16, int16> {
+struct Avx512 : Vector<float16, int16, uint16> {
     static constexpr int channels = 16; // accumulators that stay in registers
 
     template <class T> static inline void keep(T &x) { __asm__("" : "+v"(x)); }
@@ -18,10 +18,19 @@ struct Avx512 : Vector<float16, int16> {
     static inline I popcount(I x) { return (I)_mm512_popcnt_epi32((__m512i)x); }
     static inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
     static inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
-    static inline uint32_t mask(I x) { return _mm512_movepi32_mask((__m512i)x); } // the sign bits
     static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
     static inline uint32_t below(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
-    static inline F floor(F x) { return (F)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
+    static inline void add_agreement(uint64_t nonzero, uint64_t positive, const uint64_t *columns, int64_t channels, int32_t total, int32_t *counts) {
+        const __m512i wanted = _mm512_set1_epi64((int64_t)nonzero), sign = _mm512_set1_epi64((int64_t)positive);
+        const __m256i less = _mm256_set1_epi32(total);
+        for (int64_t c = 0; c < channels; c += 8) { // padded to whole words
+            const __m512i agree = _mm512_ternarylogic_epi64(wanted, sign, _mm512_loadu_si512(columns + c), 0x90);
+            const __m256i twice = _mm256_slli_epi32(_mm512_cvtepi64_epi32(_mm512_popcnt_epi64(agree)), 1);
+            __m256i *to = (__m256i *)(counts + c);
+            _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_sub_epi32(twice, less)));
+        }
+    }
 
     // Number of differing bits of `halves` 32-bit words.
     template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {

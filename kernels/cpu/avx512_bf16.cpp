@@ -1,4 +1,4 @@
-// AVX-512 with BF16: 16-bit values run P.V, dP and dV as dot products of bfloat16 pairs summed in float32.
+// AVX-512 with BF16: bfloat16 values run P.V, dP and dV as dot products of bfloat16 pairs summed in float32.
 //
 // Probabilities are bfloat16 from the start: scores in 128ths of log2 are rounded to integers, which but for a small
 // correction out of a table of 128 are the bits of 2^x, two keys (forward) or two queries (backward) to a 32-bit lane.
@@ -14,6 +14,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     using V = Avx512;
     using F = V::F;
     using I = V::I;
+    static void maxima(const Call &, int64_t, int64_t, Arena &) {} // of the ternary gradient, which is never ours
     using Base::C, Base::L, Base::kValueBlock, Base::kSumBlock, Base::kScoreBlock, Base::kQueryBlock;
     using typename Base::BackwardRoom, typename Base::ForwardRoom, typename Base::Keys, typename Base::Queries;
     static constexpr float kUnit = 128.0f, kOne = 127 * 128.0f; // bits of 2^0
@@ -47,7 +48,6 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         }
     };
 
-    static uint16_t bfloat(const hf_attention &a, const uint16_t *x) { return a.type == HF_BFLOAT16 ? *x : float_to_bfloat(half_to_float(*x)); }
     static const uint16_t *row_of(const hf_attention &a, const hf_rows &r, int64_t head, int64_t row) {
         return rows_of<const uint16_t>(r, a.heads, head) + row * r.row_stride;
     }
@@ -57,7 +57,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const int64_t values = Base::padded_values(a);
         for (int64_t n = 0; n < rows; n += 2, to += values) {
             const uint16_t *even = row_of(a, r, head, n), *odd = n + 1 < rows ? row_of(a, r, head, n + 1) : nullptr;
-            for (int64_t c = 0; c < a.value_dim; c++) to[c] = bfloat(a, even + c) | (odd ? (uint32_t)bfloat(a, odd + c) << 16 : 0);
+            for (int64_t c = 0; c < a.value_dim; c++) to[c] = even[c] | (odd ? (uint32_t)odd[c] << 16 : 0);
             for (int64_t c = a.value_dim; c < values; c++) to[c] = 0;
         }
     }
@@ -78,11 +78,11 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         }
     }
 
-    template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, Queries queries, F bound) {
+    template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, Queries queries) {
         const PairExp2 exp2;
         const int64_t values = Base::padded_values(a), pairs = a.keys / 2;
         const I ones = V::splat_int(kOnes);
-        const F start = kOne - bound * kUnit;
+        const F start = V::splat(kOne);
         queries.slope[0] *= kUnit;
         auto scores = [&](int64_t n) { return pair(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
         I *held = (I *)r.scores, probability = exp2(scores(0)), next = scores(1);
@@ -129,13 +129,14 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             }
             const F factor = typename V::Exp2()(V::max(maximum - higher, V::splat(kLowest)));
             maximum = higher;
-            total *= factor;
             for (int64_t c = 0; c < values; c++) r.sums[c] *= factor;
             auto shifted = [&](int64_t j) { return V::max(V::fma(score[j] - maximum, V::splat(kUnit), V::splat(kOne)), V::splat(0)); };
             score[count] = V::splat(0);
             for (int64_t n = 0; n < pairs; n++) p[n] = exp2(pair(shifted(2 * n), shifted(2 * n + 1)));
             if (count % 2) p[pairs - 1] &= 0xffff;
-            for (int64_t n = 0; n < pairs; n++) total = dot(total, p[n], V::splat_int(kOnes));
+            F block = V::splat(0);
+            for (int64_t n = 0; n < pairs; n++) block = dot(block, p[n], V::splat_int(kOnes));
+            total = total * factor + block;
             add_block(p, (const uint32_t *)r.value + first / 2 * values, pairs, values, 0, r.sums);
         }
         return total + poison;
@@ -153,12 +154,12 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const int64_t values = Base::padded_values(a);
         for (int64_t i = first; i < last; i += L) {
             Queries queries;
-            F maximum, total;
-            const bool near = Base::load_queries(a, head, i, last, r, queries, maximum);
+            F maximum = V::splat(0), total;
+            const bool bounded = Base::load_queries(a, head, i, last, r, queries);
             for (int64_t n = 0; n < values; n++) r.sums[n] = V::splat(0);
-            if (!near) total = attend_online(a, r, queries, maximum);
-            else if (values > C) total = attend_bounded<true>(a, r, queries, maximum);
-            else total = attend_bounded<false>(a, r, queries, maximum);
+            if (!bounded) total = attend_online(a, r, queries, maximum);
+            else if (values > C) total = attend_bounded<true>(a, r, queries);
+            else total = attend_bounded<false>(a, r, queries);
             Base::write_queries(a, head, i, last, r, total, maximum);
         }
     }
@@ -227,7 +228,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const int64_t values = Base::padded_values(a);
         F sums[C];
         I v[C / 2];
-        for (int k = 0; k < C; k++) sums[k] = d_value[k];
+        for (int k = 0; k < C; k++) sums[k] = V::splat(0);
         for (int k = 0; k < C / 2; k++) v[k] = value[k];
         const uint32_t *row0 = w.channels + (i * values + c) / 2, *both = w.rows + i / 2 * values + c;
         for (int64_t n = 0; n < count; n += 2, row0 += values, both += values) {
@@ -246,11 +247,11 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             r.dp[n] = even0 + odd0;
             r.dp[n + 1] = even1 + odd1;
         }
-        for (int k = 0; k < C; k++) d_value[k] = sums[k];
+        for (int k = 0; k < C; k++) d_value[k] += sums[k];
     }
 
     static inline void weights(const BackwardRoom &r, const Pairs &w, const float *delta, const float *query_weight, int64_t count, F counted, F *d_weight) {
-        F d_key = *d_weight;
+        F d_key = V::splat(0);
         auto add = [&](int64_t n, F p) {
             const F e = p * (r.dp[n] - delta[n]) * r.dot[n];
             d_key = V::fma(e, V::splat(query_weight[n]), d_key);
@@ -261,7 +262,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             add(n, (F)(p << 16));
             if (n + 1 < count) add(n + 1, (F)(p & (int32_t)0xffff0000));
         }
-        *d_weight = d_key;
+        *d_weight += d_key;
     }
 
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
@@ -286,7 +287,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
                 products<true>(a, r, w, i, count, 0, w.value + t * values / 2, r.d_value + t * values);
                 for (int64_t c = C; c < values; c += C) products<false>(a, r, w, i, count, c, w.value + (t * values + c) / 2, r.d_value + t * values + c);
                 if (!a.grad_query_weight) continue;
-                const F counted = Base::counted(call, first + t * L, last, r.tile_weight[t]);
+                const F counted = Base::counted(first + t * L, last, r.tile_weight[t]);
                 weights(r, w, a.delta + row + i, a.query_weight + row + i, count, counted, r.d_weight + t);
             }
             Base::write_query_block(call, head, chunk, i, count, r);
@@ -297,7 +298,8 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
 
 struct Bf16ByShape {
     template <class Task> static void with_shape(const hf_attention &a, Task task) {
-        if (a.type == HF_FLOAT32 || a.planes == 2) ByShape<Avx512>::with_shape(a, task);
+        // Draws of the ternary gradient compare with the reference's, which are made in float32.
+        if (a.type != HF_BFLOAT16 || a.planes == 2 || a.grad_query) ByShape<Avx512>::with_shape(a, task);
         else if (a.head_dim <= 32) task(AttentionBf16<1>{});
         else if (a.head_dim <= 64) task(AttentionBf16<2>{});
         else task(AttentionBf16<0>{});

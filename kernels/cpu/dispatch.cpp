@@ -134,7 +134,7 @@ template <class Task> bool run(int64_t units, int64_t threads, size_t bytes, Tas
 
 bool in_range(const hf_attention &a) {
     return a.batch >= 0 && a.heads >= 0 && a.queries >= 0 && a.keys >= 0 && a.head_dim >= 1 && a.head_dim < (1 << 24) && a.value_dim >= 0 &&
-           (a.planes == 1 || a.planes == 2) && a.type >= HF_FLOAT32 && a.type <= HF_FLOAT16;
+           (a.planes == 1 || (a.planes == 2 && !a.grad_query)) && !a.grad_query == !a.grad_key && a.type >= HF_FLOAT32 && a.type <= HF_FLOAT16;
 }
 
 } // namespace
@@ -206,24 +206,56 @@ int hf_backward(const hf_attention *call) {
     shared.a = call;
     shared.id = next_call++;
     // At most eight chunks a head, whatever the number of threads, so that sums have one order.
-    shared.chunk = std::max<int64_t>(256, ((a.keys + 7) / 8 + 15) / 16 * 16);
+    shared.chunk = std::max<int64_t>(256, ((a.keys + 7) / 8 + 63) / 64 * 64);
     shared.chunks = (a.keys + shared.chunk - 1) / shared.chunk;
-    const int64_t rows = a.queries * a.planes;
-    std::vector<float> partial;
-    if (a.grad_query_weight) partial.resize(heads * shared.chunks * rows);
+    const int64_t rows = a.queries * a.planes, units = heads * shared.chunks;
+    std::vector<float> partial, row_maximum, column_maximum;
+    try {
+        if (a.grad_query_weight) partial.resize(units * rows);
+        if (a.grad_query) {
+            row_maximum.resize(units * rows);
+            column_maximum.resize(heads * a.keys);
+        }
+    } catch (...) {
+        return -2;
+    }
     shared.partial = partial.data();
+    shared.row_maximum = row_maximum.data();
+    shared.column_maximum = column_maximum.data();
     const size_t bytes = k.backward_bytes(shared);
-    bool done = run(heads * shared.chunks, a.threads, bytes, [&](int64_t unit, Arena &arena) {
-        k.backward(shared, unit / shared.chunks, unit % shared.chunks, arena);
-    });
-    if (a.grad_query_weight)
+    if (a.grad_query) {
+        // Sums of integers, gathered where the gradient will stand: their order does not matter.
+        memset(a.grad_query, 0, heads * a.queries * a.head_dim * sizeof(float));
+        const bool done = run(units, a.threads, bytes, [&](int64_t unit, Arena &arena) { k.maxima(shared, unit / shared.chunks, unit % shared.chunks, arena); });
+        if (!done) return -2;
         for (int64_t head = 0; head < heads; head++)
-            for (int64_t n = 0; n < rows; n++) {
+            for (int64_t chunk = 1; chunk < shared.chunks; chunk++)
+                for (int64_t n = 0; n < rows; n++) {
+                    float &largest = row_maximum[head * shared.chunks * rows + n];
+                    largest = std::max(largest, row_maximum[(head * shared.chunks + chunk) * rows + n]);
+                }
+        shared.id = next_call++;
+    }
+    if (!run(units, a.threads, bytes, [&](int64_t unit, Arena &arena) { k.backward(shared, unit / shared.chunks, unit % shared.chunks, arena); }))
+        return -2;
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t n = 0; n < rows; n++) {
+            if (a.grad_query_weight) {
                 float sum = 0;
                 for (int64_t c = 0; c < shared.chunks; c++) sum += partial[(head * shared.chunks + c) * rows + n];
                 a.grad_query_weight[head * rows + n] = sum;
             }
-    return done ? 0 : -2;
+            if (a.grad_query) {
+                const float factor = (float)a.scale * a.query_weight[head * rows + n] * row_maximum[head * shared.chunks * rows + n];
+                float *gradient = a.grad_query + (head * rows + n) * a.head_dim;
+                for (int64_t c = 0; c < a.head_dim; c++) {
+                    int32_t count;
+                    memcpy(&count, gradient + c, sizeof count);
+                    gradient[c] = factor * (float)count;
+                }
+            }
+        }
+    return 0;
 }
 
 int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int64_t stride[3], int64_t head_dim, int64_t threads, uint64_t *bits) {

@@ -14,9 +14,8 @@ struct Call {
     int64_t chunk;            // keys of one unit of the backward
     int64_t chunks;           // ceil(keys / chunk)
     float *partial;           // (heads, chunks, Nq, P): each chunk's share of grad_query_weight
-    float *row_maximum;       // (heads, chunks, Nq) of abs(dS w_k); after the fold row 0 holds the maximum over chunks
+    float *row_maximum;       // (heads, chunks, Nq) of abs(dS w_k); in the second pass chunk 0 has that of all
     float *column_maximum;    // (heads, Nk) of abs(dS w_q)
-    int32_t *partial_signs;   // (heads, chunks, Nq, d): each chunk's sum of t_ij sgn(k_j)
 };
 
 // Memory of one thread, kept from call to call.

@@ -1,26 +1,18 @@
 // Any processor: four lanes in plain arithmetic.
-#include <math.h>
-
 #include "attention.h"
 #include "polynomial.h"
 
 namespace hf {
 
-struct Portable : Vector<float4, int4> {
+struct Portable : Vector<float4, int4, uint4> {
     static constexpr int channels = 8;
 
     static inline F fma(F a, F b, F c) { return a * b + c; }
     static inline F max(F a, F b) { return a > b ? a : b; } // b where either is NaN
     static inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-    static inline uint32_t mask(I x) {
-        uint32_t bits = 0;
-        for (int l = 0; l < 4; l++) bits |= (uint32_t)(x[l] < 0) << l;
-        return bits;
-    }
-    static inline F floor(F x) {
-        for (int l = 0; l < 4; l++) x[l] = floorf(x[l]);
-        return x;
-    }
+    static inline uint32_t at_least(F a, F b) { return mask(a >= b); }
+    static inline uint32_t below(F a, F b) { return mask(a < b); }
+    static inline uint32_t mask(I x) { return (uint32_t)((x[0] & 1) | (x[1] & 2) | (x[2] & 4) | (x[3] & 8)); }
     template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {
         I count = splat_int(0);
         for (int h = 0; h < (Halves ? Halves : halves); h++) {

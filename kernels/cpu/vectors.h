@@ -9,14 +9,18 @@ namespace {
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef int32_t int4 __attribute__((vector_size(16)));
+typedef uint32_t uint4 __attribute__((vector_size(16)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef int32_t int8 __attribute__((vector_size(32)));
+typedef uint32_t uint8 __attribute__((vector_size(32)));
 typedef float float16 __attribute__((vector_size(64)));
 typedef int32_t int16 __attribute__((vector_size(64)));
+typedef uint32_t uint16 __attribute__((vector_size(64)));
 
-template <class Floats, class Ints> struct Vector {
+template <class Floats, class Ints, class Unsigned> struct Vector {
     typedef Floats F;
     typedef Ints I;
+    typedef Unsigned U;
     static constexpr int lanes = sizeof(F) / sizeof(float);
 
     // Keeps a value in a register: a compiler that reads it anew for each use makes loads the limit.
@@ -30,6 +34,15 @@ template <class Floats, class Ints> struct Vector {
     }
     static inline void store(float *p, F x) { memcpy(p, &x, sizeof x); }
     static inline F to_float(I x) { return __builtin_convertvector(x, F); }
+    static inline float largest(F x) {
+        float y = x[0];
+        for (int l = 1; l < lanes; l++) y = x[l] > y ? x[l] : y;
+        return y;
+    }
+    // counts[c] += 2 popcount(nonzero & ~(positive ^ columns[c])) - total: a sum of ternary numbers times signs.
+    static inline void add_agreement(uint64_t nonzero, uint64_t positive, const uint64_t *columns, int64_t channels, int32_t total, int32_t *counts) {
+        for (int64_t c = 0; c < channels; c++) counts[c] += 2 * __builtin_popcountll(nonzero & ~(positive ^ columns[c])) - total;
+    }
     static inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 
     // log2 of x > 0 by the series of artanh; relative error of the result below 2e-7.
