@@ -51,6 +51,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`hf_binaryformer.kernels.hamming.reference_backward`, which also computes ``bit_gradient="ste"``."""
     if not _served(query_bits, value) or bit_gradient == "ste":
+        if bit_gradient == "ste":
+            # Of the scores as the reference rounds them, or every probability of a row would be off by the difference.
+            logsumexp = reference_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)[1]
         return reference_backward(
             grad_output,
             query_bits,

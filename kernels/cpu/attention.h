@@ -1,7 +1,7 @@
 // Hamming attention for one instruction set V, written once: scores by popcount, softmax, P.V, and the way back.
 //
 // Forward: a lane is a query, so that a key's value is broadcast and nothing is reduced across lanes. Backward: a lane is
-// a key. Scores are in units of log2. Nothing of size Nq x Nk is kept; tiles are computed again in the backward.
+// a key. Scores are in units of log2 in the forward. Nothing of size Nq x Nk is kept; tiles are computed again in the backward.
 #pragma once
 
 #include <stdlib.h>
@@ -18,7 +18,7 @@ namespace hf {
 namespace { // one copy for each instruction set: a shared one could be another set's
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr float kLn2 = 0.693147181f;
+constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = -126.0f;     // exp2 of less than this would leave the normal numbers
 constexpr float kBounded = 50.0f;      // rows whose scores are known to be less than this (in log2) need no maximum
 
@@ -264,8 +264,9 @@ template <class V, int Halves, int Planes> struct Attention {
     // Sums of a tile's lanes over `total`, as rows of the output, and the log-sum-exp.
     static void write_queries(const hf_attention &a, int64_t head, int64_t i, int64_t last, const ForwardRoom &r, F total, F maximum) {
         const int64_t values = padded_values(a), count = std::min<int64_t>(L, last - i);
-        const F inverse = 1.0f / total, lse = (maximum + V::log2(total)) * kLn2;
-        memcpy(a.logsumexp + head * a.queries + i, &lse, count * sizeof(float));
+        const F inverse = 1.0f / total, rest = V::log2(total);
+        for (int l = 0; l < count; l++)
+            a.logsumexp[head * a.queries + i + l] = (float)(((double)((const float *)&maximum)[l] + (double)((const float *)&rest)[l]) * kLn2);
         for (int64_t c = 0; c < values; c++) {
             const F x = r.sums[c] * inverse;
             for (int l = 0; l < L; l++) r.rows[l * values + c] = ((const float *)&x)[l];
@@ -304,8 +305,8 @@ template <class V, int Halves, int Planes> struct Attention {
 
     struct BackwardRoom {
         int32_t *bits;  // (Nq, P, halves)
-        float *slope;   // (Nq, P): scale log2(e) w_q
-        float *start;   // (Nq): -log2-sum-exp2
+        float *slope;   // (Nq, P): scale w_q
+        float *start;   // (Nq): -log-sum-exp
         float *grad;    // (Nq, padded d_v): dO, where the caller's own rows do not do
         I *lanes;       // (P, halves)
         F *value;       // (tiles of the chunk, padded d_v): V with a key a lane
@@ -352,8 +353,8 @@ template <class V, int Halves, int Planes> struct Attention {
     static void pack_queries(const hf_attention &a, int64_t head, const BackwardRoom &r) {
         const int64_t row = head * a.queries;
         pack_bits(a, a.query_bits + row * Planes * words_of(a), a.queries, r.bits);
-        for (int64_t n = 0; n < a.queries * Planes; n++) r.slope[n] = (float)(a.scale * kLog2E * a.query_weight[row * Planes + n]);
-        for (int64_t n = 0; n < a.queries; n++) r.start[n] = (float)(a.logsumexp[row + n] * -kLog2E);
+        for (int64_t n = 0; n < a.queries * Planes; n++) r.slope[n] = (float)(a.scale * a.query_weight[row * Planes + n]);
+        for (int64_t n = 0; n < a.queries; n++) r.start[n] = -a.logsumexp[row + n];
     }
 
     // Values, bits and weights of the chunk's keys, a key a lane; sums at zero.
@@ -404,11 +405,11 @@ template <class V, int Halves, int Planes> struct Attention {
     static inline void probabilities(const hf_attention &a, const BackwardRoom &r, const Keys &keys, int64_t i, int64_t count) {
         const Exp2 exp2;
         I dim = V::splat_int((int32_t)a.head_dim);
-        F lowest = V::splat(kLowest);
+        F lowest = V::splat((float)(kLowest * kLn2));
         V::keep(dim);
         V::keep(lowest);
         for (int64_t n = 0; n < count; n++)
-            r.p[n] = exp2(V::max(lowest, keys.score(r, i + n, dim, V::splat(r.start[i + n]), r.dot + n * Planes * Planes)));
+            r.p[n] = exp2.natural(V::max(lowest, keys.score(r, i + n, dim, V::splat(r.start[i + n]), r.dot + n * Planes * Planes)));
         r.p[count] = V::splat(0); // of an even number
     }
 

@@ -42,11 +42,18 @@ struct Avx2 : Vector<float8, int8, uint8> {
 
     // 2^x for -126 <= x <= 127, relative error 2e-7: a table of eighths and a polynomial of degree 3.
     struct Exp2 {
+        F magic = splat(1572864.0f); // 1.5 * 2^20: the last place is an eighth
+        I table = {0x3f800000 - (0 << 20), 0x3f8b95c2 - (1 << 20), 0x3f9837f0 - (2 << 20), 0x3fa5fed7 - (3 << 20),
+                   0x3fb504f3 - (4 << 20), 0x3fc5672a - (5 << 20), 0x3fd744fd - (6 << 20), 0x3feac0c7 - (7 << 20)};
         inline F operator()(F x) const {
-            const F magic = splat(1572864.0f); // 1.5 * 2^20: the last place is an eighth
-            const I table = {0x3f800000 - (0 << 20), 0x3f8b95c2 - (1 << 20), 0x3f9837f0 - (2 << 20), 0x3fa5fed7 - (3 << 20),
-                             0x3fb504f3 - (4 << 20), 0x3fc5672a - (5 << 20), 0x3fd744fd - (6 << 20), 0x3feac0c7 - (7 << 20)};
-            const F y = x + magic, r = x - (y - magic);
+            const F y = x + magic;
+            return finish(y, x - (y - magic));
+        }
+        inline F natural(F x) const {
+            const F y = fma(x, splat(1.44269504f), magic);
+            return finish(y, fma(x, splat(1.44269504f), magic - y));
+        }
+        inline F finish(F y, F r) const {
             const F power = (F)((I)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)y) + ((I)y << 20));
             const F u = fma(fma(splat(0.0555041087f), r, splat(0.240226507f)), r, splat(0.693147181f));
             return fma(power * r, u, power);

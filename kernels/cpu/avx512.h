@@ -51,6 +51,7 @@ struct Avx512 : Vector<float16, int16, uint16> {
                    0x3f9837f0 - (4 << 19),  0x3f9ef532 - (5 << 19),  0x3fa5fed7 - (6 << 19),  0x3fad583f - (7 << 19),
                    0x3fb504f3 - (8 << 19),  0x3fbd08a4 - (9 << 19),  0x3fc5672a - (10 << 19), 0x3fce248c - (11 << 19),
                    0x3fd744fd - (12 << 19), 0x3fe0ccdf - (13 << 19), 0x3feac0c7 - (14 << 19), 0x3ff5257d - (15 << 19)};
+        F log2e = splat(1.44269504f);
         // c1 takes up three quarters of the cubic term at the ends of the interval.
         F c1 = splat(0.69318783f), c2 = splat(0.24022651f);
         Exp2() {
@@ -58,9 +59,18 @@ struct Avx512 : Vector<float16, int16, uint16> {
             keep(table);
             keep(c1);
             keep(c2);
+            keep(log2e);
         }
         inline F operator()(F x) const {
-            const F y = x + magic, r = x - (y - magic);
+            const F y = x + magic;
+            return finish(y, x - (y - magic));
+        }
+        // e^x for -87 <= x <= 87
+        inline F natural(F x) const {
+            const F y = fma(x, log2e, magic);
+            return finish(y, fma(x, log2e, magic - y));
+        }
+        inline F finish(F y, F r) const {
             const I power = (I)_mm512_permutexvar_epi32((__m512i)y, (__m512i)table) + ((I)y << 19);
             return fma((F)power * r, fma(c2, r, c1), (F)power);
         }

@@ -187,7 +187,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             uint32_t *to = w.channels + n * values / 2;
             const int shift = n % 2 * 16;
             for (int64_t c = 0; c < values / 2; c++) to[c] = (from[2 * c] >> shift & 0xffff) | (from[2 * c + 1] >> shift & 0xffff) << 16;
-            r.start[n] = kOne + kUnit * r.start[n];
+            r.start[n] = (float)(kOne + kUnit * kLog2E * r.start[n]);
         }
         for (int64_t n = 0; n < a.queries; n++) // integers know no NaN: let it reach dV through dO
             if (std::isnan(r.start[n]))
@@ -206,7 +206,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     // Keys whose scores come in units of 1/128.
     static Keys scaled(const hf_attention &a, const BackwardRoom &r, int64_t t) {
         Keys keys(a, r, t);
-        keys.weight[0] *= kUnit;
+        keys.weight[0] *= (float)(kUnit * kLog2E);
         return keys;
     }
 

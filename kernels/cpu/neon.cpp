@@ -21,9 +21,7 @@ struct Neon : Vector<float4, int4, uint4> {
             count += (I)vpaddlq_u16(vpaddlq_u8(vcntq_u8((uint8x16_t)(q[h] ^ k[h]))));
         return count;
     }
-    struct Exp2 {
-        inline F operator()(F x) const { return Polynomial<Neon>::exp2(x); }
-    };
+    using Exp2 = PolynomialExp2<Neon, F, I>;
 };
 
 const Kernels kNeon = make_kernels<ByShape<Neon>>("neon");

@@ -24,9 +24,7 @@ struct Portable : Vector<float4, int4, uint4> {
         }
         return count;
     }
-    struct Exp2 {
-        inline F operator()(F x) const { return Polynomial<Portable>::exp2(x); }
-    };
+    using Exp2 = PolynomialExp2<Portable, F, I>;
 };
 
 const Kernels kPortable = make_kernels<ByShape<Portable>>("portable");
