@@ -523,7 +523,7 @@ template <class V, int Halves, int Planes> struct Attention {
         for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
             const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
-            if (a.grad_query) r.signs.start_block();
+            if (a.grad_query) r.signs.start_block(call);
             for (int64_t t = 0; t < tiles; t++) {
                 recompute<true>(a, r, grad, i, count, t);
                 if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.tile_weight[t]);

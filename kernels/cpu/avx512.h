@@ -21,14 +21,25 @@ struct Avx512 : Vector<float16, int16, uint16> {
     static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
     static inline uint32_t below(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 
-    static inline void add_agreement(uint64_t nonzero, uint64_t positive, const uint64_t *columns, int64_t channels, int32_t total, int32_t *counts) {
-        const __m512i wanted = _mm512_set1_epi64((int64_t)nonzero), sign = _mm512_set1_epi64((int64_t)positive);
-        const __m256i less = _mm256_set1_epi32(total);
-        for (int64_t c = 0; c < channels; c += 8) { // padded to whole words
-            const __m512i agree = _mm512_ternarylogic_epi64(wanted, sign, _mm512_loadu_si512(columns + c), 0x90);
-            const __m256i twice = _mm256_slli_epi32(_mm512_cvtepi64_epi32(_mm512_popcnt_epi64(agree)), 1);
-            __m256i *to = (__m256i *)(counts + c);
-            _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_sub_epi32(twice, less)));
+    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, const uint64_t *columns, int64_t words, int64_t channels, int32_t *counts) {
+        int32_t total = 0;
+        for (int64_t b = 0; b < words; b++) total += __builtin_popcountll(nonzero[64 * b]);
+        for (int64_t c = 0; c < channels; c += 64) { // channels come in whole words
+            __m512i sums[8];
+            for (int v = 0; v < 8; v++) sums[v] = _mm512_setzero_si512();
+            for (int64_t b = 0; b < words; b++) {
+                const __m512i wanted = _mm512_set1_epi64((int64_t)nonzero[64 * b]), sign = _mm512_set1_epi64((int64_t)positive[64 * b]);
+#pragma GCC unroll 8
+                for (int v = 0; v < 8; v++) {
+                    const __m512i agree = _mm512_ternarylogic_epi64(wanted, sign, _mm512_loadu_si512(columns + b * channels + c + 8 * v), 0x90);
+                    sums[v] = _mm512_add_epi64(sums[v], _mm512_popcnt_epi64(agree));
+                }
+            }
+            for (int v = 0; v < 8; v++) {
+                const __m256i twice = _mm256_slli_epi32(_mm512_cvtepi64_epi32(sums[v]), 1);
+                __m256i *to = (__m256i *)(counts + c + 8 * v);
+                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_sub_epi32(twice, _mm256_set1_epi32(total))));
+            }
         }
     }
 

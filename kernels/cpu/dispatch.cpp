@@ -210,11 +210,14 @@ int hf_backward(const hf_attention *call) {
     shared.chunks = (a.keys + shared.chunk - 1) / shared.chunk;
     const int64_t rows = a.queries * a.planes, units = heads * shared.chunks;
     std::vector<float> partial, row_maximum, column_maximum;
+    std::vector<std::atomic_flag> busy;
     try {
         if (a.grad_query_weight) partial.resize(units * rows);
         if (a.grad_query) {
             row_maximum.resize(units * rows);
             column_maximum.resize(heads * a.keys);
+            busy = std::vector<std::atomic_flag>(heads * (a.queries / 64 + 2));
+            for (std::atomic_flag &flag : busy) flag.clear();
         }
     } catch (...) {
         return -2;
@@ -222,6 +225,7 @@ int hf_backward(const hf_attention *call) {
     shared.partial = partial.data();
     shared.row_maximum = row_maximum.data();
     shared.column_maximum = column_maximum.data();
+    shared.busy = busy.data();
     const size_t bytes = k.backward_bytes(shared);
     if (a.grad_query) {
         // Sums of integers, gathered where the gradient will stand: their order does not matter.

@@ -3,6 +3,8 @@
 
 #include <stddef.h>
 
+#include <atomic>
+
 #include "hamming.h"
 
 namespace hf {
@@ -16,6 +18,7 @@ struct Call {
     float *partial;           // (heads, chunks, Nq, P): each chunk's share of grad_query_weight
     float *row_maximum;       // (heads, chunks, Nq) of abs(dS w_k); in the second pass chunk 0 has that of all
     float *column_maximum;    // (heads, Nk) of abs(dS w_q)
+    std::atomic_flag *busy;   // of each block of queries in grad_query, while a chunk adds to it
 };
 
 // Memory of one thread, kept from call to call.

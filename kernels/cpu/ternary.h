@@ -7,6 +7,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "kernels.h"
 
@@ -50,7 +52,8 @@ template <class V> struct Signs {
     F *column_inverse;                // (tiles): 1 / largest abs(dS w_q)
     int32_t *query_counts;            // (64, channels): sum of t sgn(k) of a block
     int32_t *key_counts;              // (chunk, channels): sum of t sgn(q)
-    uint64_t *row_positive, *row_negative, *column_positive, *column_negative; // (64): of a block, a query a word
+    uint64_t *row_positive, *row_nonzero;       // (chunk / 64, 64): draws of 64 queries, a query a word of 64 keys
+    uint64_t *column_positive, *column_nonzero; // (64): the same of the 64 keys in work, by the keys' scales
 
     template <class Carver> static Signs carve(const Call &call, Carver &c) {
         const hf_attention &a = *call.a;
@@ -64,10 +67,10 @@ template <class V> struct Signs {
         s.column_inverse = c.template take<F>(call.chunk / L);
         s.query_counts = c.template take<int32_t>(64 * s.channels);
         s.key_counts = c.template take<int32_t>(call.chunk * s.channels);
-        s.row_positive = c.template take<uint64_t>(64);
-        s.row_negative = c.template take<uint64_t>(64);
+        s.row_positive = c.template take<uint64_t>(call.chunk);
+        s.row_nonzero = c.template take<uint64_t>(call.chunk);
         s.column_positive = c.template take<uint64_t>(64);
-        s.column_negative = c.template take<uint64_t>(64);
+        s.column_nonzero = c.template take<uint64_t>(64);
         return s;
     }
 
@@ -97,29 +100,30 @@ template <class V> struct Signs {
         const hf_attention &a = *call.a;
         load_columns(a.key_bits + (head * a.keys + first) * words, last - first, key_columns);
         memset(key_counts, 0, call.chunk * channels * sizeof(int32_t));
+        memset(key_columns + (last - first + 63) / 64 * channels, 0, (call.chunk / 64 - (last - first + 63) / 64) * channels * sizeof(uint64_t));
+        memset(column_inverse, 0, call.chunk * sizeof(float));
+        for (uint64_t *words : {column_positive, column_nonzero}) memset(words, 0, 64 * sizeof(uint64_t));
         for (int64_t key = first; key < last; key++)
             ((float *)&column_inverse[(key - first) / L])[(key - first) % L] = inverse(call.column_maximum[head * a.keys + key]);
     }
 
-    void start_block() const {
-        memset(query_counts, 0, 64 * channels * sizeof(int32_t));
-        clear();
-    }
-
-    void clear() const {
-        for (uint64_t *words : {row_positive, row_negative, column_positive, column_negative}) memset(words, 0, 64 * sizeof(uint64_t));
+    void start_block(const Call &call) const {
+        for (uint64_t *words : {row_positive, row_nonzero}) memset(words, 0, call.chunk * sizeof(uint64_t));
     }
 
     // Draws for the `count` queries from i on against the keys of tile t of the chunk first .. last.
     void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, F key_weight) const {
         const hf_attention &a = *call.a;
         const int64_t key = first + t * L;
-        const int shift = (int)(t * L % 64);
-        const uint32_t real = last - key < L ? (1u << (last - key)) - 1 : 0xffffffffu >> (32 - L);
+        const int64_t at = t * L % 64, block = t * L / 64;
         U steps;
-        for (int l = 0; l < L; l++) steps[l] = 0x9e3779b9u * (uint32_t)(key + l);
+        for (int l = 0; l < L; l++) {
+            steps[l] = 0x9e3779b9u * (uint32_t)(key + l);
+            if (key + l >= last) ((float *)&key_weight)[l] = 0; // draws 0, as does column_inverse there
+        }
         const F by_column = column_inverse[t], one = V::splat(1), zero = V::splat(0);
         const float *delta = a.delta + head * a.queries + i, *query_weight = a.query_weight + head * a.queries + i;
+        uint64_t *positive = row_positive + block * 64, *nonzero = row_nonzero + block * 64;
         for (int64_t n = 0; n < count; n++) {
             U h = steps + row_hash[i + n];
             h = (h ^ h >> 16) * 0x7feb352du;
@@ -127,33 +131,42 @@ template <class V> struct Signs {
             const F draw = (V::to_float((typename V::I)(h >> 10)) + 0.5f) * 0x1p-22f;
             const F ds = p[n] * (dp[n] - delta[n]);
             const F row = ds * key_weight * row_inverse[i + n] + draw, column = ds * query_weight[n] * by_column + draw;
-            row_positive[n] |= (uint64_t)(V::at_least(row, one) & real) << shift;
-            row_negative[n] |= (uint64_t)(V::below(row, zero) & real) << shift;
-            column_positive[n] |= (uint64_t)(V::at_least(column, one) & real) << shift;
-            column_negative[n] |= (uint64_t)(V::below(column, zero) & real) << shift;
+            const uint32_t above = V::at_least(row, one), beside = V::at_least(column, one);
+            put(positive[n], at, above);
+            put(nonzero[n], at, above | V::below(row, zero));
+            put(column_positive[n], at, beside);
+            put(column_nonzero[n], at, beside | V::below(column, zero));
         }
-        if (shift + L < 64 && key + L < last) return;
+        if (at + L < 64 && key + L < last) return;
         // 64 keys are drawn, or the chunk ends.
-        const int64_t block = t * L / 64;
-        for (int64_t n = 0; n < count; n++) add(row_positive[n], row_negative[n], key_columns + block * channels, query_counts + n * channels);
         transpose(column_positive);
-        transpose(column_negative);
+        transpose(column_nonzero);
         for (int64_t j = 0; j < 64 && first + 64 * block + j < last; j++)
-            add(column_positive[j], column_negative[j], query_columns + i / 64 * channels, key_counts + (64 * block + j) * channels);
-        clear();
+            V::add_agreement(column_nonzero + j, column_positive + j, query_columns + i / 64 * channels, 1, channels, key_counts + (64 * block + j) * channels);
+        memset(column_positive, 0, 64 * sizeof(uint64_t));
+        memset(column_nonzero, 0, 64 * sizeof(uint64_t));
     }
 
-    void add(uint64_t positive, uint64_t negative, const uint64_t *columns, int32_t *counts) const {
-        const uint64_t nonzero = positive | negative;
-        if (nonzero) V::add_agreement(nonzero, positive, columns, channels, __builtin_popcountll(nonzero), counts);
+    // L bits of a word, whose other bits were or will be put by other tiles.
+    static void put(uint64_t &word, int64_t at, uint32_t bits) {
+        if constexpr (L == 16) ((uint16_t *)&word)[at / 16] = (uint16_t)bits;
+        else if constexpr (L == 8) ((uint8_t *)&word)[at / 8] = (uint8_t)bits;
+        else word |= (uint64_t)bits << at;
     }
 
-    // Integers into the memory of the gradient; other chunks add theirs at the same time.
+    // Sums over the chunk's keys into the memory of the gradient, as integers. Other chunks of the head add theirs, one at a time and in any order: the
+    // sums of integers are the same.
     void write_block(const Call &call, int64_t head, int64_t i, int64_t count) const {
         const hf_attention &a = *call.a;
         int32_t *to = (int32_t *)a.grad_query + (head * a.queries + i) * a.head_dim;
+        const int64_t blocks = call.chunk / 64;
+        memset(query_counts, 0, 64 * channels * sizeof(int32_t));
+        for (int64_t n = 0; n < count; n++) V::add_agreement(row_nonzero + n, row_positive + n, key_columns, blocks, channels, query_counts + n * channels);
+        std::atomic_flag &busy = call.busy[(head * a.queries + i) / kSignBlock + head];
+        while (busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
         for (int64_t n = 0; n < count; n++)
-            for (int64_t c = 0; c < a.head_dim; c++) __atomic_fetch_add(to + n * a.head_dim + c, query_counts[n * channels + c], __ATOMIC_RELAXED);
+            for (int64_t c = 0; c < a.head_dim; c++) to[n * a.head_dim + c] += query_counts[n * channels + c];
+        busy.clear(std::memory_order_release);
     }
 
     void write_chunk(const Call &call, int64_t head, int64_t first, int64_t last) const {

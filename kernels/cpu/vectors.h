@@ -39,9 +39,14 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
         for (int l = 1; l < lanes; l++) y = x[l] > y ? x[l] : y;
         return y;
     }
-    // counts[c] += 2 popcount(nonzero & ~(positive ^ columns[c])) - total: a sum of ternary numbers times signs.
-    static inline void add_agreement(uint64_t nonzero, uint64_t positive, const uint64_t *columns, int64_t channels, int32_t total, int32_t *counts) {
-        for (int64_t c = 0; c < channels; c++) counts[c] += 2 * __builtin_popcountll(nonzero & ~(positive ^ columns[c])) - total;
+    // counts[c] += sum over words b of 2 popcount(nonzero[64 b] & ~(positive[64 b] ^ columns[b][c])) - popcount(nonzero[64 b]):
+    // a sum of ternary numbers times signs.
+    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, const uint64_t *columns, int64_t words, int64_t channels, int32_t *counts) {
+        for (int64_t b = 0; b < words; b++) {
+            const int total = __builtin_popcountll(nonzero[64 * b]);
+            for (int64_t c = 0; c < channels; c++)
+                counts[c] += 2 * __builtin_popcountll(nonzero[64 * b] & ~(positive[64 * b] ^ columns[b * channels + c])) - total;
+        }
     }
     static inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
 
