@@ -89,6 +89,16 @@ template <class V, int Halves, int Planes> struct Attention {
                            F *w) {
         const int h = halves(a);
         const int64_t words = words_of(a);
+        if (Planes == 1 && words == 1 && first + L <= end) { // the common case, in a form that compilers vectorise
+            int32_t part[2][L];
+            for (int l = 0; l < L; l++) {
+                part[0][l] = (int32_t)bits[first + l];
+                part[1][l] = (int32_t)(bits[first + l] >> 32);
+            }
+            for (int i = 0; i < h; i++) memcpy(&lanes[i], part[i], sizeof(I));
+            w[0] = V::load(weight + first);
+            return;
+        }
         for (int l = 0; l < L; l++) {
             const int64_t n = std::min(first + l, end - 1);
             for (int p = 0; p < Planes; p++) {
@@ -267,9 +277,11 @@ template <class V, int Halves, int Planes> struct Attention {
         const F inverse = 1.0f / total, rest = V::log2(total);
         for (int l = 0; l < count; l++)
             a.logsumexp[head * a.queries + i + l] = (float)(((double)((const float *)&maximum)[l] + (double)((const float *)&rest)[l]) * kLn2);
-        for (int64_t c = 0; c < values; c++) {
-            const F x = r.sums[c] * inverse;
-            for (int l = 0; l < L; l++) r.rows[l * values + c] = ((const float *)&x)[l];
+        for (int64_t c = 0; c < values; c += L) {
+            F x[L];
+            for (int l = 0; l < L; l++) x[l] = r.sums[c + l] * inverse;
+            V::transpose(x);
+            for (int l = 0; l < L; l++) V::store(r.rows + l * values + c, x[l]);
         }
         const int64_t width = a.type == HF_FLOAT32 ? 4 : 2;
         char *to = (char *)a.output.data + (head / a.heads * a.output.batch_stride + head % a.heads * a.output.head_stride) * width;
@@ -305,7 +317,7 @@ template <class V, int Halves, int Planes> struct Attention {
 
     struct BackwardRoom {
         int32_t *bits;  // (Nq, P, halves)
-        float *slope;   // (Nq, P): scale w_q
+        float *slope;   // (Nq, P): -2 scale w_q, for counts less d / 2
         float *start;   // (Nq): -log-sum-exp
         float *grad;    // (Nq, padded d_v): dO, where the caller's own rows do not do
         I *lanes;       // (P, halves)
@@ -315,7 +327,7 @@ template <class V, int Halves, int Planes> struct Attention {
         I *tile_bits;   // (tiles, P, halves)
         F *tile_weight; // (tiles, P)
         F *p;           // (kQueryBlock)
-        F *dot;         // (kQueryBlock, P, P): d - 2 count
+        F *dot;         // (kQueryBlock, P, P): count - d / 2
         F *dp;          // (kQueryBlock)
         F *d_query;     // (kQueryBlock, P): dw_q, not yet summed over lanes
         float *rows;    // (L, padded d_v)
@@ -353,7 +365,7 @@ template <class V, int Halves, int Planes> struct Attention {
     static void pack_queries(const hf_attention &a, int64_t head, const BackwardRoom &r) {
         const int64_t row = head * a.queries;
         pack_bits(a, a.query_bits + row * Planes * words_of(a), a.queries, r.bits);
-        for (int64_t n = 0; n < a.queries * Planes; n++) r.slope[n] = (float)(a.scale * a.query_weight[row * Planes + n]);
+        for (int64_t n = 0; n < a.queries * Planes; n++) r.slope[n] = (float)(-2 * a.scale * a.query_weight[row * Planes + n]);
         for (int64_t n = 0; n < a.queries; n++) r.start[n] = -a.logsumexp[row + n];
     }
 
@@ -368,8 +380,14 @@ template <class V, int Halves, int Planes> struct Attention {
                        r.tile_bits + t * Planes * halves(a), r.tile_weight + t * Planes);
             for (int l = 0; l < L; l++) {
                 const int64_t n = std::min(key + l, last - 1);
-                to_float(from + n * a.value.row_stride * width, a.type, a.value_dim, r.rows);
-                for (int64_t c = 0; c < values; c++) ((float *)&r.value[t * values + c])[l] = c < a.value_dim ? r.rows[c] : 0;
+                to_float(from + n * a.value.row_stride * width, a.type, a.value_dim, r.rows + l * values);
+                for (int64_t c = a.value_dim; c < values; c++) r.rows[l * values + c] = 0;
+            }
+            for (int64_t c = 0; c < values; c += L) {
+                F x[L];
+                for (int l = 0; l < L; l++) x[l] = V::load(r.rows + l * values + c);
+                V::transpose(x);
+                for (int l = 0; l < L; l++) r.value[t * values + c + l] = x[l];
             }
             for (int64_t c = 0; c < values; c++) r.d_value[t * values + c] = V::splat(0);
             for (int p = 0; p < Planes; p++) r.d_weight[t * Planes + p] = V::splat(0);
@@ -387,13 +405,13 @@ template <class V, int Halves, int Planes> struct Attention {
                 for (int n = 0; n < Planes * Halves; n++) held[n] = lanes[n];
             for (int p = 0; p < Planes; p++) weight[p] = r.tile_weight[tile * Planes + p];
         }
-        // start + score of query i; `dot` (P, P) receives d - 2 count
-        inline F score(const BackwardRoom &r, int64_t i, I dim, F start, F *dot) const {
+        // start + score of query i; `dot` (P, P) receives count - d / 2
+        inline F score(const BackwardRoom &r, int64_t i, F middle, F start, F *dot) const {
             const I *bits = Halves ? held : lanes;
             for (int q = 0; q < Planes; q++)
                 for (int k = 0; k < Planes; k++) {
                     const I differing = V::template differing<Halves>(bits + k * halves, r.bits + (i * Planes + q) * halves, halves);
-                    const F product = V::to_float(dim - (differing << 1));
+                    const F product = V::to_float(differing) - middle;
                     dot[q * Planes + k] = product;
                     start = V::fma(weight[k], product * r.slope[i * Planes + q], start);
                 }
@@ -401,25 +419,45 @@ template <class V, int Halves, int Planes> struct Attention {
         }
     };
 
-    // P and d - 2 count of one tile and a block of queries.
+    // P and count - d / 2 of one tile and a block of queries.
     static inline void probabilities(const hf_attention &a, const BackwardRoom &r, const Keys &keys, int64_t i, int64_t count) {
         const Exp2 exp2;
-        I dim = V::splat_int((int32_t)a.head_dim);
-        F lowest = V::splat((float)(kLowest * kLn2));
-        V::keep(dim);
+        F middle = V::splat(0.5f * (float)a.head_dim), lowest = V::splat((float)(kLowest * kLn2));
+        V::keep(middle);
         V::keep(lowest);
-        for (int64_t n = 0; n < count; n++)
-            r.p[n] = exp2.natural(V::max(lowest, keys.score(r, i + n, dim, V::splat(r.start[i + n]), r.dot + n * Planes * Planes)));
+        // Two short loops: one long chain of operations would fill the processor's queues with waiting ones.
+        for (int64_t n = 0; n < count; n++) r.p[n] = keys.score(r, i + n, middle, V::splat(r.start[i + n]), r.dot + n * Planes * Planes);
+#pragma GCC unroll 4
+        for (int64_t n = 0; n < count; n++) r.p[n] = exp2.natural(V::max(lowest, r.p[n]));
         r.p[count] = V::splat(0); // of an even number
     }
 
+    // What the weights' gradients of one tile read and write.
+    struct Weights {
+        const float *delta, *query_weight; // of the block's first query
+        F counted[Planes];                 // w_k, or 0 in lanes past the end: those repeat the last key and must not count twice
+        F d_key[Planes];                   // dw_k
+        // dS of query n into dw_k and, not yet summed over lanes, dw_q
+        inline void add(const BackwardRoom &r, int64_t n, F p, F dp) {
+            const F ds = p * (dp - delta[n]), *dot = r.dot + n * Planes * Planes;
+            for (int q = 0; q < Planes; q++)
+                for (int k = 0; k < Planes; k++) {
+                    const F e = ds * dot[q * Planes + k];
+                    d_key[k] = V::fma(e, V::splat(query_weight[n * Planes + q]), d_key[k]);
+                    r.d_query[n * Planes + q] = V::fma(e, counted[k], r.d_query[n * Planes + q]);
+                }
+        }
+    };
+
     // dP of one tile, and dV += P dO: two queries at a time, so that a vector of V serves both.
-    template <bool First, bool Values> static inline void products(const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t c, const F *value, F *d_value) {
+    template <bool First, bool Values, bool Weighs> static inline void products(const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t c, const F *value, F *d_value, Weights &weights) {
         F sums[C];
         for (int k = 0; k < C; k++) sums[k] = V::splat(0); // of the block: sums of sums lose fewer digits
+        Weights w = weights;
         const float *row0 = grad.data + i * grad.stride + c;
         for (int64_t n = 0; n < count; n += 2, row0 += 2 * grad.stride) {
-            const float *row1 = n + 1 < count ? row0 + grad.stride : row0;
+            const bool both = n + 1 < count;
+            const float *row1 = both ? row0 + grad.stride : row0;
             const F p0 = r.p[n], p1 = r.p[n + 1];
             F even0 = First ? V::splat(0) : r.dp[n], even1 = First ? V::splat(0) : r.dp[n + 1], odd0 = V::splat(0), odd1 = V::splat(0);
 #pragma GCC unroll 16
@@ -438,37 +476,30 @@ template <class V, int Halves, int Planes> struct Attention {
                 sums[k + 1] = V::fma(p0, h0, sums[k + 1]);
                 sums[k + 1] = V::fma(p1, h1, sums[k + 1]);
             }
-            r.dp[n] = even0 + odd0;
-            r.dp[n + 1] = even1 + odd1;
+            const F dp0 = even0 + odd0, dp1 = even1 + odd1;
+            r.dp[n] = dp0;
+            r.dp[n + 1] = dp1;
+            if (Weighs) {
+                w.add(r, n, p0, dp0);
+                if (both) w.add(r, n + 1, p1, dp1);
+            }
         }
         if (Values)
             for (int k = 0; k < C; k++) d_value[k] += sums[k];
+        weights = w;
     }
 
-    // dS into dw_k of the lanes and dw_q of the queries. `counted` is w_k, or 0 for lanes past the end.
-    static inline void weights(const BackwardRoom &r, const float *delta, const float *query_weight, int64_t count, const F *counted, F *d_weight) {
-        F d_key[Planes];
-        for (int k = 0; k < Planes; k++) d_key[k] = V::splat(0);
-        for (int64_t n = 0; n < count; n++) {
-            const F ds = r.p[n] * (r.dp[n] - delta[n]), *dot = r.dot + n * Planes * Planes;
-            for (int q = 0; q < Planes; q++)
-                for (int k = 0; k < Planes; k++) {
-                    const F e = ds * dot[q * Planes + k];
-                    d_key[k] = V::fma(e, V::splat(query_weight[n * Planes + q]), d_key[k]);
-                    r.d_query[n * Planes + q] = V::fma(e, counted[k], r.d_query[n * Planes + q]);
-                }
-        }
-        for (int k = 0; k < Planes; k++) d_weight[k] += d_key[k];
-    }
-
-    // P and dP of one tile and a block of queries; with Values also dV.
-    template <bool Values> static inline void recompute(const hf_attention &a, const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t t) {
+    // P and dP of one tile and a block of queries; with Values also dV, with Weighs also the weights' gradients.
+    template <bool Values, bool Weighs> static inline void recompute(const hf_attention &a, const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t t, Weights &weights) {
         const int64_t values = padded_values(a);
         const F *value = r.value + t * values;
         F *d_value = r.d_value + t * values;
         probabilities(a, r, Keys(a, r, t), i, count);
-        products<true, Values>(r, grad, i, count, 0, value, d_value);
-        for (int64_t c = C; c < values; c += C) products<false, Values>(r, grad, i, count, c, value + c, d_value + c);
+        if (values == C) return products<true, Values, Weighs>(r, grad, i, count, 0, value, d_value, weights);
+        products<true, Values, false>(r, grad, i, count, 0, value, d_value, weights);
+        int64_t c = C;
+        for (; c + C < values; c += C) products<false, Values, false>(r, grad, i, count, c, value + c, d_value + c, weights);
+        products<false, Values, Weighs>(r, grad, i, count, c, value + c, d_value + c, weights);
     }
 
     // What a unit of the backward starts with; returns dO.
@@ -497,7 +528,8 @@ template <class V, int Halves, int Planes> struct Attention {
             const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
             for (int64_t n = 0; n < count; n++) r.d_query[n] = V::splat(0);
             for (int64_t t = 0; t < tiles; t++) {
-                recompute<false>(a, r, grad, i, count, t);
+                Weights none{};
+                recompute<false, false>(a, r, grad, i, count, t, none);
                 F largest = r.d_weight[t];
                 const F weight = r.tile_weight[t];
                 for (int64_t n = 0; n < count; n++) {
@@ -525,12 +557,15 @@ template <class V, int Halves, int Planes> struct Attention {
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
             if (a.grad_query) r.signs.start_block(call);
             for (int64_t t = 0; t < tiles; t++) {
-                recompute<true>(a, r, grad, i, count, t);
+                Weights weights{a.delta + row + i, a.query_weight + (row + i) * Planes, {}, {}};
+                for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
+                if (a.grad_query_weight) {
+                    recompute<true, true>(a, r, grad, i, count, t, weights);
+                    for (int p = 0; p < Planes; p++) r.d_weight[t * Planes + p] += weights.d_key[p];
+                } else {
+                    recompute<true, false>(a, r, grad, i, count, t, weights);
+                }
                 if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.tile_weight[t]);
-                if (!a.grad_query_weight) continue;
-                F counts[Planes];
-                for (int p = 0; p < Planes; p++) counts[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
-                weights(r, a.delta + row + i, a.query_weight + (row + i) * Planes, count, counts, r.d_weight + t * Planes);
             }
             write_query_block(call, head, chunk, i, count, r);
             if (a.grad_query) r.signs.write_block(call, head, i, count);
@@ -539,7 +574,7 @@ template <class V, int Halves, int Planes> struct Attention {
         if (a.grad_query) r.signs.write_chunk(call, head, first, last);
     }
 
-    // A tile's key weights, 0 in lanes past the end: those repeat the last key and must not count twice.
+    // A tile's key weights, 0 in lanes past the end.
     static F counted(int64_t key, int64_t last, F weight) {
         for (int l = 0; l < L; l++)
             if (key + l >= last) ((float *)&weight)[l] = 0;
@@ -551,7 +586,7 @@ template <class V, int Halves, int Planes> struct Attention {
         const hf_attention &a = *call.a;
         if (!a.grad_query_weight) return;
         float *partial = call.partial + ((head * call.chunks + chunk) * a.queries + i) * Planes;
-        for (int64_t n = 0; n < count * Planes; n++) partial[n] = V::sum(r.d_query[n]) * (float)a.scale;
+        for (int64_t n = 0; n < count * Planes; n++) partial[n] = V::sum(r.d_query[n]) * (float)(-2 * a.scale);
     }
 
     // dV and dw_k of the chunk's keys.
@@ -561,10 +596,17 @@ template <class V, int Halves, int Planes> struct Attention {
         float *d_value = rows_of<float>(a.grad_value, a.heads, head);
         for (int64_t key = first; key < last; key++) {
             const int64_t t = (key - first) / L, l = (key - first) % L;
-            for (int64_t n = 0; n < a.value_dim; n++) d_value[key * a.grad_value.row_stride + n] = ((const float *)&r.d_value[t * values + n])[l];
+            if (l == 0)
+                for (int64_t c = 0; c < values; c += L) {
+                    F x[L];
+                    for (int m = 0; m < L; m++) x[m] = r.d_value[t * values + c + m];
+                    V::transpose(x);
+                    for (int m = 0; m < L; m++) V::store(r.rows + m * values + c, x[m]);
+                }
+            memcpy(d_value + key * a.grad_value.row_stride, r.rows + l * values, a.value_dim * sizeof(float));
             if (a.grad_key_weight)
                 for (int p = 0; p < Planes; p++)
-                    a.grad_key_weight[(head * a.keys + key) * Planes + p] = ((const float *)&r.d_weight[t * Planes + p])[l] * (float)a.scale;
+                    a.grad_key_weight[(head * a.keys + key) * Planes + p] = ((const float *)&r.d_weight[t * Planes + p])[l] * (float)(-2 * a.scale);
         }
     }
 };

@@ -16,6 +16,27 @@ struct Avx512 : Vector<float16, int16, uint16> {
     // b where either is NaN.
     static inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
     static inline I popcount(I x) { return (I)_mm512_popcnt_epi32((__m512i)x); }
+    static inline void transpose(F *x) {
+        __m512 a[16], b[16];
+        for (int i = 0; i < 16; i += 2) { // pairs of single numbers
+            a[i] = _mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+            a[i + 1] = _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) // fours: b[i + k] holds column 4 m + k of rows i .. i + 3 in quarter m
+            for (int k = 0; k < 2; k++) {
+                const __m512d low = (__m512d)a[i + k], high = (__m512d)a[i + 2 + k];
+                b[i + 2 * k] = (__m512)_mm512_unpacklo_pd(low, high);
+                b[i + 2 * k + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+            }
+        for (int k = 0; k < 4; k++) { // quarters
+            const __m512 even0 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0x88), odd0 = _mm512_shuffle_f32x4(b[k], b[4 + k], 0xdd);
+            const __m512 even1 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0x88), odd1 = _mm512_shuffle_f32x4(b[8 + k], b[12 + k], 0xdd);
+            x[k] = (F)_mm512_shuffle_f32x4(even0, even1, 0x88);
+            x[8 + k] = (F)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+            x[4 + k] = (F)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+            x[12 + k] = (F)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+        }
+    }
     static inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
     static inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
     static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }

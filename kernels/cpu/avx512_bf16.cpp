@@ -210,17 +210,16 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         return keys;
     }
 
-    // P, two queries to a lane, and d - 2 count of one tile and a block of queries.
+    // P, two queries to a lane, and count - d / 2 of one tile and a block of queries.
     static inline void probabilities(const hf_attention &a, const BackwardRoom &r, const Pairs &w, const Keys &keys, int64_t i, int64_t count) {
         const PairExp2 exp2;
-        I dim = V::splat_int((int32_t)a.head_dim);
-        F lowest = V::splat(0);
-        V::keep(dim);
+        F middle = V::splat(0.5f * (float)a.head_dim), lowest = V::splat(0);
+        V::keep(middle);
         V::keep(lowest);
-        auto score = [&](int64_t n) { return V::max(lowest, keys.score(r, i + n, dim, V::splat(r.start[i + n]), r.dot + n)); };
-        int64_t n = 0;
-        for (; n + 1 < count; n += 2) w.p[n / 2] = exp2(pair(score(n), score(n + 1)));
-        if (n < count) w.p[n / 2] = exp2(pair(score(n), lowest)) & 0xffff;
+        for (int64_t n = 0; n < count; n++) r.dp[n] = keys.score(r, i + n, middle, V::splat(r.start[i + n]), r.dot + n);
+        r.dp[count] = lowest;
+        for (int64_t n = 0; n < count; n += 2) w.p[n / 2] = exp2(pair(V::max(lowest, r.dp[n]), V::max(lowest, r.dp[n + 1])));
+        if (count % 2) w.p[count / 2] &= 0xffff;
     }
 
     // dP of one tile, and dV += P dO, over C channels from c on.

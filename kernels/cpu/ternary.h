@@ -124,11 +124,15 @@ template <class V> struct Signs {
         const F by_column = column_inverse[t], one = V::splat(1), zero = V::splat(0);
         const float *delta = a.delta + head * a.queries + i, *query_weight = a.query_weight + head * a.queries + i;
         uint64_t *positive = row_positive + block * 64, *nonzero = row_nonzero + block * 64;
+        F draws[kSignBlock];
         for (int64_t n = 0; n < count; n++) {
             U h = steps + row_hash[i + n];
             h = (h ^ h >> 16) * 0x7feb352du;
             h = (h ^ h >> 15) * 0x846ca68bu;
-            const F draw = (V::to_float((typename V::I)(h >> 10)) + 0.5f) * 0x1p-22f;
+            draws[n] = (V::to_float((typename V::I)(h >> 10)) + 0.5f) * 0x1p-22f;
+        }
+        for (int64_t n = 0; n < count; n++) {
+            const F draw = draws[n];
             const F ds = p[n] * (dp[n] - delta[n]);
             const F row = ds * key_weight * row_inverse[i + n] + draw, column = ds * query_weight[n] * by_column + draw;
             const uint32_t above = V::at_least(row, one), beside = V::at_least(column, one);

@@ -34,6 +34,15 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
     }
     static inline void store(float *p, F x) { memcpy(p, &x, sizeof x); }
     static inline F to_float(I x) { return __builtin_convertvector(x, F); }
+    // Lane i of vector j becomes lane j of vector i.
+    static inline void transpose(F *x) {
+        for (int i = 0; i < lanes; i++)
+            for (int j = 0; j < i; j++) {
+                const float t = x[i][j];
+                x[i][j] = x[j][i];
+                x[j][i] = t;
+            }
+    }
     static inline float largest(F x) {
         float y = x[0];
         for (int l = 1; l < lanes; l++) y = x[l] > y ? x[l] : y;
