@@ -192,6 +192,8 @@ class TokenWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, N, d) -> (B, H, N)."""
+        if self.groups == 1 and not self.config.weight_input_norm:
+            return self._activate(self._weigh_tokens(x.transpose(1, 2).flatten(2)))
         signs = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
         real_and_sign = torch.stack([saturate(x, self.config), signs], dim=1)  # (B, 2, H, N, d)
         if self.groups > 1 and self.config.grouped_layout == "per_head":
@@ -201,7 +203,22 @@ class TokenWeight(nn.Module):
             # Each group on its own, so that a grouped weight sees no other head.
             groups = features.unflatten(1, (self.groups, -1)).mT
             features = F.layer_norm(groups, groups.shape[-1:]).mT.flatten(1, 2)
-        weight = self.fc2(F.gelu(self.fc1(features)))
+        return self._activate(self.fc2(F.gelu(self.fc1(features))))
+
+    def _weigh_tokens(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N) without the concatenation: one product for each half of the weights.
+
+        Factors move from the tokens to the weights: sigma(x) is a multiple of tanh(beta x), and sgn(x) is 2 (x >= 0) - 1.
+        """
+        beta = self.config.sigma_beta
+        real, sign = self.fc1.weight.squeeze(-1).chunk(2, dim=1)
+        tokens = x.flatten(0, 1)
+        hidden = F.linear(torch.tanh(beta * tokens), saturation_factor(self.config) * real, self.fc1.bias - sign.sum(1))
+        hidden = torch.addmm(hidden, (tokens >= 0).to(x.dtype), (2 * sign).mT)
+        weight = F.linear(F.gelu(hidden), self.fc2.weight.squeeze(-1), self.fc2.bias)
+        return weight.unflatten(0, x.shape[:2]).transpose(1, 2)
+
+    def _activate(self, weight: Tensor) -> Tensor:
         if self.config.weight_activation == "softplus":
             return F.softplus(weight)
         if self.config.weight_activation == "bounded":
@@ -224,7 +241,12 @@ class SharedAttention(nn.Module):
 
 def saturate(x: Tensor, config: BinaryFormerConfig) -> Tensor:
     """Paper Eq. 4: ``2 tanh(beta x) / min(beta, cap)``."""
-    return 2 * torch.tanh(config.sigma_beta * x) / min(config.sigma_beta, config.sigma_cap)
+    return saturation_factor(config) * torch.tanh(config.sigma_beta * x)
+
+
+def saturation_factor(config: BinaryFormerConfig) -> float:
+    """Largest value of :func:`saturate`."""
+    return 2 / min(config.sigma_beta, config.sigma_cap)
 
 
 def attention_modules(model: nn.Module) -> list[BinaryAttention]:
