@@ -46,7 +46,7 @@ struct FloatRows {
     const float *data;
     int64_t stride;
     static FloatRows of(const hf_attention &a, const hf_rows &r, int64_t head, int64_t rows, int64_t padded, float *room) {
-        if (!needs_room(a, padded)) return {rows_of<const float>(r, a.heads, head), r.row_stride};
+        if (!needs_room(a, r, padded)) return {rows_of<const float>(r, a.heads, head), r.row_stride};
         const int64_t width = a.type == HF_FLOAT32 ? 4 : 2;
         const char *from = (const char *)r.data + (head / a.heads * r.batch_stride + head % a.heads * r.head_stride) * width;
         for (int64_t i = 0; i < rows; i++) {
@@ -55,8 +55,9 @@ struct FloatRows {
         }
         return {room, padded};
     }
-    static bool needs_room(const hf_attention &a, int64_t padded) {
-        return a.type != HF_FLOAT32 || padded != a.value_dim;
+    // Rows that lie apart are packed too: each is read thousands of times.
+    static bool needs_room(const hf_attention &a, const hf_rows &r, int64_t padded) {
+        return a.type != HF_FLOAT32 || padded != a.value_dim || r.row_stride != padded;
     }
 };
 
@@ -127,7 +128,7 @@ template <class V, int Halves, int Planes> struct Attention {
         ForwardRoom r;
         r.bits = c.take<int32_t>((a.keys + kAhead) * Planes * halves(a));
         r.weight = c.take<float>((a.keys + kAhead) * Planes);
-        r.value = c.take<float>(FloatRows::needs_room(a, values) ? a.keys * values : 0);
+        r.value = c.take<float>(FloatRows::needs_room(a, a.value, values) ? a.keys * values : 0);
         r.largest = c.take<float>(Planes);
         r.lanes = c.take<I>(Planes * halves(a));
         r.sums = c.take<F>(values);
@@ -298,7 +299,7 @@ template <class V, int Halves, int Planes> struct Attention {
             arena.call = call.id, arena.head = head;
         }
         const int64_t values = padded_values(a);
-        const FloatRows v = FloatRows::needs_room(a, values)
+        const FloatRows v = FloatRows::needs_room(a, a.value, values)
                                 ? FloatRows{r.value, values}
                                 : FloatRows{rows_of<const float>(a.value, a.heads, head), a.value.row_stride};
         for (int64_t i = first; i < last; i += L) {
@@ -341,7 +342,7 @@ template <class V, int Halves, int Planes> struct Attention {
         r.bits = c.take<int32_t>(rows * Planes * halves(a));
         r.slope = c.take<float>(rows * Planes);
         r.start = c.take<float>(rows);
-        r.grad = c.take<float>(FloatRows::needs_room(a, values) ? (rows + 1) * values : 0);
+        r.grad = c.take<float>(FloatRows::needs_room(a, a.grad_output, values) ? (rows + 1) * values : 0);
         r.value = c.take<F>(tiles * values);
         r.d_value = c.take<F>(tiles * values);
         r.d_weight = c.take<F>(tiles * Planes);
@@ -513,7 +514,7 @@ template <class V, int Halves, int Planes> struct Attention {
             arena.call = call.id, arena.head = head;
         }
         load_chunk(call, head, first, last, r);
-        return FloatRows::needs_room(a, values) ? FloatRows{r.grad, values}
+        return FloatRows::needs_room(a, a.grad_output, values) ? FloatRows{r.grad, values}
                                                 : FloatRows{rows_of<const float>(a.grad_output, a.heads, head), a.grad_output.row_stride};
     }
 
