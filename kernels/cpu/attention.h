@@ -535,13 +535,14 @@ template <class V, int Halves, int Planes> struct Attention {
                 const F weight = r.tile_weight[t];
                 for (int64_t n = 0; n < count; n++) {
                     const F ds = r.p[n] * (r.dp[n] - a.delta[row + i + n]);
-                    r.d_query[n] = V::max(V::absolute(ds * weight), r.d_query[n]);
-                    largest = V::max(V::absolute(ds * a.query_weight[row + i + n]), largest);
+                    const F by_row = ds * weight, by_column = ds * a.query_weight[row + i + n];
+                    r.d_query[n] = V::max(V::absolute(by_row), r.d_query[n]) + (by_row - by_row); // a NaN stays
+                    largest = V::max(V::absolute(by_column), largest) + (by_column - by_column);
                 }
                 r.d_weight[t] = largest;
             }
             float *to = call.row_maximum + (head * call.chunks + chunk) * a.queries + i;
-            for (int64_t n = 0; n < count; n++) to[n] = V::largest(r.d_query[n]);
+            for (int64_t n = 0; n < count; n++) to[n] = V::largest(r.d_query[n]) + V::sum(r.d_query[n] - r.d_query[n]);
         }
         for (int64_t key = first; key < last; key++) call.column_maximum[head * a.keys + key] = ((const float *)&r.d_weight[(key - first) / L])[(key - first) % L];
     }

@@ -236,7 +236,8 @@ int hf_backward(const hf_attention *call) {
             for (int64_t chunk = 1; chunk < shared.chunks; chunk++)
                 for (int64_t n = 0; n < rows; n++) {
                     float &largest = row_maximum[head * shared.chunks * rows + n];
-                    largest = std::max(largest, row_maximum[(head * shared.chunks + chunk) * rows + n]);
+                    const float other = row_maximum[(head * shared.chunks + chunk) * rows + n];
+                    if (other > largest || other != other) largest = other; // a NaN stays
                 }
         shared.id = next_call++;
     }

@@ -24,7 +24,7 @@ template <class V, class F, class I> struct PolynomialExp2 {
     inline F finish(F y, F r) const {
         F p = V::splat(1.54035304e-4f);
         for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = V::fma(p, r, V::splat(c));
-        return (F)((I)p + ((I)y << 23));
+        return p * (F)(((I)y << 23) + 0x3f800000); // a product: a sum of bits would make a number of NaN
     }
 };
 

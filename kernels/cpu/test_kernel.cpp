@@ -1,0 +1,566 @@
+// Stand-alone test of the plain C interface against the formulas in double precision: `make sanitize` builds and runs it.
+//
+// Every output lies between guard bands, with a gap after each of its rows; gaps of the inputs hold NaN, so that what is read
+// from them shows in the results. Each call runs on a thread of its own, whose scratch memory is new and thus holds whatever
+// the allocator was told to fill it with.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "hamming.h"
+
+namespace {
+
+constexpr double kNan = NAN;
+constexpr float kSentinel = -12345.0f; // no result is this; as 16-bit halves no result either
+constexpr int64_t kBand = 64, kGap = 3;
+
+int failures = 0;
+std::string context;
+
+template <class... Args> void expect(bool good, const char *format, Args... args) {
+    if (good) return;
+    fprintf(stderr, "FAILED %s: ", context.c_str());
+    fprintf(stderr, format, args...);
+    fprintf(stderr, "\n");
+    if (++failures > 50) exit(1);
+}
+
+// ------------------------------------------------------------------------------------------------------ numbers
+
+uint16_t upper_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+double decode(uint16_t x, int64_t type) {
+    const int exponent_bits = type == HF_BFLOAT16 ? 8 : 5, mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+    const int exponent = x >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = x & ((1 << mantissa_bits) - 1);
+    const double sign = x >> 15 ? -1 : 1;
+    if (exponent == (1 << exponent_bits) - 1) return mantissa ? kNan : sign * INFINITY;
+    if (exponent == 0) return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
+    return sign * ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+// One number in memory, of any of the three types.
+struct Number {
+    char *at;
+    int64_t type;
+    double get() const {
+        if (type != HF_FLOAT32) return decode(*(uint16_t *)at, type);
+        return *(float *)at;
+    }
+    // For the 16-bit types a random number with few digits: quarters up to 8, which both represent.
+    void set(double x) const {
+        if (type == HF_FLOAT32) *(float *)at = (float)x;
+        else if (type == HF_BFLOAT16) *(uint16_t *)at = isnan(x) ? 0x7fff : upper_half((float)(nearbyint(4 * x) / 4));
+        else if (isnan(x)) *(uint16_t *)at = 0x7fff;
+        else {
+            int exponent;
+            const double quarters = nearbyint(4 * x) / 4, fraction = frexp(fabs(quarters), &exponent);
+            *(uint16_t *)at = quarters == 0 ? 0 : (uint16_t)((quarters < 0) << 15 | (exponent + 14) << 10 | ((int)(fraction * 2048) & 1023));
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------- memory
+
+// (B, H, N, channels) with the heads of a token side by side, a gap after every row and a band at both ends.
+struct Rows {
+    std::vector<char> memory;
+    int64_t batch, heads, rows, channels, type, width, stride;
+    bool contiguous;
+    Rows(int64_t b, int64_t h, int64_t n, int64_t c, int64_t type, bool contiguous)
+        : batch(b), heads(h), rows(n), channels(c), type(type), width(type == HF_FLOAT32 ? 4 : 2), stride(contiguous ? c : c + kGap),
+          contiguous(contiguous) {
+        memory.resize((2 * kBand + b * h * n * stride) * width);
+    }
+    int64_t offset(int64_t head, int64_t row) const {
+        const int64_t b = head / heads, h = head % heads;
+        return kBand + (contiguous ? (head * rows + row) * stride : ((b * rows + row) * heads + h) * stride);
+    }
+    Number at(int64_t head, int64_t row, int64_t c) { return {memory.data() + (offset(head, row) + c) * width, type}; }
+    void fill_bytes_of(float x) {
+        const uint16_t half = upper_half(x);
+        for (size_t i = 0; i < memory.size(); i += width) {
+            if (width == 4) memcpy(&memory[i], &x, 4);
+            else memcpy(&memory[i], &half, 2);
+        }
+    }
+    hf_rows face() {
+        const int64_t row = contiguous ? stride : heads * stride;
+        return {memory.data() + kBand * width, heads * rows * stride, contiguous ? rows * stride : stride, row};
+    }
+    std::vector<double> values() {
+        std::vector<double> all;
+        for (int64_t head = 0; head < batch * heads; head++)
+            for (int64_t n = 0; n < rows; n++)
+                for (int64_t c = 0; c < channels; c++) all.push_back(at(head, n, c).get());
+        return all;
+    }
+    // Whether the sentinel still stands everywhere but in the rows; those then hold it too.
+    bool guards_stand() {
+        Rows untouched = *this;
+        untouched.fill_bytes_of(kSentinel);
+        for (int64_t head = 0; head < batch * heads; head++)
+            for (int64_t n = 0; n < rows; n++) {
+                const size_t from = offset(head, n) * width;
+                std::copy_n(memory.begin() + from, channels * width, untouched.memory.begin() + from);
+            }
+        return memory == untouched.memory;
+    }
+};
+
+struct Shape {
+    int64_t batch, heads, queries, keys, head_dim, value_dim, planes;
+    int64_t words() const { return (head_dim + 63) / 64; }
+    int64_t groups() const { return batch * heads; }
+};
+
+struct Inputs {
+    Shape s;
+    int64_t type;
+    double scale;
+    std::vector<uint64_t> query_bits, key_bits;
+    std::vector<float> query_weight, key_weight, delta;
+    Rows value, grad_output;
+
+    // `largest` is that of abs(w_q) and abs(w_k); some weights are 0.
+    Inputs(const Shape &s, int64_t type, bool contiguous, double largest, unsigned seed)
+        : s(s), type(type), scale(1 / sqrt((double)s.head_dim)), value(s.batch, s.heads, s.keys, s.value_dim, type, contiguous),
+          grad_output(s.batch, s.heads, s.queries, s.value_dim, type, contiguous) {
+        std::mt19937_64 random(seed);
+        std::uniform_real_distribution<double> uniform(-1, 1);
+        auto bits = [&](int64_t rows) {
+            std::vector<uint64_t> b(rows * s.planes * s.words());
+            for (size_t i = 0; i < b.size(); i++) {
+                const int64_t left = s.head_dim - (int64_t)(i % s.words()) * 64;
+                b[i] = random() & (left >= 64 ? ~0ull : (1ull << left) - 1);
+            }
+            return b;
+        };
+        auto weights = [&](int64_t rows) {
+            std::vector<float> w(rows * s.planes);
+            for (float &x : w) x = random() % 8 ? (float)(largest * uniform(random)) : 0;
+            return w;
+        };
+        query_bits = bits(s.groups() * s.queries), key_bits = bits(s.groups() * s.keys);
+        query_weight = weights(s.groups() * s.queries), key_weight = weights(s.groups() * s.keys);
+        for (Rows *r : {&value, &grad_output}) {
+            r->fill_bytes_of((float)kNan);
+            for (int64_t head = 0; head < s.groups(); head++)
+                for (int64_t n = 0; n < r->rows; n++)
+                    for (int64_t c = 0; c < s.value_dim; c++) r->at(head, n, c).set(4 * uniform(random));
+        }
+    }
+};
+
+struct Outputs {
+    Shape s;
+    Rows output, logsumexp, d_value, d_query_weight, d_key_weight, d_query, d_key;
+    Outputs(const Shape &s, int64_t type, bool contiguous)
+        : s(s), output(s.batch, s.heads, s.queries, s.value_dim, type, contiguous), logsumexp(row(s.queries, 1)),
+          d_value(s.batch, s.heads, s.keys, s.value_dim, HF_FLOAT32, contiguous), d_query_weight(row(s.queries, s.planes)),
+          d_key_weight(row(s.keys, s.planes)), d_query(row(s.queries, s.head_dim)), d_key(row(s.keys, s.head_dim)) {
+        for (Rows *r : all()) r->fill_bytes_of(kSentinel);
+    }
+    Rows row(int64_t n, int64_t c) const { return Rows(s.batch, s.heads, n, c, HF_FLOAT32, true); }
+    std::vector<Rows *> all() { return {&output, &logsumexp, &d_value, &d_query_weight, &d_key_weight, &d_query, &d_key}; }
+    static const char *name(size_t i) {
+        static const char *names[] = {"output", "logsumexp", "grad_value", "grad_query_weight", "grad_key_weight", "grad_query", "grad_key"};
+        return names[i];
+    }
+};
+
+float *floats(Rows &r) { return (float *)r.face().data; }
+
+hf_attention call_of(Inputs &in, Outputs &out, int64_t threads) {
+    const Shape &s = in.s;
+    hf_attention a{};
+    a.batch = s.batch, a.heads = s.heads, a.queries = s.queries, a.keys = s.keys;
+    a.head_dim = s.head_dim, a.value_dim = s.value_dim, a.planes = s.planes;
+    a.threads = threads, a.type = in.type, a.scale = in.scale;
+    a.query_bits = in.query_bits.data(), a.key_bits = in.key_bits.data();
+    a.query_weight = in.query_weight.data(), a.key_weight = in.key_weight.data();
+    a.value = in.value.face(), a.output = out.output.face(), a.logsumexp = floats(out.logsumexp);
+    a.grad_output = in.grad_output.face(), a.delta = in.delta.data();
+    a.grad_query_weight = floats(out.d_query_weight), a.grad_key_weight = floats(out.d_key_weight);
+    a.grad_value = out.d_value.face();
+    return a;
+}
+
+// dO . O of the output that the kernel wrote, as the caller computes it.
+void set_delta(Inputs &in, Outputs &out) {
+    in.delta.clear();
+    for (int64_t head = 0; head < in.s.groups(); head++)
+        for (int64_t i = 0; i < in.s.queries; i++) {
+            double sum = 0;
+            for (int64_t c = 0; c < in.s.value_dim; c++) sum += in.grad_output.at(head, i, c).get() * out.output.at(head, i, c).get();
+            in.delta.push_back((float)sum);
+        }
+}
+
+void on_a_new_thread(const std::function<void()> &f) { std::thread(f).join(); }
+
+int forward(const hf_attention &a) {
+    int status = 1;
+    on_a_new_thread([&] { status = hf_forward(&a); });
+    return status;
+}
+
+int backward(const hf_attention &a) {
+    int status = 1;
+    on_a_new_thread([&] { status = hf_backward(&a); });
+    return status;
+}
+
+// -------------------------------------------------------------------------------------------------- brute force
+
+struct Expected {
+    std::vector<double> output, logsumexp, d_value, d_query_weight, d_key_weight, d_scores;
+    std::vector<double> query_terms, key_terms; // what the gradients of the weights are made of, without signs
+    double largest_score = 0;
+};
+
+double dot_of_signs(const uint64_t *a, const uint64_t *b, const Shape &s) {
+    int64_t sum = 0;
+    for (int64_t c = 0; c < s.head_dim; c++) sum += ((a[c / 64] ^ b[c / 64]) >> c % 64 & 1) ? -1 : 1;
+    return (double)sum;
+}
+
+Expected brute_force(Inputs &in) {
+    const Shape &s = in.s;
+    const int64_t P = s.planes, W = s.words(), nq = s.queries, nk = s.keys, dv = s.value_dim;
+    Expected e;
+    e.output.assign(s.groups() * nq * dv, 0), e.d_value.assign(s.groups() * nk * dv, 0);
+    e.d_query_weight.assign(s.groups() * nq * P, 0), e.d_key_weight.assign(s.groups() * nk * P, 0);
+    e.query_terms = e.d_query_weight, e.key_terms = e.d_key_weight;
+    for (int64_t head = 0; head < s.groups(); head++)
+        for (int64_t i = 0; i < nq; i++) {
+            const int64_t row = head * nq + i;
+            std::vector<double> score(nk), dots(nk * P * P), p(nk), dp(nk);
+            for (int64_t j = 0; j < nk; j++)
+                for (int64_t m = 0; m < P; m++)
+                    for (int64_t n = 0; n < P; n++) {
+                        const int64_t q = row * P + m, k = (head * nk + j) * P + n;
+                        const double dot = in.scale * dot_of_signs(&in.query_bits[q * W], &in.key_bits[k * W], s);
+                        dots[(j * P + m) * P + n] = dot;
+                        score[j] += dot * in.query_weight[q] * in.key_weight[k];
+                    }
+            const double largest = *std::max_element(score.begin(), score.end());
+            for (double x : score) e.largest_score = std::max(e.largest_score, fabs(x));
+            double total = 0, delta = 0;
+            for (int64_t j = 0; j < nk; j++) total += p[j] = exp(score[j] - largest);
+            e.logsumexp.push_back(largest + log(total));
+            for (int64_t j = 0; j < nk; j++) {
+                p[j] /= total;
+                for (int64_t c = 0; c < dv; c++) {
+                    const double v = in.value.at(head, j, c).get(), g = in.grad_output.at(head, i, c).get();
+                    e.output[row * dv + c] += p[j] * v;
+                    e.d_value[(head * nk + j) * dv + c] += p[j] * g;
+                    dp[j] += g * v;
+                }
+                delta += p[j] * dp[j];
+            }
+            for (int64_t j = 0; j < nk; j++) {
+                const double ds = p[j] * (dp[j] - delta), terms = p[j] * (fabs(dp[j]) + fabs(delta));
+                e.d_scores.push_back(ds);
+                for (int64_t m = 0; m < P; m++)
+                    for (int64_t n = 0; n < P; n++) {
+                        const int64_t q = row * P + m, k = (head * nk + j) * P + n;
+                        const double dot = dots[(j * P + m) * P + n];
+                        e.d_query_weight[q] += ds * dot * in.key_weight[k];
+                        e.d_key_weight[k] += ds * dot * in.query_weight[q];
+                        e.query_terms[q] += terms * fabs(dot * in.key_weight[k]);
+                        e.key_terms[k] += terms * fabs(dot * in.query_weight[q]);
+                    }
+            }
+        }
+    return e;
+}
+
+// norm(got - wanted) / norm(terms)
+double distance(const std::vector<double> &got, const std::vector<double> &wanted, const std::vector<double> &terms) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < wanted.size(); i++) error += (got[i] - wanted[i]) * (got[i] - wanted[i]), norm += terms[i] * terms[i];
+    return norm > 0 ? sqrt(error / norm) : sqrt(error);
+}
+
+// --------------------------------------------------------------------------------------------------- the checks
+
+void check_guards(Outputs &out) {
+    for (size_t n = 0; n < out.all().size(); n++) expect(out.all()[n]->guards_stand(), "%s: written outside its rows", Outputs::name(n));
+}
+
+void check_against_brute_force(const Shape &s, int64_t type, bool contiguous, double largest) {
+    Inputs in(s, type, contiguous, largest, 7);
+    Outputs one(s, type, contiguous), three(s, type, contiguous);
+    const Expected e = brute_force(in);
+    const bool backwards = s.groups() * s.queries > 0; // else the caller fills in zeros
+    for (Outputs *out : {&one, &three}) {
+        const int64_t threads = out == &one ? 1 : 3;
+        expect(forward(call_of(in, *out, threads)) == 0, "forward refused");
+        set_delta(in, *out);
+        if (backwards) expect(backward(call_of(in, *out, threads)) == 0, "backward refused");
+        check_guards(*out);
+    }
+    for (size_t n = 0; n < one.all().size(); n++)
+        expect(one.all()[n]->memory == three.all()[n]->memory, "%s: three threads differ from one", Outputs::name(n));
+    // A score's own rounding is an error of its probability.
+    const double allowed = (type == HF_FLOAT32 ? 5e-6 : 1e-2) + 3e-7 * e.largest_score;
+    auto near = [&](Rows &got, const std::vector<double> &wanted, const std::vector<double> &terms, const char *name) {
+        const double error = distance(got.values(), wanted, terms);
+        expect(error <= allowed, "%s: error %.3g, allowed %.3g", name, error, allowed); // NaN fails too
+    };
+    std::vector<double> at_least_one = e.logsumexp;
+    for (double &x : at_least_one) x = std::max(fabs(x), 1.0);
+    near(one.output, e.output, e.output, "output");
+    near(one.logsumexp, e.logsumexp, at_least_one, "logsumexp");
+    if (!backwards) return;
+    near(one.d_value, e.d_value, e.d_value, "grad_value");
+    near(one.d_query_weight, e.d_query_weight, e.query_terms, "grad_query_weight");
+    near(one.d_key_weight, e.d_key_weight, e.key_terms, "grad_key_weight");
+}
+
+// Each gradient of a weight can be left out; what is left is the same.
+void check_gradients_left_out(int64_t type) {
+    const Shape s{1, 2, 33, 290, 64, 16, 1};
+    Inputs in(s, type, true, 1, 3);
+    Outputs whole(s, type, true);
+    forward(call_of(in, whole, 1));
+    set_delta(in, whole);
+    backward(call_of(in, whole, 1));
+    for (int left_out = 1; left_out < 4; left_out++) {
+        Outputs part(s, type, true);
+        hf_attention a = call_of(in, part, 1);
+        a.logsumexp = floats(whole.logsumexp);
+        if (left_out & 1) a.grad_query_weight = nullptr;
+        if (left_out & 2) a.grad_key_weight = nullptr;
+        expect(backward(a) == 0, "backward refused");
+        expect(part.d_value.memory == whole.d_value.memory, "grad_value differs without gradients %d", left_out);
+        if (!(left_out & 1)) expect(part.d_query_weight.memory == whole.d_query_weight.memory, "grad_query_weight differs alone");
+        if (!(left_out & 2)) expect(part.d_key_weight.memory == whole.d_key_weight.memory, "grad_key_weight differs alone");
+    }
+}
+
+// The draws of hf_binaryformer/kernels/draws.py.
+uint32_t multiply(uint32_t h) {
+    h = (h ^ h >> 16) * 0x7FEB352Du;
+    return (h ^ h >> 15) * 0x846CA68Bu;
+}
+uint32_t mix(uint32_t h) { return h = multiply(h), h ^ h >> 16; }
+double uniform_draw(uint64_t seed, int64_t head, int64_t i, int64_t j) {
+    const uint32_t row = mix(mix(mix(mix((uint32_t)seed) + (uint32_t)(seed >> 32)) + (uint32_t)head) + (uint32_t)i);
+    return ((multiply(row + 0x9E3779B9u * (uint32_t)j) >> 10) + 0.5) / 4194304;
+}
+
+// How far rows of the ternary gradient are from those of the hash's draws.
+struct Deviation {
+    double fraction = 0;            // the largest part by which an entry is not a whole number of its row's unit
+    double error = 0, norm = 0;     // squares summed up
+    int64_t rows = 0, tipped = 0;   // rows; those with another draw somewhere, as rounding may tip one
+
+    // One token's row is scale w s sum of t sgn over the others, with s the largest abs(g) and t = floor(g / s + draw).
+    void add(const float *got, double factor, const std::vector<double> &g, const std::vector<double> &draw, const std::vector<const uint64_t *> &bits, int64_t dim) {
+        double s = 0;
+        for (double x : g) s = std::max(s, fabs(x));
+        const double unit = factor * s;
+        bool other = false;
+        for (int64_t c = 0; c < dim; c++) {
+            double sum = 0;
+            for (size_t j = 0; j < g.size() && s > 0; j++) sum += floor(g[j] / s + draw[j]) * ((bits[j][c / 64] >> c % 64 & 1) ? 1 : -1);
+            error += (got[c] - unit * sum) * (got[c] - unit * sum), norm += unit * sum * unit * sum;
+            if (fabs(unit) < 1e-6) continue; // rounding, but for one key alone
+            const double difference = got[c] / unit - sum;
+            fraction = std::max(fraction, fabs(difference - nearbyint(difference)));
+            other |= fabs(difference) > 0.5;
+        }
+        rows++, tipped += other;
+    }
+};
+
+// Rows hold whole numbers of their unit, and all but few of them the very draws of the hash; nothing else changes.
+void check_ternary_gradient(const Shape &s, int64_t type) {
+    Inputs in(s, type, false, 1.5, 11);
+    Outputs one(s, type, false), three(s, type, false), plain(s, type, false);
+    const uint64_t seed = 0x0123456789abcdefull;
+    for (Outputs *out : {&one, &three, &plain}) {
+        hf_attention a = call_of(in, *out, out == &three ? 3 : 1);
+        expect(forward(a) == 0, "forward refused");
+        set_delta(in, *out);
+        a.delta = in.delta.data();
+        if (out != &plain) a.grad_query = floats(out->d_query), a.grad_key = floats(out->d_key), a.seed = seed;
+        expect(backward(a) == 0, "backward refused");
+        check_guards(*out);
+    }
+    for (size_t n = 0; n < one.all().size(); n++) {
+        expect(one.all()[n]->memory == three.all()[n]->memory, "ternary %s: three threads differ from one", Outputs::name(n));
+        // 16-bit values may take another way where draws are wanted.
+        if (n < 5 && type == HF_FLOAT32) expect(one.all()[n]->memory == plain.all()[n]->memory, "draws change %s", Outputs::name(n));
+    }
+    const Expected e = brute_force(in);
+    Deviation deviation;
+    const int64_t nq = s.queries, nk = s.keys, W = s.words();
+    for (int64_t head = 0; head < s.groups(); head++)
+        for (int side = 0; side < 2; side++)
+            for (int64_t x = 0; x < (side ? nk : nq); x++) {
+                std::vector<double> g, draw;
+                std::vector<const uint64_t *> bits;
+                for (int64_t y = 0; y < (side ? nq : nk); y++) {
+                    const int64_t i = side ? y : x, j = side ? x : y, other = side ? head * nq + i : head * nk + j;
+                    g.push_back(e.d_scores[(head * nq + i) * nk + j] * (side ? in.query_weight : in.key_weight)[other]);
+                    draw.push_back(uniform_draw(seed, head, i, j));
+                    bits.push_back(&(side ? in.query_bits : in.key_bits)[other * W]);
+                }
+                const int64_t token = head * (side ? nk : nq) + x;
+                const double weight = (side ? in.key_weight : in.query_weight)[token];
+                deviation.add(floats(side ? one.d_key : one.d_query) + token * s.head_dim, in.scale * weight, g, draw, bits, s.head_dim);
+            }
+    const double error = sqrt(deviation.error / deviation.norm), allowed = type == HF_FLOAT32 ? 0.05 : 0.5;
+    expect(error <= allowed, "ternary: error %.3g, allowed %.3g", error, allowed);
+    if (type != HF_FLOAT32) return; // rounding tips too many
+    expect(deviation.fraction < 0.02, "ternary: not a whole number of its unit by %.3g", deviation.fraction);
+    expect(deviation.tipped <= deviation.rows / 50, "ternary: %lld of %lld rows have other draws", (long long)deviation.tipped, (long long)deviation.rows);
+}
+
+void check_packing(int64_t type) {
+    std::mt19937_64 random(5);
+    for (int64_t dim : {1, 31, 64, 65, 100, 129})
+        for (int64_t threads : {1, 3}) {
+            const int64_t outer[3] = {2, 3, 301}, words = (dim + 63) / 64, width = type == HF_FLOAT32 ? 4 : 2;
+            const int64_t row = 3 * (dim + kGap), strides[2][3] = {{301 * row, dim + kGap, row}, {903 * (dim + kGap), 301 * (dim + kGap), dim + kGap}};
+            std::vector<uint32_t> memory((2 * 301 * row * width + 3) / 4); // no longer than the last row's gap
+            for (uint32_t &x : memory) x = random() % 4 ? (uint32_t)random() : (uint32_t)(random() % 2 ? 0x80000000u : 0x80007fffu);
+            for (const int64_t *stride : strides) {
+                std::vector<uint64_t> bits(2 * 903 * words + 2 * kBand, 0xa5a5a5a5a5a5a5a5ull);
+                std::vector<uint64_t> wanted = bits;
+                on_a_new_thread([&] {
+                    expect(hf_pack_signs(memory.data(), type, outer, stride, dim, threads, bits.data() + kBand) == 0, "pack refused");
+                });
+                for (int64_t n = 0; n < 2 * 903; n++) {
+                    const int64_t b = n / 903, h = n / 301 % 3, i = n % 301;
+                    std::fill_n(&wanted[kBand + n * words], words, 0);
+                    for (int64_t c = 0; c < dim; c++) {
+                        const Number x{(char *)memory.data() + (b * stride[0] + h * stride[1] + i * stride[2] + c) * width, type};
+                        wanted[kBand + n * words + c / 64] |= (uint64_t)(x.get() >= 0) << c % 64;
+                    }
+                }
+                expect(bits == wanted, "pack of %lld channels, %lld threads", (long long)dim, (long long)threads);
+            }
+        }
+}
+
+// Two calls at once, of other shapes and types, give bit for bit what each gives alone.
+void check_two_calls_at_once() {
+    const Shape shapes[2] = {{1, 3, 70, 520, 64, 16, 1}, {2, 2, 530, 65, 100, 20, 2}};
+    std::thread threads[2];
+    bool same[2] = {true, true};
+    for (int t = 0; t < 2; t++)
+        threads[t] = std::thread([&, t] {
+            const int64_t type = t ? HF_BFLOAT16 : HF_FLOAT32;
+            Inputs in(shapes[t], type, true, 1, 20 + t);
+            Outputs alone(shapes[t], type, true);
+            hf_forward(std::vector<hf_attention>{call_of(in, alone, 1)}.data());
+            set_delta(in, alone);
+            hf_backward(std::vector<hf_attention>{call_of(in, alone, 1)}.data());
+            for (int repeat = 0; repeat < 10; repeat++) {
+                Outputs again(shapes[t], type, true);
+                const hf_attention a = call_of(in, again, 1 + repeat % 3);
+                hf_forward(&a), hf_backward(&a);
+                for (size_t n = 0; n < again.all().size(); n++) same[t] &= again.all()[n]->memory == alone.all()[n]->memory;
+            }
+        });
+    for (std::thread &t : threads) t.join();
+    expect(same[0] && same[1], "calls at once disturb one another");
+}
+
+void check_refusals() {
+    context = "refusals";
+    expect(hf_abi_version() == HF_ABI_VERSION, "version");
+    expect(hf_select("abacus") == -1 && !hf_can_run("abacus"), "an unknown instruction set is chosen");
+    const Shape s{1, 1, 3, 4, 5, 6, 1};
+    Inputs in(s, HF_FLOAT32, true, 1, 1);
+    Outputs out(s, HF_FLOAT32, true);
+    in.delta.resize(3);
+    const std::vector<std::function<void(hf_attention &)>> faults = {
+        [](hf_attention &a) { a.head_dim = 0; }, [](hf_attention &a) { a.planes = 3; }, [](hf_attention &a) { a.type = 3; },
+        [](hf_attention &a) { a.keys = 0; },     [](hf_attention &a) { a.keys = -1; },  [](hf_attention &a) { a.queries = -1; }};
+    for (size_t n = 0; n < faults.size(); n++) {
+        hf_attention a = call_of(in, out, 1);
+        faults[n](a);
+        expect(hf_forward(&a) == -3 && hf_backward(&a) == -3, "fault %zu is not refused", n);
+    }
+    hf_attention empty = call_of(in, out, 1);
+    empty.queries = 0;
+    expect(hf_forward(&empty) == 0, "a forward of no queries");
+    for (Rows *r : out.all()) expect(r->guards_stand() && r->values()[0] == kSentinel, "a refused call writes");
+}
+
+void check_instruction_set(const std::string &name) {
+    const Shape shapes[] = {
+        {1, 1, 1, 1, 1, 1, 1},      {2, 3, 1, 63, 64, 16, 1},    {2, 2, 63, 1, 31, 16, 1},   {2, 0, 5, 7, 64, 16, 1},   {1, 2, 0, 7, 64, 16, 1},
+        {2, 2, 17, 15, 65, 17, 1},  {1, 2, 65, 33, 64, 64, 1},   {1, 2, 33, 129, 100, 5, 1}, {1, 2, 31, 300, 32, 40, 1}, {1, 1, 515, 20, 64, 8, 1},
+        {1, 1, 3, 2100, 64, 16, 1}, {1, 1, 5, 2305, 31, 33, 1},  {2, 2, 9, 7, 1, 16, 2},     {1, 2, 16, 17, 64, 16, 2},  {1, 2, 31, 65, 65, 33, 2},
+        {1, 2, 66, 270, 100, 1, 2}, {1, 1, 64, 256, 256, 16, 1}, {1, 1, 48, 64, 33, 3, 1},
+    };
+    const char *types[] = {"float32", "bfloat16", "float16"};
+    for (int64_t type : {HF_FLOAT32, HF_BFLOAT16, HF_FLOAT16}) {
+        for (const Shape &s : shapes)
+            for (bool contiguous : {true, false})
+                // Scores far below their bound, near it, and so wide that rows go by the running maximum, some or all in a tile.
+                for (double largest : {0.5, 1.2, 3.0, 20.0}) {
+                    char text[160];
+                    snprintf(text, sizeof text, "%s %s B%lld H%lld Nq%lld Nk%lld d%lld dv%lld P%lld %s w%g", name.c_str(), types[type],
+                             (long long)s.batch, (long long)s.heads, (long long)s.queries, (long long)s.keys, (long long)s.head_dim,
+                             (long long)s.value_dim, (long long)s.planes, contiguous ? "contiguous" : "strided", largest);
+                    context = text;
+                    check_against_brute_force(s, type, contiguous, largest);
+                }
+        context = name + " " + types[type];
+        check_gradients_left_out(type);
+        check_packing(type);
+        for (const Shape &s : {Shape{2, 2, 33, 290, 64, 16, 1}, Shape{1, 2, 130, 61, 31, 5, 1}, Shape{1, 1, 70, 520, 100, 17, 1}, Shape{1, 3, 3, 5, 65, 4, 1}})
+            check_ternary_gradient(s, type);
+    }
+    context = name;
+    check_two_calls_at_once();
+}
+
+// A team that never has more than two threads, as one inside another parallel region.
+void small_team(void (*body)(void *), void *data, unsigned, unsigned) {
+    std::thread other(body, data);
+    body(data);
+    other.join();
+}
+
+} // namespace
+
+int main() {
+    check_refusals();
+    std::string all = hf_instruction_sets();
+    for (size_t from = 0, to; from < all.size(); from = to + 1) {
+        to = std::min(all.find(' ', from), all.size());
+        const std::string name = all.substr(from, to - from);
+        if (!hf_can_run(name.c_str())) {
+            printf("%s: not on this processor\n", name.c_str());
+            continue;
+        }
+        expect(hf_select(name.c_str()) == 0 && name == hf_selected(), "%s cannot be selected", name.c_str());
+        hf_set_team(nullptr);
+        check_instruction_set(name);
+        hf_set_team(small_team);
+        check_two_calls_at_once();
+        printf("%s: done\n", name.c_str());
+    }
+    if (failures) fprintf(stderr, "%d failures\n", failures);
+    return failures != 0;
+}

@@ -1,0 +1,61 @@
+"""What the tests of the compiled backend share: instruction sets in turn, weights that choose the kernel's way, threads."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hamming_cases import Case
+from hamming_oracle import to_numpy
+
+from hf_binaryformer.kernels.cpu_library import LIBRARY
+
+RUNNABLE = LIBRARY.runnable if LIBRARY else []
+HALVES = [torch.bfloat16, torch.float16]
+# Largest norm(x - exact) / norm(exact): of the output, and of the gradients, which pass through the rounded output.
+ALLOWED = {torch.float32: (5e-6, 1e-5), torch.bfloat16: (5e-3, 1e-2), torch.float16: (1e-3, 2e-3)}
+# Rows whose bound is below go without a maximum, others with a running one; a tile of 4 to 16 rows goes one way.
+LARGEST_BOUND = 100
+
+
+def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Body of a fixture over ``RUNNABLE``: selects one and afterwards the one that was in use."""
+    assert LIBRARY is not None
+    before = LIBRARY.instruction_set
+    assert LIBRARY._library.hf_select(request.param.encode()) == 0
+    yield request.param
+    LIBRARY._library.hf_select(before.encode())
+
+
+def row_bounds(case: Case) -> torch.Tensor:
+    """(B, H, Nq): 2 abs(scale log2(e) d w_q) max abs(w_k), how far a row's scores can lie apart in powers of two."""
+    query, key = (w if w.dim() == 4 else w[..., None] for w in (case.query_weight.double(), case.key_weight.double()))
+    return 2 * math.log2(math.e) * case.head_dim**0.5 * query.abs().sum(-1) * key.abs().amax(2).sum(-1)[..., None]
+
+
+def with_bounds(case: Case, low: float, high: float, rows: slice = slice(None)) -> Case:
+    """The case with float32 weights, the query weights of `rows` scaled so that their bounds are uniform in low .. high."""
+    bounds = row_bounds(case)[..., rows]
+    factor = (low + (high - low) * torch.rand_like(bounds)) / bounds
+    weight = case.query_weight.float()
+    weight[:, :, rows] *= (factor if weight.dim() == 3 else factor[..., None]).float()
+    return case.with_(query_weight=weight, key_weight=case.key_weight.float())
+
+
+def distance(actual: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    """norm(actual - expected) / norm(expected)"""
+    exact = to_numpy(expected) if isinstance(expected, torch.Tensor) else expected
+    return float(np.linalg.norm(to_numpy(actual) - exact) / np.linalg.norm(exact))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """PyTorch's number of threads, which the backend takes over."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
