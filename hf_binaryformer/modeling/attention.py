@@ -213,7 +213,9 @@ class TokenWeight(nn.Module):
         beta = self.config.sigma_beta
         real, sign = self.fc1.weight.squeeze(-1).chunk(2, dim=1)
         tokens = x.flatten(0, 1)
-        hidden = F.linear(torch.tanh(beta * tokens), saturation_factor(self.config) * real, self.fc1.bias - sign.sum(1))
+        hidden = F.linear(
+            torch.tanh(beta * tokens), saturation_factor(self.config) * real, cast(Tensor, self.fc1.bias) - sign.sum(1)
+        )
         hidden = torch.addmm(hidden, (tokens >= 0).to(x.dtype), (2 * sign).mT)
         weight = F.linear(F.gelu(hidden), self.fc2.weight.squeeze(-1), self.fc2.bias)
         return weight.unflatten(0, x.shape[:2]).transpose(1, 2)

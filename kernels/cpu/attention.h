@@ -561,7 +561,7 @@ template <class V, int Halves, int Planes> struct Attention {
             for (int64_t t = 0; t < tiles; t++) {
                 Weights weights{a.delta + row + i, a.query_weight + (row + i) * Planes, {}, {}};
                 for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
-                if (a.grad_query_weight) {
+                if (a.grad_query_weight || a.grad_key_weight) {
                     recompute<true, true>(a, r, grad, i, count, t, weights);
                     for (int p = 0; p < Planes; p++) r.d_weight[t * Planes + p] += weights.d_key[p];
                 } else {

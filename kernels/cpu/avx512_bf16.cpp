@@ -285,7 +285,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
                 probabilities(a, r, w, scaled(a, r, t), i, count);
                 products<true>(a, r, w, i, count, 0, w.value + t * values / 2, r.d_value + t * values);
                 for (int64_t c = C; c < values; c += C) products<false>(a, r, w, i, count, c, w.value + (t * values + c) / 2, r.d_value + t * values + c);
-                if (!a.grad_query_weight) continue;
+                if (!a.grad_query_weight && !a.grad_key_weight) continue;
                 const F counted = Base::counted(first + t * L, last, r.tile_weight[t]);
                 weights(r, w, a.delta + row + i, a.query_weight + row + i, count, counted, r.d_weight + t);
             }

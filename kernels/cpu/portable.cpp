@@ -16,11 +16,11 @@ struct Portable : Vector<float4, int4, uint4> {
     template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {
         I count = splat_int(0);
         for (int h = 0; h < (Halves ? Halves : halves); h++) {
-            I x = q[h] ^ k[h];
+            U x = (U)(q[h] ^ k[h]);
             x = x - ((x >> 1) & 0x55555555);
             x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
             x = (x + (x >> 4)) & 0x0f0f0f0f;
-            count += (x * 0x01010101) >> 24;
+            count += (I)((x * 0x01010101u) >> 24);
         }
         return count;
     }

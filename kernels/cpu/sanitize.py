@@ -15,7 +15,14 @@ import setuptools
 
 FOLDER = Path(__file__).parent
 # GCC takes the undefined operands in its own AVX-512 headers for mistakes.
-TOLERATED = ["psabi", "unknown-pragmas", "unused-function", "maybe-uninitialized", "uninitialized", "unknown-warning-option"]
+TOLERATED = [
+    "psabi",
+    "unknown-pragmas",
+    "unused-function",
+    "maybe-uninitialized",
+    "uninitialized",
+    "unknown-warning-option",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", *(f"-Wno-{name}" for name in TOLERATED)]
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-pthread", *WARNINGS]
 # New memory is full of NaN, so that a read before the first write shows in the results.
