@@ -128,9 +128,9 @@ def test_compiles_when_the_seed_is_drawn_inside(backend, device) -> None:
 @on_every_target
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="Inductor needs a compiler")
-def test_compiles_with_inductor(backend, device, monkeypatch) -> None:
+def test_compiles_with_inductor(backend, device, monkeypatch, tmp_path) -> None:
     # What an earlier version of the operator left in the cache knows that version's strides.
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     eager = step(backend, "ternary")
     case = make_case(12, 9, dtype=torch.float32, device=device)
