@@ -188,6 +188,9 @@ def train_model(
         if counter.step % train["checkpoint_every"] == 0 or counter.step == iterations:
             accelerator.save_state()
     bar.close()
+    # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return accelerator, accelerator.unwrap_model(model), processor
 
 

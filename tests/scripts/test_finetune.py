@@ -132,13 +132,13 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared
     # Dice slice by slice, so that the mean over processes is the mean over the batch; no random draws in the network.
     overrides = ["train.batch_dice=false", "model.attention_type=softmax", "model.bit_gradient=null"]
     one = run(recipe, prepared, tmp_path / "one", overrides=overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "scripts" / "finetune.py"), "--recipe", str(recipe), "--data", str(prepared)]
     command += ["--output", str(tmp_path / "two"), "--evaluate", "none"]
     command += [word for override in overrides for word in ("--set", override)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
