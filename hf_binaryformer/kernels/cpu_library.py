@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows packed by one thread before a second one is worth its start.
+# Rows packed by one thread, and channels saturated, before a second one is worth its start.
 ROWS_PER_THREAD = 2048
+CHANNELS_PER_THREAD = 65536
 
 
 class Rows(ctypes.Structure):
@@ -73,9 +74,9 @@ class Library:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise LibraryMissingError(f"{path.name} does not load ({error}); install again: pip install .") from error
-        declare(self._library)
         if self._library.hf_abi_version() != ABI_VERSION:
             raise LibraryMissingError(f"{path.name} was built from another version of the sources; run: pip install .")
+        declare(self._library)
         self.instruction_sets = self._library.hf_instruction_sets().decode().split()
         self.runnable = [name for name in self.instruction_sets if self._library.hf_can_run(name.encode())]
         if self._library.hf_select(instruction_set.encode()):
@@ -114,6 +115,17 @@ class Library:
         )
         return bits
 
+    def saturate(self, x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        """(N, d) float32, bfloat16 or float16 -> tanh(beta x) and sgn(x), contiguous."""
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            x = x.contiguous()
+        rows, channels = x.shape
+        tanh, sign = x.new_empty(x.shape), x.new_empty(x.shape)
+        threads = min(torch.get_num_threads(), 1 + x.numel() // CHANNELS_PER_THREAD)
+        out = (tanh.data_ptr(), sign.data_ptr())
+        check(self._library.hf_saturate(x.data_ptr(), TYPES[x.dtype], rows, x.stride(0), channels, beta, threads, *out))
+        return tanh, sign
+
 
 def declare(library: ctypes.CDLL) -> None:
     """Types of the functions."""
@@ -124,6 +136,8 @@ def declare(library: ctypes.CDLL) -> None:
     triple = ctypes.POINTER(c_int64)
     library.hf_pack_signs.argtypes = [c_void_p, c_int64, triple, triple, c_int64, c_int64, c_void_p]
     library.hf_pack_signs.restype = c_int
+    library.hf_saturate.argtypes = [c_void_p, *[c_int64] * 4, c_double, c_int64, c_void_p, c_void_p]
+    library.hf_saturate.restype = c_int
 
 
 def check(status: int) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
+from hf_binaryformer.kernels.saturation import saturate_and_sign
 from hf_binaryformer.modeling.configuration import LEARNED_WEIGHT_TYPES, BinaryFormerConfig
 
 
@@ -208,15 +209,11 @@ class TokenWeight(nn.Module):
     def _weigh_tokens(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N) without the concatenation: one product for each half of the weights.
 
-        Factors move from the tokens to the weights: sigma(x) is a multiple of tanh(beta x), and sgn(x) is 2 (x >= 0) - 1.
+        The factor of sigma(x) moves from the tokens to the weights.
         """
-        beta = self.config.sigma_beta
         real, sign = self.fc1.weight.squeeze(-1).chunk(2, dim=1)
-        tokens = x.flatten(0, 1)
-        hidden = F.linear(
-            torch.tanh(beta * tokens), saturation_factor(self.config) * real, cast(Tensor, self.fc1.bias) - sign.sum(1)
-        )
-        hidden = torch.addmm(hidden, (tokens >= 0).to(x.dtype), (2 * sign).mT)
+        saturated, signs = saturate_and_sign(x.flatten(0, 1), self.config.sigma_beta)
+        hidden = F.linear(saturated, saturation_factor(self.config) * real, self.fc1.bias) + F.linear(signs, sign)
         weight = F.linear(F.gelu(hidden), self.fc2.weight.squeeze(-1), self.fc2.bias)
         return weight.unflatten(0, x.shape[:2]).transpose(1, 2)
 

@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "convert.h"
+#include "saturate.h"
 #include "kernels.h"
 #include "ternary.h"
 
@@ -648,7 +649,7 @@ template <class Select> struct Face {
 
 template <class Select> constexpr Kernels make_kernels(const char *name) {
     using f = Face<Select>;
-    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::maxima, f::backward, pack_row};
+    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::maxima, f::backward, pack_row, saturate_row};
 }
 
 } // namespace

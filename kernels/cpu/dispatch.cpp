@@ -282,3 +282,14 @@ int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int
     });
     return 0;
 }
+
+int hf_saturate(const void *x, int64_t type, int64_t rows, int64_t row_stride, int64_t dim, double beta, int64_t threads, void *tanh, void *sign) {
+    if (rows < 0 || dim < 0 || type < HF_FLOAT32 || type > HF_FLOAT16) return -3;
+    const int64_t width = type == HF_FLOAT32 ? 4 : 2, block = 64;
+    const Kernels &k = current();
+    run((rows + block - 1) / block, threads, 0, [&](int64_t unit, Arena &) {
+        for (int64_t n = unit * block; n < std::min(rows, (unit + 1) * block); n++)
+            k.saturate((const char *)x + n * row_stride * width, type, dim, (float)beta, (char *)tanh + n * dim * width, (char *)sign + n * dim * width);
+    });
+    return 0;
+}

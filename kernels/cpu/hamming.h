@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Version of the structures below: the Python face refuses a library of another one.
-enum { HF_ABI_VERSION = 1 };
+enum { HF_ABI_VERSION = 2 };
 
 enum hf_type { HF_FLOAT32 = 0, HF_BFLOAT16 = 1, HF_FLOAT16 = 2 };
 
@@ -67,6 +67,11 @@ HF_API int hf_backward(const hf_attention *call);
 // x (outer0, outer1, outer2, d) -> bits (outer0, outer1, outer2, W) contiguous; strides of x in elements, channels side by side.
 HF_API int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int64_t stride[3], int64_t head_dim,
                          int64_t threads, uint64_t *bits);
+
+// x (rows, d), channels side by side, row_stride in elements -> tanh(beta x) and sgn(x) (1 where x >= 0, else -1), both
+// (rows, d) contiguous in the type of x.
+HF_API int hf_saturate(const void *x, int64_t type, int64_t rows, int64_t row_stride, int64_t dim, double beta, int64_t threads,
+                       void *tanh, void *sign);
 
 #ifdef __cplusplus
 }

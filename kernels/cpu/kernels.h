@@ -40,6 +40,7 @@ struct Kernels {
     void (*maxima)(const Call &, int64_t head, int64_t chunk, Arena &);   // ternary gradient: first pass
     void (*backward)(const Call &, int64_t head, int64_t chunk, Arena &);
     void (*pack)(const void *row, int64_t type, int64_t head_dim, uint64_t *bits); // one row
+    void (*saturate)(const void *row, int64_t type, int64_t dim, float beta, void *tanh, void *sign);
 };
 
 extern const Kernels kPortable;

@@ -459,6 +459,24 @@ void check_packing(int64_t type) {
         }
 }
 
+void check_saturation(int64_t type) {
+    std::mt19937_64 random(6);
+    const int64_t rows = 131, gap = 3, width = type == HF_FLOAT32 ? 4 : 2;
+    const double allowed = type == HF_FLOAT32 ? 1e-6 : 8e-3;
+    for (int64_t dim : {1, 64, 100, 384})
+        for (int64_t threads : {1, 3}) {
+            std::vector<char> x(((rows - 1) * (dim + gap) + dim) * width), tanh(rows * dim * width), sign(tanh.size());
+            for (int64_t n = 0; n < rows; n++)
+                for (int64_t c = 0; c < dim; c++) Number{x.data() + (n * (dim + gap) + c) * width, type}.set((float)((int64_t)(random() % 2001) - 1000) / 100);
+            on_a_new_thread([&] { expect(hf_saturate(x.data(), type, rows, dim + gap, dim, 0.5, threads, tanh.data(), sign.data()) == 0, "saturate refused"); });
+            for (int64_t n = 0; n < rows * dim; n++) {
+                const double value = Number{x.data() + (n / dim * (dim + gap) + n % dim) * width, type}.get();
+                const double t = Number{tanh.data() + n * width, type}.get(), s = Number{sign.data() + n * width, type}.get();
+                expect(fabs(t - std::tanh(0.5 * value)) <= allowed && s == (value >= 0 ? 1 : -1), "saturate %g: %g, %g", value, t, s);
+            }
+        }
+}
+
 // Two calls at once, of other shapes and types, give bit for bit what each gives alone.
 void check_two_calls_at_once() {
     const Shape shapes[2] = {{1, 3, 70, 520, 64, 16, 1}, {2, 2, 530, 65, 100, 20, 2}};
@@ -528,6 +546,7 @@ void check_instruction_set(const std::string &name) {
         context = name + " " + types[type];
         check_gradients_left_out(type);
         check_packing(type);
+        check_saturation(type);
         for (const Shape &s : {Shape{2, 2, 33, 290, 64, 16, 1}, Shape{1, 2, 130, 61, 31, 5, 1}, Shape{1, 1, 70, 520, 100, 17, 1}, Shape{1, 3, 3, 5, 65, 4, 1}})
             check_ternary_gradient(s, type);
     }

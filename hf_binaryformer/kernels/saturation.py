@@ -1,0 +1,42 @@
+"""What the networks of the token weights read: saturated tokens and their signs (paper Eq. 1 and 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_binaryformer.kernels.cpu_library import LIBRARY, TYPES
+
+
+@torch.library.custom_op("hf_binaryformer::saturate_and_sign", mutates_args=())
+def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass where the compiled library is there.
+
+    Args:
+        x: (N, D) real numbers, any strides.
+        beta: steepness of the saturation.
+
+    Returns:
+        Two tensors like x. Gradients reach x through the first alone.
+    """
+    if LIBRARY is not None and x.device.type == "cpu" and x.dtype in TYPES:
+        return LIBRARY.saturate(x, beta)
+    return torch.tanh(beta * x), torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+@saturate_and_sign.register_fake
+def _(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    ctx.beta = inputs[1]  # type: ignore[attr-defined]
+    ctx.save_for_backward(output[0])
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _sign_grad: Tensor) -> tuple[Tensor, None]:
+    (tanh,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    return torch.ops.aten.tanh_backward(grad, tanh).mul_(ctx.beta), None  # type: ignore[attr-defined]
+
+
+saturate_and_sign.register_autograd(_backward, setup_context=_setup_context)
