@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from benchmark_measure import DTYPES
-from benchmark_subjects import HEAD_DIM, HEADS, SCORE_LIMIT, SEED, VALUE_DIMS, Inputs, make_inputs, numpy_counts_bits
-from benchmark_subjects import numpy_attention as attend_with_numpy
+from benchmark_subjects import (
+    HEAD_DIM,
+    HEADS,
+    SCORE_LIMIT,
+    SEED,
+    VALUE_DIMS,
+    Inputs,
+    make_inputs,
+    numpy_attention,
+    numpy_counts_bits,
+    plain_numpy_attention,
+)
 from hf_binaryformer.kernels import hamming_attention
 from hf_binaryformer.kernels.draws import uniform
 
@@ -119,15 +129,16 @@ def measure_errors(tokens: list[int], backend: str) -> Iterator[dict[str, Any]]:
                 for quantity, result in computed.items():
                     yield _record(backend, n, value_dim, dtype, quantity, relative_error(result, exact[quantity]))
                 if dtype == "float32" and numpy_counts_bits():
-                    yield _record("numpy", n, value_dim, dtype, "output", _numpy_error(x, exact["output"]))
+                    for name, rival in (("numpy", plain_numpy_attention), ("numpy in place", numpy_attention)):
+                        yield _record(name, n, value_dim, dtype, "output", _numpy_error(rival, x, exact["output"]))
 
 
-def _numpy_error(x: Inputs, exact: Tensor) -> float:
-    """Error of the NumPy rival on the first head."""
+def _numpy_error(rival: Callable[..., np.ndarray], x: Inputs, exact: Tensor) -> float:
+    """Error of a NumPy rival on the first head."""
     query, key = (bits[0, 0, :, 0].numpy().view(np.uint64) for bits in (x.query_bits, x.key_bits))
     query_weight, key_weight, value = (t.detach()[0, 0].numpy() for t in (x.query_weight, x.key_weight, x.value))
     scaled = query_weight[:, None] * np.float32(HEAD_DIM**-0.5)
-    output = attend_with_numpy(query, key, scaled, key_weight, value, HEAD_DIM)
+    output = rival(query, key, scaled, key_weight, value, HEAD_DIM)
     return relative_error(torch.from_numpy(output), exact[0, 0])
 
 

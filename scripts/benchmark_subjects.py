@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmark_measure import DTYPES, Subject, one_pass
 from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
+from hf_binaryformer.kernels.cpu_library import LIBRARY
 
 # The attention of one image in the paper's ViT-S/8 (Sec. 3.1, A.1).
 HEADS = 6
@@ -27,6 +28,9 @@ FIGURE_4_DIVISOR = 32
 # Fig. 6 left.
 PRODUCT_DIM = 32
 SEED = 0
+# Timed beside the best instruction set: what most processors have.
+SECOND_SET = "avx2"
+NUMPY_PLAIN, NUMPY_TUNED = "numpy bitwise_count, 1 head", "numpy bitwise_count in place, 1 head"
 # Query rows whose scores are held at one time while the largest is looked for.
 ROWS = 64
 
@@ -63,9 +67,16 @@ def make_inputs(tokens: int, heads: int, head_dim: int, value_dim: int, dtype: t
 
 @dataclass(frozen=True, kw_only=True)
 class Hamming(Subject):
-    """This package's kernel. ``packing``: the time of pack_sign_bits for q and k counts too; ``leaves``: who gets gradients."""
+    """This package's kernel.
+
+    Args:
+        packing: the time of pack_sign_bits for q and k counts too.
+        leaves: who gets gradients.
+        instruction_set: of the compiled library; None leaves it as it is.
+    """
 
     backend: str
+    instruction_set: str | None = None
     heads: int = HEADS
     packing: bool = False
     bit_gradient: str = "none"
@@ -91,7 +102,11 @@ class Hamming(Subject):
                 backend=self.backend,
             )
 
-        return one_pass(forward, [getattr(x, leaf) for leaf in self.leaves], self.step)
+        action = one_pass(forward, [getattr(x, leaf) for leaf in self.leaves], self.step)
+        if self.instruction_set is None:
+            return action
+        assert LIBRARY is not None
+        return LIBRARY.using(self.instruction_set)(action)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +131,37 @@ class Sdpa(Subject):
 
 @dataclass(frozen=True, kw_only=True)
 class NumpyBits(Subject):
-    """The attention of one head as NumPy does it with np.bitwise_count (paper Appendix D); forward only."""
+    """The attention of one head as NumPy does it with np.bitwise_count (paper Appendix D); forward only.
+
+    Args:
+        attention: the formula as it is written down, or :func:`numpy_attention`.
+    """
+
+    attention: Callable[..., np.ndarray]
 
     def prepare(self) -> Callable[[], object]:
-        """XOR of 64-bit words and bitwise_count, then weights, softmax and P V in float32."""
+        """XOR of 64-bit words and bitwise_count, then weights, softmax and P V."""
         assert self.value_dim is not None and self.head_dim == HEAD_DIM
         x = make_inputs(self.tokens, 1, self.head_dim, self.value_dim, torch.float32)
         query, key = (bits[0, 0, :, 0].numpy().view(np.uint64) for bits in (x.query_bits, x.key_bits))
         query_weight = x.query_weight[0, 0, :, None].numpy() * np.float32(self.head_dim**-0.5)
         return partial(
-            numpy_attention, query, key, query_weight, x.key_weight[0, 0].numpy(), x.value[0, 0].numpy(), self.head_dim
+            self.attention, query, key, query_weight, x.key_weight[0, 0].numpy(), x.value[0, 0].numpy(), self.head_dim
         )
+
+
+def plain_numpy_attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    query_weight: np.ndarray,
+    key_weight: np.ndarray,
+    value: np.ndarray,
+    head_dim: int,
+) -> np.ndarray:
+    """:func:`numpy_attention` as the formula is written down, a new array for each operation; NumPy makes it float64."""
+    scores = query_weight * key_weight * (head_dim - 2 * np.bitwise_count(query[:, None] ^ key).astype(np.int32))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)) @ value
 
 
 def numpy_attention(
@@ -137,7 +172,10 @@ def numpy_attention(
     value: np.ndarray,
     head_dim: int,
 ) -> np.ndarray:
-    """(Nq,) and (Nk,) uint64 words, (Nq, 1) scaled and (Nk,) weights, (Nk, d_v) values -> (Nq, d_v)."""
+    """(Nq,) and (Nk,) uint64 words, (Nq, 1) scaled and (Nk,) weights, (Nk, d_v) values -> (Nq, d_v).
+
+    In float32 and in place: about as fast as NumPy can be.
+    """
     scores = np.bitwise_count(query[:, None] ^ key).astype(np.float32)
     scores *= -2
     scores += head_dim
@@ -197,6 +235,9 @@ def attention_subjects(tokens: int, backend: str, dense_limit: int) -> list[Subj
             for value_dim in VALUE_DIMS:
                 subjects.append(hamming(name=kernel, value_dim=value_dim))
                 subjects.append(hamming(name=f"{kernel} + packing", value_dim=value_dim, packing=True))
+                if backend == "cpu" and LIBRARY is not None and SECOND_SET in LIBRARY.runnable:
+                    name = f"hamming ({backend}, {SECOND_SET})"
+                    subjects.append(hamming(name=name, value_dim=value_dim, instruction_set=SECOND_SET))
                 if step and dtype == "float32":
                     ternary = partial(hamming, value_dim=value_dim, bit_gradient="ternary")
                     bits = ("value", "query", "key")
@@ -212,11 +253,13 @@ def one_head_subjects(tokens: int, backend: str) -> list[Subject]:
     subjects: list[Subject] = [
         Sdpa(name="sdpa, 1 head", value_dim=HEAD_DIM, heads=1, is_baseline=True, is_float=True, **common)
     ]
+    numpy = partial(NumpyBits, **common)
     for value_dim in VALUE_DIMS:
         name = f"hamming ({backend}), 1 head"
         subjects.append(Hamming(name=name, value_dim=value_dim, heads=1, backend=backend, **common))
         if numpy_counts_bits():
-            subjects.append(NumpyBits(name="numpy bitwise_count, 1 head", value_dim=value_dim, **common))
+            subjects.append(numpy(name=NUMPY_PLAIN, attention=plain_numpy_attention, value_dim=value_dim))
+            subjects.append(numpy(name=NUMPY_TUNED, attention=numpy_attention, value_dim=value_dim))
     return subjects
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
@@ -91,6 +92,16 @@ class Library:
     def instruction_set(self) -> str:
         """The one in use."""
         return self._library.hf_selected().decode()
+
+    @contextmanager
+    def using(self, instruction_set: str) -> Iterator[None]:
+        """Another instruction set out of ``runnable`` for a while, for the whole process."""
+        before = self.instruction_set
+        check(self._library.hf_select(instruction_set.encode()))
+        try:
+            yield
+        finally:
+            check(self._library.hf_select(before.encode()))
 
     def forward(self, call: Call) -> None:
         """Run ``hf_forward``."""

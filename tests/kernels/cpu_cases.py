@@ -21,12 +21,11 @@ LARGEST_BOUND = 100
 
 
 def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Body of a fixture over ``RUNNABLE``: selects one and afterwards the one that was in use."""
+    """Body of a fixture over ``RUNNABLE``: selects one, and afterwards again the one that was in use."""
     assert LIBRARY is not None
-    before = LIBRARY.instruction_set
-    assert LIBRARY._library.hf_select(request.param.encode()) == 0
-    yield request.param
-    LIBRARY._library.hf_select(before.encode())
+    with LIBRARY.using(request.param):
+        assert LIBRARY.instruction_set == request.param
+        yield request.param
 
 
 def row_bounds(case: Case) -> torch.Tensor:

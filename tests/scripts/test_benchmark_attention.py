@@ -18,8 +18,19 @@ from benchmark_check import exact_attention, tolerance_of
 from benchmark_encoder import image_of
 from benchmark_figures import block_costs, figure_2b
 from benchmark_measure import Result, Subject, extra_bytes, measure_peaks, time_interleaved, with_ratios
-from benchmark_subjects import SCORE_LIMIT, Hamming, NumpyBits, Sdpa, attention_subjects, make_inputs
+from benchmark_subjects import (
+    SCORE_LIMIT,
+    SECOND_SET,
+    Hamming,
+    NumpyBits,
+    Sdpa,
+    attention_subjects,
+    make_inputs,
+    numpy_attention,
+    plain_numpy_attention,
+)
 from hf_binaryformer.kernels import unpack_sign_bits
+from hf_binaryformer.kernels.cpu_library import LIBRARY
 
 TOKENS = 33
 ROW_KEYS = ["name", "tokens", "head_dim", "value_dim", "dtype", "pass", "milliseconds", "ratio_to_sdpa", "peak_bytes"]
@@ -170,9 +181,22 @@ def test_rivals_compute_the_same():
     torch.testing.assert_close(padded, unpadded)
     kernel = Hamming(name="", heads=1, backend="reference", **common).prepare()()
     packed = Hamming(name="", heads=1, backend="reference", packing=True, **common).prepare()()
-    counted = NumpyBits(name="", **common).prepare()()
-    torch.testing.assert_close(kernel[0, 0], torch.from_numpy(counted))
+    for attention in (numpy_attention, plain_numpy_attention):
+        counted = NumpyBits(name="", attention=attention, **common).prepare()()
+        torch.testing.assert_close(kernel[0, 0], torch.from_numpy(counted).float())
     assert torch.equal(kernel, packed)
+
+
+@pytest.mark.skipif(LIBRARY is None or SECOND_SET not in LIBRARY.runnable, reason="this processor has no second set")
+def test_a_second_instruction_set_runs_and_is_left_again():
+    assert LIBRARY is not None
+    before = LIBRARY.instruction_set
+    subjects = [s for s in attention_subjects(70, "cpu", 0) if SECOND_SET in s.name and s.value_dim == 16]
+    assert {(s.dtype, s.step) for s in subjects} == {(d, s) for d in ("float32", "bfloat16") for s in (False, True)}
+    forward = next(s for s in subjects if not s.step and s.dtype == "float32")
+    expected = Hamming(name="", family="f", tokens=70, head_dim=64, value_dim=16, backend="reference").prepare()()
+    torch.testing.assert_close(forward.prepare()(), expected)
+    assert LIBRARY.instruction_set == before
 
 
 def test_the_dense_backward_has_a_limit():
