@@ -51,10 +51,10 @@ def render(name: str) -> ModelCard:
     sections = {key: environment.from_string(text).render() for key, text in words["sections"].items()}
     metrics = [
         EvalResult(
-            task_type="image-segmentation",
+            task_type=words["task"],
             dataset_type=metric["dataset"],
             dataset_name=metric["dataset"],
-            metric_type="dice",
+            metric_type=metric["type"],
             metric_name=metric["name"],
             metric_value=float(environment.from_string(metric["value"]).render()),
         )
@@ -64,7 +64,7 @@ def render(name: str) -> ModelCard:
         model_name=name,
         license="apache-2.0",
         library_name="hf-binaryformer",
-        pipeline_tag="image-segmentation",
+        pipeline_tag=words["task"],
         tags=["medical", "mri", "vision-transformer", "binary-attention"],
         eval_results=metrics,
     )

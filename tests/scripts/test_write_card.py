@@ -13,11 +13,11 @@ import write_card
 @pytest.fixture
 def cards(tmp_path, monkeypatch):
     (tmp_path / "template.md").write_text((write_card.CARDS / "template.md").read_text())
-    names = ["summary", "network", "data", "results", "commands", "training", "limits"]
+    names = ["summary", "usage", "network", "data", "results", "commands", "training", "limits"]
     sections = "\n".join(f"  {name}: text" for name in names if name != "results")
-    metric = "- {dataset: d, name: mean, value: '{{ results.rows.network.mean }}'}"
+    metric = "- {dataset: d, name: mean, type: dice, value: '{{ results.rows.network.mean }}'}"
     results = "  results: |-\n    mean {{ mean_dice(results, 2) }}\n    {{ dice_table(results) }}"
-    (tmp_path / "toy.yaml").write_text(f"metrics:\n  {metric}\nsections:\n{sections}\n{results}\n")
+    (tmp_path / "toy.yaml").write_text(f"task: image-segmentation\nmetrics:\n  {metric}\nsections:\n{sections}\n{results}\n")
     evidence = tmp_path / "evidence" / "toy"
     evidence.mkdir(parents=True)
     labels = {"a": {"mean": 0.5, "sd": 0.1}, "b": {"mean": 0.7, "sd": 0.1}, "c": {"mean": 0.9, "sd": 0.1}}
@@ -32,7 +32,7 @@ def test_figures_come_from_the_records(cards):
     assert "| b | 0.700 ± 0.100 |" in card.text and "| **mean** | **0.700** |" in card.text
     assert card.data.eval_results[0].metric_value == 0.7
     assert "Research only, not for clinical use." in card.text
-    assert 'from_pretrained("toy")' in card.text
+    assert card.data.pipeline_tag == "image-segmentation" and "# toy" in card.text
 
 
 def test_a_figure_without_a_record_is_an_error(cards):
