@@ -20,7 +20,9 @@ namespace { // one copy for each instruction set: a shared one could be another 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = -126.0f;     // exp2 of less than this would leave the normal numbers
-constexpr float kBounded = 50.0f;      // rows whose scores are known to be less than this (in log2) need no maximum
+// Rows whose scores are known to be less than this (in log2) need no maximum: their sums stay far from the ends of float32,
+// with room for a million keys and values up to 1e8 (2^80 2^20 2^27).
+constexpr float kBounded = 80.0f;
 
 // Cuts one block of memory into arrays.
 struct Carver {
@@ -194,7 +196,7 @@ template <class V, int Halves, int Planes> struct Attention {
     }
 
     // Scores whose bound is known beforehand: no maximum, three keys in flight. Returns the sum of 2^score, which with
-    // |score| < 50 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
+    // |score| < 80 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
     template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries) {
         const Exp2 exp2;
         F total = V::splat(0);
