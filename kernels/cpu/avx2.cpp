@@ -16,7 +16,6 @@ struct Avx2 : Vector<float8, int8, uint8> {
         return (y[0] + y[2]) + (y[1] + y[3]);
     }
 
-    static inline uint32_t at_least(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)); }
     static inline uint32_t below(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)); }
 
     static inline __m256i count_bytes(I x) {

@@ -14,7 +14,6 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     using V = Avx512;
     using F = V::F;
     using I = V::I;
-    static void maxima(const Call &, int64_t, int64_t, Arena &) {} // of the ternary gradient, which is never ours
     using Base::C, Base::L, Base::kValueBlock, Base::kSumBlock, Base::kScoreBlock, Base::kQueryBlock;
     using typename Base::BackwardRoom, typename Base::ForwardRoom, typename Base::Keys, typename Base::Queries;
     static constexpr float kUnit = 128.0f, kOne = 127 * 128.0f; // bits of 2^0
