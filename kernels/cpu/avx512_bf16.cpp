@@ -249,18 +249,18 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     }
 
     static inline void weights(const BackwardRoom &r, const Pairs &w, const float *delta, const float *query_weight, int64_t count, F counted, F *d_weight) {
-        F d_key = V::splat(0);
-        auto add = [&](int64_t n, F p) {
+        F even = V::splat(0), odd = V::splat(0); // one sum would be a chain of waiting additions
+        auto add = [&](int64_t n, F p, F &d_key) {
             const F e = p * (r.dp[n] - delta[n]) * r.dot[n];
             d_key = V::fma(e, V::splat(query_weight[n]), d_key);
             r.d_query[n] = V::fma(e, counted, r.d_query[n]);
         };
         for (int64_t n = 0; n < count; n += 2) {
             const I p = w.p[n / 2];
-            add(n, (F)(p << 16));
-            if (n + 1 < count) add(n + 1, (F)(p & (int32_t)0xffff0000));
+            add(n, (F)(p << 16), even);
+            if (n + 1 < count) add(n + 1, (F)(p & (int32_t)0xffff0000), odd);
         }
-        *d_weight += d_key;
+        *d_weight += even + odd;
     }
 
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
