@@ -27,6 +27,10 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, e, o);
     }
 
+    // The same of numbers that kInteger was added to: the sum's low bits are the integer.
+    static constexpr float kInteger = 12582912.0f; // 1.5 * 2^23
+    static inline I pair_integers(F even, F odd) { return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, _mm512_slli_epi32((__m512i)odd, 16)); }
+
     struct Table { // k - 128 (2^(k / 128) - 1), rounded
         alignas(64) uint8_t correction[128];
         Table() {
@@ -81,10 +85,10 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const PairExp2 exp2;
         const int64_t values = Base::padded_values(a), pairs = a.keys / 2;
         const I ones = V::splat_int(kOnes);
-        const F start = V::splat(kOne);
+        const F start = V::splat(kOne + kInteger);
         queries.slope[0] *= kUnit;
         queries.middle[0] *= kUnit;
-        auto scores = [&](int64_t n) { return pair(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
+        auto scores = [&](int64_t n) { return pair_integers(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
         I *held = (I *)r.scores, probability = exp2(scores(0)), next = scores(1);
         F total = V::splat(0);
         const uint32_t *v = (const uint32_t *)r.value;
