@@ -163,8 +163,8 @@ template <class V, int Halves, int Planes> struct Attention {
 
     struct Queries {
         const I *lanes;
-        F slope[Planes];  // -2 scale log2(e) w_q
-        F middle[Planes]; // slope -d / 2: the score without w_k is slope count + middle
+        F slope[Planes]; // -2 scale log2(e) w_q, for counts less d / 2
+        F middle;        // d / 2
         int halves;
         // start + score of key j, for every lane's query
         inline F score(const ForwardRoom &r, int64_t j, F start) const {
@@ -172,7 +172,7 @@ template <class V, int Halves, int Planes> struct Attention {
             for (int k = 0; k < Planes; k++)
                 for (int q = 0; q < Planes; q++) {
                     const I count = V::template differing<Halves>(lanes + q * halves, bits + k * halves, halves);
-                    start = V::fma(V::fma(V::to_float(count), slope[q], middle[q]), V::splat(r.weight[j * Planes + k]), start);
+                    start = V::fma(V::line(V::to_float(count), middle, slope[q]), V::splat(r.weight[j * Planes + k]), start);
                 }
             return start;
         }
@@ -262,11 +262,11 @@ template <class V, int Halves, int Planes> struct Attention {
         load_lanes(a, a.query_bits + row * Planes * words_of(a), a.query_weight + row * Planes, i, last, r.lanes, weight);
         q.lanes = r.lanes;
         q.halves = halves(a);
+        q.middle = V::splat(0.5f * (float)a.head_dim);
         F bound = V::splat(0);
         for (int p = 0; p < Planes; p++) {
             // One rounding only: an error here is one of the row's temperature, which no average removes.
             for (int l = 0; l < L; l++) ((float *)&q.slope[p])[l] = (float)(-2 * a.scale * kLog2E * ((const float *)&weight[p])[l]);
-            q.middle[p] = q.slope[p] * (-0.5f * (float)a.head_dim);
             for (int k = 0; k < Planes; k++) bound += V::absolute(q.slope[p]) * (r.largest[k] * 0.5f * (float)a.head_dim);
         }
         bool bounded = true;

@@ -13,6 +13,8 @@ struct Avx512 : Vector<float16, int16, uint16> {
 
     template <class T> static inline void keep(T &x) { __asm__("" : "+v"(x)); }
     static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+    // One operation where the last term stands still.
+    static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     // b where either is NaN.
     static inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
     static inline I popcount(I x) { return (I)_mm512_popcnt_epi32((__m512i)x); }

@@ -87,7 +87,6 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const I ones = V::splat_int(kOnes);
         const F start = V::splat(kOne + kInteger);
         queries.slope[0] *= kUnit;
-        queries.middle[0] *= kUnit;
         auto scores = [&](int64_t n) { return pair_integers(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
         I *held = (I *)r.scores, probability = exp2(scores(0)), next = scores(1);
         F total = V::splat(0);

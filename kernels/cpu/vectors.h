@@ -34,6 +34,7 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
     }
     static inline void store(float *p, F x) { memcpy(p, &x, sizeof x); }
     static inline F to_float(I x) { return __builtin_convertvector(x, F); }
+    static inline F line(F x, F middle, F slope) { return slope * (x - middle); }
     // Lane i of vector j becomes lane j of vector i.
     static inline void transpose(F *x) {
         for (int i = 0; i < lanes; i++)
