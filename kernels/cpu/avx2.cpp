@@ -10,6 +10,8 @@ struct Avx2 : Vector<float8, int8, uint8> {
     static constexpr int channels = 8;
 
     static inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+    // One operation where the last term stands still.
+    static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     static inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
     static inline float sum(F x) {
         const float4 y = (float4)_mm256_castps256_ps128((__m256)x) + (float4)_mm256_extractf128_ps((__m256)x, 1);
