@@ -23,7 +23,7 @@ from benchmark_subjects import (
     plain_numpy_attention,
 )
 from hf_binaryformer.kernels import hamming_attention
-from hf_binaryformer.kernels.draws import uniform
+from hf_binaryformer.kernels.draws import BLOCK, uniform
 
 # Largest norm(x - exact) / norm(exact): of the output, and of the gradients.
 TOLERANCE = {"float32": (5e-6, 1e-5), "bfloat16": (5e-3, 1e-2)}
@@ -60,8 +60,9 @@ def _exact_head(x: Inputs, grad_output: Tensor, head: int) -> dict[str, Tensor]:
     draw = uniform(torch.tensor(SEED), slice(head, head + 1), slice(0, len(query)), len(key), query.device)[0].double()
 
     def ternary(g: Tensor, axis: int) -> Tensor:
-        largest = g.abs().amax(axis, keepdim=True)
-        return torch.floor(g / largest + draw) * largest
+        blocks = g.abs().split(BLOCK, axis)
+        largest = torch.cat([block.amax(axis, keepdim=True).expand_as(block) for block in blocks], axis)
+        return torch.where(draw < g.abs() / largest, g.sign() * largest, 0)
 
     return {
         "output": probability @ value,

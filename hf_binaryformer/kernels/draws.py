@@ -6,17 +6,26 @@ import torch
 from torch import Tensor
 
 DRAW_BITS = 22
+# Queries, and keys, of a block whose ternary numbers have one scale.
+BLOCK = 64
 
 
-def ternary(g: Tensor, scale: Tensor, draw: Tensor) -> Tensor:
-    """Unbiased stochastic ternary form of g / scale: ``floor(g / scale + draw)`` is -1, 0 or 1 with mean g / scale.
+def ternary(g: Tensor, draw: Tensor, dim: int) -> Tensor:
+    """Unbiased stochastic ternary form of g: ``sgn(g) * s`` where ``draw < abs(g) / s``, else 0, so that the mean is g.
+
+    s is the largest abs(g) of each BLOCK entries along ``dim``: any s that is not smaller leaves the mean, and the smallest one
+    the least variance. In a block, whose size depends on nothing else, a kernel knows it before it draws.
 
     Args:
-        g: real numbers, abs(g) <= scale.
-        scale: not negative, broadcast over g; where it is 0 the result is 0.
+        g: real numbers.
         draw: uniform in (0, 1), the shape of g.
+        dim: axis of the sums that the result is for.
     """
-    return (g * (1 / scale).nan_to_num_(posinf=0.0)).add_(draw).floor_()
+    size = g.abs()
+    blocks = [block.amax(dim, keepdim=True).expand_as(block) for block in size.split(BLOCK, dim)]
+    scale = torch.cat(blocks, dim)
+    drawn = draw < size.div_(scale)
+    return scale.copysign_(g).mul_(drawn)
 
 
 def uniform(seed: Tensor, group: slice, rows: slice, keys: int, device: torch.device) -> Tensor:

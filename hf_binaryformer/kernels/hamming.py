@@ -30,7 +30,7 @@ from torch import Tensor
 from hf_binaryformer.kernels.backends import Backend, get_backend, register_backend, select_backend
 from hf_binaryformer.kernels.bits import unpack_sign_bits
 from hf_binaryformer.kernels.checks import check_inputs
-from hf_binaryformer.kernels.draws import ternary, uniform
+from hf_binaryformer.kernels.draws import BLOCK, ternary, uniform
 
 # Scores held at one time; bounds the extra memory and keeps a tile in a core's cache.
 CHUNK_ELEMENTS = 1 << 19
@@ -235,7 +235,12 @@ def _backward(ctx, grad_output: Tensor, grad_logsumexp: Tensor):  # type: ignore
 
 def _straight_through(grad_sign: Tensor, x: Tensor | None) -> Tensor | None:
     """Gradient of the sign passed on to x where abs(x) <= 1 (paper Eq. 3)."""
-    return None if x is None else torch.where(x.abs() <= 1, grad_sign, 0).to(x.dtype)
+    if x is None:
+        return None
+    dtype = torch.promote_types(x.dtype, grad_sign.dtype)
+    # That of hardtanh, many times as fast as torch.where, is 0 at the limits themselves: take the next number.
+    limit = 1 + torch.finfo(dtype).eps
+    return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).to(x.dtype)
 
 
 _hamming_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -320,12 +325,6 @@ def reference_backward(
             p = scores.sub_(lse[:, rows].unsqueeze(-1)).exp_()  # noqa: B023
             return p, (d_out[:, rows] @ v.mT).sub_(dlt[:, rows].unsqueeze(-1)).mul_(p)  # noqa: B023
 
-        if bit_gradient == "ternary":
-            column_scale = key_w.new_zeros((key_w.shape[0], 1, keys))
-            if len(row_blocks) > 1:
-                for rows in row_blocks:
-                    g = score_gradient(rows)[1] * query_w[:, rows]
-                    column_scale = torch.maximum(column_scale, g.abs().amax(1, keepdim=True))
         d_signed_key = torch.zeros_like(signed_key)
         for rows in row_blocks:
             p, d_scores = score_gradient(rows)
@@ -339,15 +338,10 @@ def reference_backward(
                 d_query[group, rows] = d_signed_query * query_w[:, rows]
             if bit_gradient == "ternary":
                 draw = uniform(seed, group, rows, keys, value.device)
-                by_row = d_scores * key_w.mT
-                row_scale = by_row.abs().amax(-1, keepdim=True)
-                t = ternary(by_row, row_scale, draw)
-                d_query[group, rows] = scale * query_w[:, rows] * row_scale * (t @ key_signs[:, :, 0])
-                by_column = d_scores * query_w[:, rows]
-                if len(row_blocks) == 1:
-                    column_scale = by_column.abs().amax(1, keepdim=True)
-                t = ternary(by_column, column_scale, draw)
-                d_key[group] += scale * key_w * column_scale.mT * (t.mT @ query_signs[:, rows, 0])
+                t = ternary(d_scores * key_w.mT, draw, dim=2)
+                d_query[group, rows] = scale * query_w[:, rows] * (t @ key_signs[:, :, 0])
+                t = ternary(d_scores * query_w[:, rows], draw, dim=1)
+                d_key[group] += scale * key_w * (t.mT @ query_signs[:, rows, 0])
         if weight_gradient:
             d_key_weight[group] = _weight_gradient(d_signed_key, key_signs, key_weight)
         if bit_gradient == "ste":
@@ -378,7 +372,7 @@ def _tiles(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, list[s
     if queries * keys == 0:
         return
     together = max(1, CHUNK_ELEMENTS // (queries * keys))
-    height = min(queries, max(1, CHUNK_ELEMENTS // keys))
+    height = max(1, CHUNK_ELEMENTS // keys // BLOCK) * BLOCK  # whole blocks of ternary draws
     row_blocks = [slice(i, min(i + height, queries)) for i in range(0, queries, height)]
     for first in range(0, groups, together):
         yield slice(first, min(first + together, groups)), row_blocks

@@ -21,7 +21,9 @@ namespace { // one copy for each instruction set: a shared one could be another 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kLowest = -126.0f;     // exp2 of less than this would leave the normal numbers
-constexpr float kBounded = 50.0f;      // rows whose scores are known to be less than this (in log2) need no maximum
+// Rows whose scores are known to be less than this (in log2) need no maximum: their sums stay far from the ends of float32,
+// with room for a million keys and values up to 1e8 (2^80 2^20 2^27).
+constexpr float kBounded = 80.0f;
 
 // Cuts one block of memory into arrays.
 struct Carver {
@@ -171,7 +173,7 @@ template <class V, int Halves, int Planes> struct Attention {
             for (int k = 0; k < Planes; k++)
                 for (int q = 0; q < Planes; q++) {
                     const I count = V::template differing<Halves>(lanes + q * halves, bits + k * halves, halves);
-                    start = V::fma(slope[q] * (V::to_float(count) - middle), V::splat(r.weight[j * Planes + k]), start);
+                    start = V::fma(V::line(V::to_float(count), middle, slope[q]), V::splat(r.weight[j * Planes + k]), start);
                 }
             return start;
         }
@@ -195,7 +197,7 @@ template <class V, int Halves, int Planes> struct Attention {
     }
 
     // Scores whose bound is known beforehand: no maximum, three keys in flight. Returns the sum of 2^score, which with
-    // |score| < 50 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
+    // |score| < 80 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
     template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries) {
         const Exp2 exp2;
         F total = V::splat(0);
@@ -519,35 +521,6 @@ template <class V, int Halves, int Planes> struct Attention {
                                                 : FloatRows{rows_of<const float>(a.grad_output, a.heads, head), a.grad_output.row_stride};
     }
 
-    // First pass of the ternary gradient: the largest abs(dS w_k) of each query in the chunk, abs(dS w_q) of each key.
-    static void maxima(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
-        const hf_attention &a = *call.a;
-        Carver c{arena.base};
-        const BackwardRoom r = carve_backward(call, c);
-        const int64_t first = chunk * call.chunk, last = std::min(first + call.chunk, a.keys), tiles = (last - first + L - 1) / L, row = head * a.queries;
-        const FloatRows grad = load_unit(call, head, first, last, r, arena);
-        for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
-            const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
-            for (int64_t n = 0; n < count; n++) r.d_query[n] = V::splat(0);
-            for (int64_t t = 0; t < tiles; t++) {
-                Weights none{};
-                recompute<false, false>(a, r, grad, i, count, t, none);
-                F largest = r.d_weight[t];
-                const F weight = r.tile_weight[t];
-                for (int64_t n = 0; n < count; n++) {
-                    const F ds = r.p[n] * (r.dp[n] - a.delta[row + i + n]);
-                    const F by_row = ds * weight, by_column = ds * a.query_weight[row + i + n];
-                    r.d_query[n] = V::max(V::absolute(by_row), r.d_query[n]) + (by_row - by_row); // a NaN stays
-                    largest = V::max(V::absolute(by_column), largest) + (by_column - by_column);
-                }
-                r.d_weight[t] = largest;
-            }
-            float *to = call.row_maximum + (head * call.chunks + chunk) * a.queries + i;
-            for (int64_t n = 0; n < count; n++) to[n] = V::largest(r.d_query[n]) + V::sum(r.d_query[n] - r.d_query[n]);
-        }
-        for (int64_t key = first; key < last; key++) call.column_maximum[head * a.keys + key] = ((const float *)&r.d_weight[(key - first) / L])[(key - first) % L];
-    }
-
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
         const hf_attention &a = *call.a;
         Carver c{arena.base};
@@ -558,7 +531,7 @@ template <class V, int Halves, int Planes> struct Attention {
         for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
             const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
-            if (a.grad_query) r.signs.start_block(call);
+            if (a.grad_query) r.signs.start_queries();
             for (int64_t t = 0; t < tiles; t++) {
                 Weights weights{a.delta + row + i, a.query_weight + (row + i) * Planes, {}, {}};
                 for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
@@ -571,7 +544,7 @@ template <class V, int Halves, int Planes> struct Attention {
                 if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.tile_weight[t]);
             }
             write_query_block(call, head, chunk, i, count, r);
-            if (a.grad_query) r.signs.write_block(call, head, i, count);
+            if (a.grad_query) r.signs.write_queries(call, head, chunk, i, count);
         }
         write_chunk(call, head, first, last, r);
         if (a.grad_query) r.signs.write_chunk(call, head, first, last);
@@ -639,9 +612,6 @@ template <class Select> struct Face {
         Select::with_shape(*call.a, [&](auto kernel) { bytes = decltype(kernel)::backward_bytes(call); });
         return bytes;
     }
-    static void maxima(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
-        Select::with_shape(*call.a, [&](auto kernel) { decltype(kernel)::maxima(call, head, chunk, arena); });
-    }
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
         Select::with_shape(*call.a, [&](auto kernel) { decltype(kernel)::backward(call, head, chunk, arena); });
     }
@@ -649,7 +619,7 @@ template <class Select> struct Face {
 
 template <class Select> constexpr Kernels make_kernels(const char *name) {
     using f = Face<Select>;
-    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::maxima, f::backward, pack_row, saturate_row};
+    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::backward, pack_row, saturate_row};
 }
 
 } // namespace

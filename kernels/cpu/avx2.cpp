@@ -10,13 +10,14 @@ struct Avx2 : Vector<float8, int8, uint8> {
     static constexpr int channels = 8;
 
     static inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+    // One operation where the last term stands still.
+    static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     static inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
     static inline float sum(F x) {
         const float4 y = (float4)_mm256_castps256_ps128((__m256)x) + (float4)_mm256_extractf128_ps((__m256)x, 1);
         return (y[0] + y[2]) + (y[1] + y[3]);
     }
 
-    static inline uint32_t at_least(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ)); }
     static inline uint32_t below(F a, F b) { return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)); }
 
     static inline __m256i count_bytes(I x) {

@@ -13,6 +13,8 @@ struct Avx512 : Vector<float16, int16, uint16> {
 
     template <class T> static inline void keep(T &x) { __asm__("" : "+v"(x)); }
     static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+    // One operation where the last term stands still.
+    static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     // b where either is NaN.
     static inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
     static inline I popcount(I x) { return (I)_mm512_popcnt_epi32((__m512i)x); }
@@ -38,28 +40,28 @@ struct Avx512 : Vector<float16, int16, uint16> {
         }
     }
     static inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
-    static inline float largest(F x) { return _mm512_reduce_max_ps((__m512)x); }
-    static inline uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ); }
     static inline uint32_t below(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 
-    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, const uint64_t *columns, int64_t words, int64_t channels, int32_t *counts) {
-        int32_t total = 0;
-        for (int64_t b = 0; b < words; b++) total += __builtin_popcountll(nonzero[64 * b]);
-        for (int64_t c = 0; c < channels; c += 64) { // channels come in whole words
-            __m512i sums[8];
-            for (int v = 0; v < 8; v++) sums[v] = _mm512_setzero_si512();
-            for (int64_t b = 0; b < words; b++) {
-                const __m512i wanted = _mm512_set1_epi64((int64_t)nonzero[64 * b]), sign = _mm512_set1_epi64((int64_t)positive[64 * b]);
-#pragma GCC unroll 8
-                for (int v = 0; v < 8; v++) {
-                    const __m512i agree = _mm512_ternarylogic_epi64(wanted, sign, _mm512_loadu_si512(columns + b * channels + c + 8 * v), 0x90);
-                    sums[v] = _mm512_add_epi64(sums[v], _mm512_popcnt_epi64(agree));
+    static inline I mark(I acc, F a, F b, int32_t bit) {
+        return (I)_mm512_mask_or_epi32((__m512i)acc, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512i)acc, _mm512_set1_epi32(bit));
+    }
+    static inline I max_int(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+    static inline int32_t largest_int(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
+    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, int64_t tokens, const uint64_t *columns, int64_t channels, const float *scale, float *sums) {
+        const __m512i low_halves = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        for (int64_t first = 0; first < channels; first += 64) { // channels come in whole words
+            __m512i column[8];
+            for (int v = 0; v < 8; v++) column[v] = _mm512_loadu_si512(columns + first + 8 * v);
+            for (int64_t n = 0; n < tokens; n++) {
+                const __m512i wanted = _mm512_set1_epi64((int64_t)nonzero[n]), sign = _mm512_set1_epi64((int64_t)positive[n]);
+                const F twice = splat(2 * scale[n]), all = splat(-scale[n] * (float)__builtin_popcountll(nonzero[n]));
+                float *to = sums + n * channels + first;
+#pragma GCC unroll 4
+                for (int v = 0; v < 8; v += 2, to += lanes) {
+                    const __m512i low = _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(wanted, sign, column[v], 0x90));
+                    const __m512i high = _mm512_popcnt_epi64(_mm512_ternarylogic_epi64(wanted, sign, column[v + 1], 0x90));
+                    store(to, fma(to_float((I)_mm512_permutex2var_epi32(low, low_halves, high)), twice, load(to) + all));
                 }
-            }
-            for (int v = 0; v < 8; v++) {
-                const __m256i twice = _mm256_slli_epi32(_mm512_cvtepi64_epi32(sums[v]), 1);
-                __m256i *to = (__m256i *)(counts + c + 8 * v);
-                _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_sub_epi32(twice, _mm256_set1_epi32(total))));
             }
         }
     }

@@ -14,7 +14,6 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     using V = Avx512;
     using F = V::F;
     using I = V::I;
-    static void maxima(const Call &, int64_t, int64_t, Arena &) {} // of the ternary gradient, which is never ours
     using Base::C, Base::L, Base::kValueBlock, Base::kSumBlock, Base::kScoreBlock, Base::kQueryBlock;
     using typename Base::BackwardRoom, typename Base::ForwardRoom, typename Base::Keys, typename Base::Queries;
     static constexpr float kUnit = 128.0f, kOne = 127 * 128.0f; // bits of 2^0
@@ -27,6 +26,10 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const __m512i e = _mm512_cvtps_epi32((__m512)even), o = _mm512_slli_epi32(_mm512_cvtps_epi32((__m512)odd), 16);
         return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, e, o);
     }
+
+    // The same of numbers that kInteger was added to: the sum's low bits are the integer.
+    static constexpr float kInteger = 12582912.0f; // 1.5 * 2^23
+    static inline I pair_integers(F even, F odd) { return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, _mm512_slli_epi32((__m512i)odd, 16)); }
 
     struct Table { // k - 128 (2^(k / 128) - 1), rounded
         alignas(64) uint8_t correction[128];
@@ -82,9 +85,9 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         const PairExp2 exp2;
         const int64_t values = Base::padded_values(a), pairs = a.keys / 2;
         const I ones = V::splat_int(kOnes);
-        const F start = V::splat(kOne);
+        const F start = V::splat(kOne + kInteger);
         queries.slope[0] *= kUnit;
-        auto scores = [&](int64_t n) { return pair(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
+        auto scores = [&](int64_t n) { return pair_integers(queries.score(r, 2 * n, start), queries.score(r, 2 * n + 1, start)); };
         I *held = (I *)r.scores, probability = exp2(scores(0)), next = scores(1);
         F total = V::splat(0);
         const uint32_t *v = (const uint32_t *)r.value;
@@ -250,18 +253,18 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     }
 
     static inline void weights(const BackwardRoom &r, const Pairs &w, const float *delta, const float *query_weight, int64_t count, F counted, F *d_weight) {
-        F d_key = V::splat(0);
-        auto add = [&](int64_t n, F p) {
+        F even = V::splat(0), odd = V::splat(0); // one sum would be a chain of waiting additions
+        auto add = [&](int64_t n, F p, F &d_key) {
             const F e = p * (r.dp[n] - delta[n]) * r.dot[n];
             d_key = V::fma(e, V::splat(query_weight[n]), d_key);
             r.d_query[n] = V::fma(e, counted, r.d_query[n]);
         };
         for (int64_t n = 0; n < count; n += 2) {
             const I p = w.p[n / 2];
-            add(n, (F)(p << 16));
-            if (n + 1 < count) add(n + 1, (F)(p & (int32_t)0xffff0000));
+            add(n, (F)(p << 16), even);
+            if (n + 1 < count) add(n + 1, (F)(p & (int32_t)0xffff0000), odd);
         }
-        *d_weight += d_key;
+        *d_weight += even + odd;
     }
 
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {

@@ -209,56 +209,27 @@ int hf_backward(const hf_attention *call) {
     shared.chunk = std::max<int64_t>(256, ((a.keys + 7) / 8 + 63) / 64 * 64);
     shared.chunks = (a.keys + shared.chunk - 1) / shared.chunk;
     const int64_t rows = a.queries * a.planes, units = heads * shared.chunks;
-    std::vector<float> partial, row_maximum, column_maximum;
-    std::vector<std::atomic_flag> busy;
+    std::vector<float> partial;
+    std::vector<std::atomic<int64_t>> turn;
     try {
         if (a.grad_query_weight) partial.resize(units * rows);
         if (a.grad_query) {
-            row_maximum.resize(units * rows);
-            column_maximum.resize(heads * a.keys);
-            busy = std::vector<std::atomic_flag>(heads * (a.queries / 64 + 2));
-            for (std::atomic_flag &flag : busy) flag.clear();
+            turn = std::vector<std::atomic<int64_t>>(heads * (a.queries / 64 + 2));
+            for (std::atomic<int64_t> &chunk : turn) chunk = 0;
         }
     } catch (...) {
         return -2;
     }
     shared.partial = partial.data();
-    shared.row_maximum = row_maximum.data();
-    shared.column_maximum = column_maximum.data();
-    shared.busy = busy.data();
+    shared.turn = turn.data();
     const size_t bytes = k.backward_bytes(shared);
-    if (a.grad_query) {
-        // Sums of integers, gathered where the gradient will stand: their order does not matter.
-        memset(a.grad_query, 0, heads * a.queries * a.head_dim * sizeof(float));
-        const bool done = run(units, a.threads, bytes, [&](int64_t unit, Arena &arena) { k.maxima(shared, unit / shared.chunks, unit % shared.chunks, arena); });
-        if (!done) return -2;
-        for (int64_t head = 0; head < heads; head++)
-            for (int64_t chunk = 1; chunk < shared.chunks; chunk++)
-                for (int64_t n = 0; n < rows; n++) {
-                    float &largest = row_maximum[head * shared.chunks * rows + n];
-                    const float other = row_maximum[(head * shared.chunks + chunk) * rows + n];
-                    if (other > largest || other != other) largest = other; // a NaN stays
-                }
-        shared.id = next_call++;
-    }
     if (!run(units, a.threads, bytes, [&](int64_t unit, Arena &arena) { k.backward(shared, unit / shared.chunks, unit % shared.chunks, arena); }))
         return -2;
-    for (int64_t head = 0; head < heads; head++)
+    for (int64_t head = 0; head < heads && a.grad_query_weight; head++)
         for (int64_t n = 0; n < rows; n++) {
-            if (a.grad_query_weight) {
-                float sum = 0;
-                for (int64_t c = 0; c < shared.chunks; c++) sum += partial[(head * shared.chunks + c) * rows + n];
-                a.grad_query_weight[head * rows + n] = sum;
-            }
-            if (a.grad_query) {
-                const float factor = (float)a.scale * a.query_weight[head * rows + n] * row_maximum[head * shared.chunks * rows + n];
-                float *gradient = a.grad_query + (head * rows + n) * a.head_dim;
-                for (int64_t c = 0; c < a.head_dim; c++) {
-                    int32_t count;
-                    memcpy(&count, gradient + c, sizeof count);
-                    gradient[c] = factor * (float)count;
-                }
-            }
+            float sum = 0;
+            for (int64_t c = 0; c < shared.chunks; c++) sum += partial[(head * shared.chunks + c) * rows + n];
+            a.grad_query_weight[head * rows + n] = sum;
         }
     return 0;
 }

@@ -16,9 +16,7 @@ struct Call {
     int64_t chunk;            // keys of one unit of the backward
     int64_t chunks;           // ceil(keys / chunk)
     float *partial;           // (heads, chunks, Nq, P): each chunk's share of grad_query_weight
-    float *row_maximum;       // (heads, chunks, Nq) of abs(dS w_k); in the second pass chunk 0 has that of all
-    float *column_maximum;    // (heads, Nk) of abs(dS w_q)
-    std::atomic_flag *busy;   // of each block of queries in grad_query, while a chunk adds to it
+    std::atomic<int64_t> *turn; // of each block of queries: the chunk that may add to its grad_query
 };
 
 // Memory of one thread, kept from call to call.
@@ -37,7 +35,6 @@ struct Kernels {
     size_t (*forward_bytes)(const hf_attention &);
     void (*forward)(const Call &, int64_t head, int64_t first, int64_t last, Arena &);
     size_t (*backward_bytes)(const Call &);
-    void (*maxima)(const Call &, int64_t head, int64_t chunk, Arena &);   // ternary gradient: first pass
     void (*backward)(const Call &, int64_t head, int64_t chunk, Arena &);
     void (*pack)(const void *row, int64_t type, int64_t head_dim, uint64_t *bits); // one row
     void (*saturate)(const void *row, int64_t type, int64_t dim, float beta, void *tanh, void *sign);

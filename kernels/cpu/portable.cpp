@@ -10,7 +10,6 @@ struct Portable : Vector<float4, int4, uint4> {
     static inline F fma(F a, F b, F c) { return a * b + c; }
     static inline F max(F a, F b) { return a > b ? a : b; } // b where either is NaN
     static inline float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-    static inline uint32_t at_least(F a, F b) { return mask(a >= b); }
     static inline uint32_t below(F a, F b) { return mask(a < b); }
     static inline uint32_t mask(I x) { return (uint32_t)((x[0] & 1) | (x[1] & 2) | (x[2] & 4) | (x[3] & 8)); }
     template <int Halves> static inline I differing(const I *q, const int32_t *k, int halves) {

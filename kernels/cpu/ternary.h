@@ -1,7 +1,9 @@
 // The ternary bit gradient: masks of drawn numbers -1, 0, 1 against columns of sign bits, by popcount.
 //
-// t_ij = floor(g_ij / s + u_ij) as in hf_binaryformer/kernels/draws.py, with u_ij from a hash of (seed, head, i, j). Blocks of
-// 64 queries x 64 keys: a query's draws are the bits of two words (not zero; positive), and so are, transposed, a key's.
+// t_ij = sgn(g_ij) [u_ij < abs(g_ij) / s] as in hf_binaryformer/kernels/draws.py, with u_ij from a hash of (seed, head, i, j) and
+// s the largest abs(g) of the row (for a key: of the column) within a block of 64 queries x 64 keys. A query's draws in a
+// block are the bits of two words (not zero; dS positive), and so are a key's. The sign of the weight that makes g out of dS
+// is in the other side's bits.
 #pragma once
 
 #include <string.h>
@@ -10,6 +12,7 @@
 #include <atomic>
 #include <thread>
 
+#include "convert.h"
 #include "kernels.h"
 
 namespace hf {
@@ -41,19 +44,22 @@ inline void transpose(uint64_t *m) {
 
 template <class V> struct Signs {
     using F = typename V::F;
+    using I = typename V::I;
     using U = typename V::U;
-    static constexpr int L = V::lanes;
+    static constexpr int L = V::lanes, kParts = kSignBlock / L;
 
-    int64_t words, channels;          // 64 words
-    uint64_t *query_columns;          // (Nq / 64, channels): the bits of 64 queries in each channel
-    uint64_t *key_columns;            // (chunk / 64, channels)
-    uint32_t *row_hash;               // (Nq)
-    float *row_inverse;               // (Nq): 1 / largest abs(dS w_k)
-    F *column_inverse;                // (tiles): 1 / largest abs(dS w_q)
-    int32_t *query_counts;            // (64, channels): sum of t sgn(k) of a block
-    int32_t *key_counts;              // (chunk, channels): sum of t sgn(q)
-    uint64_t *row_positive, *row_nonzero;       // (chunk / 64, 64): draws of 64 queries, a query a word of 64 keys
-    uint64_t *column_positive, *column_nonzero; // (64): the same of the 64 keys in work, by the keys' scales
+    int64_t words, channels; // 64 words
+    uint64_t *query_columns; // (Nq / 64, channels): the bits of 64 queries in each channel, inverted where w_q < 0
+    uint64_t *key_columns;   // (chunk / 64, channels): the same of keys and w_k
+    uint32_t *row_hash;      // (Nq)
+    float *query_sums;       // (64, channels): sum of t sgn(k) over the chunk's keys
+    float *key_sums;         // (chunk, channels): sum of t sgn(q)
+    // Of the block of 64 x 64 in work:
+    F *d_scores;             // (64, kParts): dS
+    F *key_weight;           // (kParts): abs(w_k), 0 past the end
+    I *row_largest;          // (64): abs(g) as integers: in the same order, and NaN the largest
+    I *column_largest;       // (kParts)
+    uint64_t *row_positive, *row_nonzero, *column_positive, *column_nonzero; // (64)
 
     template <class Carver> static Signs carve(const Call &call, Carver &c) {
         const hf_attention &a = *call.a;
@@ -63,122 +69,133 @@ template <class V> struct Signs {
         s.query_columns = c.template take<uint64_t>((a.queries + 63) / 64 * s.channels);
         s.key_columns = c.template take<uint64_t>(call.chunk / 64 * s.channels);
         s.row_hash = c.template take<uint32_t>(a.queries);
-        s.row_inverse = c.template take<float>(a.queries);
-        s.column_inverse = c.template take<F>(call.chunk / L);
-        s.query_counts = c.template take<int32_t>(64 * s.channels);
-        s.key_counts = c.template take<int32_t>(call.chunk * s.channels);
-        s.row_positive = c.template take<uint64_t>(call.chunk);
-        s.row_nonzero = c.template take<uint64_t>(call.chunk);
+        s.query_sums = c.template take<float>(64 * s.channels);
+        s.key_sums = c.template take<float>(call.chunk * s.channels);
+        s.d_scores = c.template take<F>(64 * kParts);
+        s.key_weight = c.template take<F>(kParts);
+        s.row_largest = c.template take<I>(64);
+        s.column_largest = c.template take<I>(kParts);
+        s.row_positive = c.template take<uint64_t>(64);
+        s.row_nonzero = c.template take<uint64_t>(64);
         s.column_positive = c.template take<uint64_t>(64);
         s.column_nonzero = c.template take<uint64_t>(64);
         return s;
     }
 
-    // columns[block][64 w + b], bit n: bit b of word w of token 64 block + n
-    void load_columns(const uint64_t *bits, int64_t tokens, uint64_t *columns) const {
+    // columns[block][64 w + b], bit n: bit b of word w of token 64 block + n, inverted where the token's weight is negative.
+    void load_columns(const uint64_t *bits, const float *weight, int64_t tokens, uint64_t *columns) const {
         for (int64_t first = 0; first < tokens; first += 64, columns += channels)
             for (int64_t w = 0; w < words; w++) {
-                for (int64_t n = 0; n < 64; n++) columns[64 * w + n] = first + n < tokens ? bits[(first + n) * words + w] : 0;
+                for (int64_t n = 0; n < 64; n++)
+                    columns[64 * w + n] = first + n < tokens ? bits[(first + n) * words + w] ^ (weight[first + n] < 0 ? ~0ull : 0) : 0;
                 transpose(columns + 64 * w);
             }
     }
 
-    static float inverse(float x) { return x > 0 ? 1 / x : 0; }
-
     void load_queries(const Call &call, int64_t head) const {
         const hf_attention &a = *call.a;
-        load_columns(a.query_bits + head * a.queries * words, a.queries, query_columns);
+        load_columns(a.query_bits + head * a.queries * words, a.query_weight + head * a.queries, a.queries, query_columns);
         const uint32_t start = mix(mix(mix((uint32_t)a.seed) + (uint32_t)(a.seed >> 32)) + (uint32_t)head);
-        const float *largest = call.row_maximum + head * call.chunks * a.queries;
-        for (int64_t i = 0; i < a.queries; i++) {
-            row_hash[i] = mix(start + (uint32_t)i);
-            row_inverse[i] = inverse(largest[i]);
-        }
+        for (int64_t i = 0; i < a.queries; i++) row_hash[i] = mix(start + (uint32_t)i);
     }
 
     void load_chunk(const Call &call, int64_t head, int64_t first, int64_t last) const {
         const hf_attention &a = *call.a;
-        load_columns(a.key_bits + (head * a.keys + first) * words, last - first, key_columns);
-        memset(key_counts, 0, call.chunk * channels * sizeof(int32_t));
-        memset(key_columns + (last - first + 63) / 64 * channels, 0, (call.chunk / 64 - (last - first + 63) / 64) * channels * sizeof(uint64_t));
-        memset(column_inverse, 0, call.chunk * sizeof(float));
-        for (uint64_t *words : {column_positive, column_nonzero}) memset(words, 0, 64 * sizeof(uint64_t));
-        for (int64_t key = first; key < last; key++)
-            ((float *)&column_inverse[(key - first) / L])[(key - first) % L] = inverse(call.column_maximum[head * a.keys + key]);
+        load_columns(a.key_bits + (head * a.keys + first) * words, a.key_weight + head * a.keys + first, last - first, key_columns);
+        memset(key_sums, 0, call.chunk * channels * sizeof(float));
     }
 
-    void start_block(const Call &call) const {
-        for (uint64_t *words : {row_positive, row_nonzero}) memset(words, 0, call.chunk * sizeof(uint64_t));
-    }
+    void start_queries() const { memset(query_sums, 0, 64 * channels * sizeof(float)); }
 
-    // Draws for the `count` queries from i on against the keys of tile t of the chunk first .. last.
-    void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, F key_weight) const {
+    // dS of the `count` queries from i on and the keys of tile t of the chunk first .. last; draws when 64 keys are there.
+    void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, F weight) const {
         const hf_attention &a = *call.a;
-        const int64_t key = first + t * L;
-        const int64_t at = t * L % 64, block = t * L / 64;
-        U steps;
-        for (int l = 0; l < L; l++) {
-            steps[l] = 0x9e3779b9u * (uint32_t)(key + l);
-            if (key + l >= last) ((float *)&key_weight)[l] = 0; // draws 0, as does column_inverse there
-        }
-        const F by_column = column_inverse[t], one = V::splat(1), zero = V::splat(0);
+        const int64_t key = first + t * L, part = t % kParts;
+        for (int l = 0; l < L; l++)
+            if (key + l >= last) ((float *)&weight)[l] = 0;
+        weight = V::absolute(weight);
+        key_weight[part] = weight;
         const float *delta = a.delta + head * a.queries + i, *query_weight = a.query_weight + head * a.queries + i;
-        uint64_t *positive = row_positive + block * 64, *nonzero = row_nonzero + block * 64;
-        F draws[kSignBlock];
+        I largest = V::splat_int(0);
         for (int64_t n = 0; n < count; n++) {
-            U h = steps + row_hash[i + n];
-            h = (h ^ h >> 16) * 0x7feb352du;
-            h = (h ^ h >> 15) * 0x846ca68bu;
-            draws[n] = (V::to_float((typename V::I)(h >> 10)) + 0.5f) * 0x1p-22f;
-        }
-        for (int64_t n = 0; n < count; n++) {
-            const F draw = draws[n];
             const F ds = p[n] * (dp[n] - delta[n]);
-            const F row = ds * key_weight * row_inverse[i + n] + draw, column = ds * query_weight[n] * by_column + draw;
-            const uint32_t above = V::at_least(row, one), beside = V::at_least(column, one);
-            put(positive[n], at, above);
-            put(nonzero[n], at, above | V::below(row, zero));
-            put(column_positive[n], at, beside);
-            put(column_nonzero[n], at, beside | V::below(column, zero));
+            d_scores[n * kParts + part] = ds;
+            row_largest[n] = V::max_int(part ? row_largest[n] : V::splat_int(0), (I)V::absolute(ds * weight));
+            largest = V::max_int(largest, (I)V::absolute(ds * query_weight[n]));
         }
-        if (at + L < 64 && key + L < last) return;
-        // 64 keys are drawn, or the chunk ends.
-        transpose(column_positive);
-        transpose(column_nonzero);
-        for (int64_t j = 0; j < 64 && first + 64 * block + j < last; j++)
-            V::add_agreement(column_nonzero + j, column_positive + j, query_columns + i / 64 * channels, 1, channels, key_counts + (64 * block + j) * channels);
-        memset(column_positive, 0, 64 * sizeof(uint64_t));
-        memset(column_nonzero, 0, 64 * sizeof(uint64_t));
+        column_largest[part] = largest;
+        if (part + 1 < kParts && key + L < last) return;
+
+        // Where a scale is 0, so is g, and 0 / 0 is more than no draw.
+        float row_scale[64], row_inverse[64];
+        for (int64_t n = 0; n < count; n++) row_scale[n] = float_of((uint32_t)V::largest_int(row_largest[n]));
+        for (int64_t n = 0; n < count; n++) row_inverse[n] = 1 / row_scale[n];
+        draw(row_hash + i, query_weight, row_inverse, count, (uint32_t)(key - part * L), part + 1);
+        const int64_t block = t / kParts;
+        V::add_agreement(row_nonzero, row_positive, count, key_columns + block * channels, channels, row_scale, query_sums);
+        V::add_agreement(column_nonzero, column_positive, std::min<int64_t>(64, last - first - 64 * block), query_columns + i / 64 * channels, channels,
+                         (const float *)column_largest, key_sums + 64 * block * channels);
+    }
+
+    // The masks of the block whose first key is `key`.
+    void draw(const uint32_t *hash, const float *query_weight, const float *row_inverse, int64_t count, uint32_t key, int64_t parts) const {
+        if (parts < kParts || L < 8) // put() leaves out bits, or adds to them
+            for (uint64_t *words : {row_positive, row_nonzero}) memset(words, 0, 64 * sizeof(uint64_t));
+        for (int64_t part = 0; part < parts; part++) {
+            U steps;
+            for (int l = 0; l < L; l++) steps[l] = 0x9e3779b9u * (key + (uint32_t)(part * L + l));
+            const F by_column = 1.0f / (F)column_largest[part], weight = key_weight[part], zero = V::splat(0);
+            I positive[2], nonzero[2]; // a key a lane, bits of 32 queries
+            for (int64_t half = 0; half < 2; half++) {
+                I beside = V::splat_int(0), above = V::splat_int(0);
+                for (int64_t n = 32 * half; n < std::min(count, 32 * (half + 1)); n++) {
+                    U h = steps + hash[n];
+                    h = (h ^ h >> 16) * 0x7feb352du;
+                    h = (h ^ h >> 15) * 0x846ca68bu;
+                    const F draw = (F)(h >> 9 | 0x3f800001u) - 1.0f; // (h >> 10) + 1/2 over 2^22
+                    const F ds = d_scores[n * kParts + part], size = V::absolute(ds);
+                    const int32_t bit = (int32_t)(1u << n % 32);
+                    put(row_positive[n], part, V::below(zero, ds));
+                    put(row_nonzero[n], part, V::below(draw, size * (weight * row_inverse[n])));
+                    above = V::mark(above, zero, ds, bit);
+                    beside = V::mark(beside, draw, size * (by_column * __builtin_fabsf(query_weight[n])), bit);
+                }
+                positive[half] = above, nonzero[half] = beside;
+            }
+            for (int l = 0; l < L; l++) {
+                column_positive[part * L + l] = (uint32_t)positive[0][l] | (uint64_t)(uint32_t)positive[1][l] << 32;
+                column_nonzero[part * L + l] = (uint32_t)nonzero[0][l] | (uint64_t)(uint32_t)nonzero[1][l] << 32;
+            }
+        }
     }
 
     // L bits of a word, whose other bits were or will be put by other tiles.
-    static void put(uint64_t &word, int64_t at, uint32_t bits) {
-        if constexpr (L == 16) ((uint16_t *)&word)[at / 16] = (uint16_t)bits;
-        else if constexpr (L == 8) ((uint8_t *)&word)[at / 8] = (uint8_t)bits;
-        else word |= (uint64_t)bits << at;
+    static void put(uint64_t &word, int64_t part, uint32_t bits) {
+        if constexpr (L == 16) ((uint16_t *)&word)[part] = (uint16_t)bits;
+        else if constexpr (L == 8) ((uint8_t *)&word)[part] = (uint8_t)bits;
+        else word |= (uint64_t)bits << L * part;
     }
 
-    // Sums over the chunk's keys into the memory of the gradient, as integers. Other chunks of the head add theirs, one at a time and in any order: the
-    // sums of integers are the same.
-    void write_block(const Call &call, int64_t head, int64_t i, int64_t count) const {
+    // The chunk's share of dq for a block of queries, after those of the chunks before it, so that sums have one order. Units begin
+    // in order: whoever is waited for is at work.
+    void write_queries(const Call &call, int64_t head, int64_t chunk, int64_t i, int64_t count) const {
         const hf_attention &a = *call.a;
-        int32_t *to = (int32_t *)a.grad_query + (head * a.queries + i) * a.head_dim;
-        const int64_t blocks = call.chunk / 64;
-        memset(query_counts, 0, 64 * channels * sizeof(int32_t));
-        for (int64_t n = 0; n < count; n++) V::add_agreement(row_nonzero + n, row_positive + n, key_columns, blocks, channels, query_counts + n * channels);
-        std::atomic_flag &busy = call.busy[(head * a.queries + i) / kSignBlock + head];
-        while (busy.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
-        for (int64_t n = 0; n < count; n++)
-            for (int64_t c = 0; c < a.head_dim; c++) to[n * a.head_dim + c] += query_counts[n * channels + c];
-        busy.clear(std::memory_order_release);
+        std::atomic<int64_t> &turn = call.turn[(head * a.queries + i) / kSignBlock + head];
+        while (turn.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
+        for (int64_t n = 0; n < count; n++) {
+            const float factor = (float)a.scale * a.query_weight[head * a.queries + i + n];
+            float *to = a.grad_query + (head * a.queries + i + n) * a.head_dim;
+            for (int64_t c = 0; c < a.head_dim; c++) to[c] = (chunk ? to[c] : 0) + factor * query_sums[n * channels + c];
+        }
+        turn.store(chunk + 1, std::memory_order_release);
     }
 
     void write_chunk(const Call &call, int64_t head, int64_t first, int64_t last) const {
         const hf_attention &a = *call.a;
         for (int64_t key = first; key < last; key++) {
-            const float factor = (float)a.scale * a.key_weight[head * a.keys + key] * call.column_maximum[head * a.keys + key];
+            const float factor = (float)a.scale * a.key_weight[head * a.keys + key];
             float *to = a.grad_key + (head * a.keys + key) * a.head_dim;
-            for (int64_t c = 0; c < a.head_dim; c++) to[c] = factor * (float)key_counts[(key - first) * channels + c];
+            for (int64_t c = 0; c < a.head_dim; c++) to[c] = factor * key_sums[(key - first) * channels + c];
         }
     }
 };

@@ -365,30 +365,34 @@ double uniform_draw(uint64_t seed, int64_t head, int64_t i, int64_t j) {
 
 // How far rows of the ternary gradient are from those of the hash's draws.
 struct Deviation {
-    double fraction = 0;            // the largest part by which an entry is not a whole number of its row's unit
     double error = 0, norm = 0;     // squares summed up
     int64_t rows = 0, tipped = 0;   // rows; those with another draw somewhere, as rounding may tip one
 
-    // One token's row is scale w s sum of t sgn over the others, with s the largest abs(g) and t = floor(g / s + draw).
+    // One token's row is scale w times the sum of t sgn over the others: t = s sgn(g) where draw < abs(g) / s, else 0, with s the
+    // largest abs(g) of each 64.
     void add(const float *got, double factor, const std::vector<double> &g, const std::vector<double> &draw, const std::vector<const uint64_t *> &bits, int64_t dim) {
-        double s = 0;
-        for (double x : g) s = std::max(s, fabs(x));
-        const double unit = factor * s;
+        std::vector<double> t;
+        double largest = 0;
+        for (size_t first = 0; first < g.size(); first += 64) {
+            const size_t end = std::min(first + 64, g.size());
+            double s = 0;
+            for (size_t j = first; j < end; j++) s = std::max(s, fabs(g[j]));
+            for (size_t j = first; j < end; j++) t.push_back(draw[j] * s < fabs(g[j]) ? copysign(s, g[j]) : 0);
+            largest = std::max(largest, s);
+        }
         bool other = false;
         for (int64_t c = 0; c < dim; c++) {
             double sum = 0;
-            for (size_t j = 0; j < g.size() && s > 0; j++) sum += floor(g[j] / s + draw[j]) * ((bits[j][c / 64] >> c % 64 & 1) ? 1 : -1);
-            error += (got[c] - unit * sum) * (got[c] - unit * sum), norm += unit * sum * unit * sum;
-            if (fabs(unit) < 1e-6) continue; // rounding, but for one key alone
-            const double difference = got[c] / unit - sum;
-            fraction = std::max(fraction, fabs(difference - nearbyint(difference)));
-            other |= fabs(difference) > 0.5;
+            for (size_t j = 0; j < g.size(); j++) sum += t[j] * ((bits[j][c / 64] >> c % 64 & 1) ? 1 : -1);
+            const double difference = got[c] - factor * sum;
+            error += difference * difference, norm += factor * sum * factor * sum;
+            other |= fabs(difference) > std::max(0.01 * fabs(factor * largest), 1e-7); // rounding, where one key is alone
         }
         rows++, tipped += other;
     }
 };
 
-// Rows hold whole numbers of their unit, and all but few of them the very draws of the hash; nothing else changes.
+// All rows but few hold the very draws of the hash; nothing else changes.
 void check_ternary_gradient(const Shape &s, int64_t type) {
     Inputs in(s, type, false, 1.5, 11);
     Outputs one(s, type, false), three(s, type, false), plain(s, type, false);
@@ -428,7 +432,6 @@ void check_ternary_gradient(const Shape &s, int64_t type) {
     const double error = sqrt(deviation.error / deviation.norm), allowed = type == HF_FLOAT32 ? 0.05 : 0.5;
     expect(error <= allowed, "ternary: error %.3g, allowed %.3g", error, allowed);
     if (type != HF_FLOAT32) return; // rounding tips too many
-    expect(deviation.fraction < 0.02, "ternary: not a whole number of its unit by %.3g", deviation.fraction);
     expect(deviation.tipped <= deviation.rows / 50, "ternary: %lld of %lld rows have other draws", (long long)deviation.tipped, (long long)deviation.rows);
 }
 

@@ -34,6 +34,7 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
     }
     static inline void store(float *p, F x) { memcpy(p, &x, sizeof x); }
     static inline F to_float(I x) { return __builtin_convertvector(x, F); }
+    static inline F line(F x, F middle, F slope) { return slope * (x - middle); }
     // Lane i of vector j becomes lane j of vector i.
     static inline void transpose(F *x) {
         for (int i = 0; i < lanes; i++)
@@ -43,18 +44,21 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
                 x[j][i] = t;
             }
     }
-    static inline float largest(F x) {
-        float y = x[0];
+    // acc, with the bit set in lanes where a < b
+    static inline I mark(I acc, F a, F b, int32_t bit) { return acc | ((I)(a < b) & bit); }
+    static inline I max_int(I a, I b) { return a > b ? a : b; }
+    static inline int32_t largest_int(I x) {
+        int32_t y = x[0];
         for (int l = 1; l < lanes; l++) y = x[l] > y ? x[l] : y;
         return y;
     }
-    // counts[c] += sum over words b of 2 popcount(nonzero[64 b] & ~(positive[64 b] ^ columns[b][c])) - popcount(nonzero[64 b]):
-    // a sum of ternary numbers times signs.
-    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, const uint64_t *columns, int64_t words, int64_t channels, int32_t *counts) {
-        for (int64_t b = 0; b < words; b++) {
-            const int total = __builtin_popcountll(nonzero[64 * b]);
+    // sums[n][c] += scale[n] (2 popcount(nonzero[n] & ~(positive[n] ^ columns[c])) - popcount(nonzero[n])): a sum of up to 64
+    // ternary numbers times signs, for each token n and channel c.
+    static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, int64_t tokens, const uint64_t *columns, int64_t channels, const float *scale, float *sums) {
+        for (int64_t n = 0; n < tokens; n++, sums += channels) {
+            const int total = __builtin_popcountll(nonzero[n]);
             for (int64_t c = 0; c < channels; c++)
-                counts[c] += 2 * __builtin_popcountll(nonzero[64 * b] & ~(positive[64 * b] ^ columns[b * channels + c])) - total;
+                sums[c] += scale[n] * (float)(2 * __builtin_popcountll(nonzero[n] & ~(positive[n] ^ columns[c])) - total);
         }
     }
     static inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }

@@ -237,7 +237,7 @@ def test_float64_is_left_to_the_reference(monkeypatch) -> None:
 
 
 def in_units(case: Case, difference: Results) -> dict[str, np.ndarray]:
-    """Differences of the ternary gradient over scale abs(w) s, what one draw contributes to each channel."""
+    """Differences of the ternary gradient over scale abs(w) s, the most that one draw contributes to a channel."""
     d_scores, scale = np.abs(case.expected().score_gradient), case.head_dim**-0.5
     query, key = np.abs(to_numpy(case.query_weight)), np.abs(to_numpy(case.key_weight))
     units = {
@@ -249,7 +249,7 @@ def in_units(case: Case, difference: Results) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("queries", "keys", "head_dim"), [(130, 600, 64), (33, 257, 100), (70, 15, 31), (5, 64, 32)])
 def test_draws_are_the_reference_ones(queries, keys, head_dim) -> None:
-    """In float32, over several chunks of keys: whole draws apart if at all, which rounding tips in few rows."""
+    """In float32, over several chunks of keys: apart in few rows, where rounding tips a draw."""
     # Small scores: where attention is peaked, what remains of a gradient is rounding.
     case = with_bounds(make_case(queries, keys, head_dim, dtype=torch.float32), 1, 20)
     case = case.with_(query=case.query.clamp(-1, 1), key=case.key.clamp(-1, 1))
@@ -257,8 +257,7 @@ def test_draws_are_the_reference_ones(queries, keys, head_dim) -> None:
         case.run(bit_gradient="ternary", seed=2**40 + 7, backend=backend) for backend in ("cpu", "reference")
     )
     for name, apart in in_units(case, {name: ours[name] - theirs[name] for name in ("query", "key")}).items():
-        assert np.abs(apart - np.round(apart)).max() < 0.01, f"{name}: not a whole number of draws"
-        assert np.round(apart).any(-1).mean() < 0.02, f"{name}: other draws"
+        assert (np.abs(apart) > 1e-3).any(-1).mean() < 0.02, f"{name}: other draws"
     assert_same(ours, case.run(backend="cpu"))
 
 

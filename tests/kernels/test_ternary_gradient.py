@@ -1,7 +1,7 @@
 """The stochastic ternary gradient of the sign bits.
 
-g_ij = dS_ij w_k,j becomes t_ij in {-s_i, 0, s_i} with P(t_ij != 0) = abs(g_ij) / s_i, s_i the largest of row i; for
-the keys by columns, with w_q. Everything else is the straight-through gradient.
+g_ij = dS_ij w_k,j becomes t_ij in {-s_i, 0, s_i} with P(t_ij != 0) = abs(g_ij) / s_i, s_i the largest of row i within a block of
+64 keys; for the keys by columns, with w_q and blocks of 64 queries. Everything else is the straight-through gradient.
 """
 
 import numpy as np
