@@ -18,27 +18,42 @@ if TYPE_CHECKING:
         BinaryFormerModel,
     )
     from hf_binaryformer.modeling.pretrained import from_pretrained
+    from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
+    from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+    from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+    from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
+    from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AbsorbingScheduler": "pipelines.absorbing_scheduler",
     "BinaryFormerConfig": "modeling.configuration",
     "BinaryFormerForImageClassification": "modeling.modeling",
     "BinaryFormerForSemanticSegmentation": "modeling.modeling",
     "BinaryFormerImageProcessor": "modeling.image_processing",
     "BinaryFormerModel": "modeling.modeling",
+    "BinaryVQInpaintPipeline": "pipelines.vq_inpainting",
+    "BinaryVQModel": "modeling.vq_autoencoder",
+    "BinaryVQPipeline": "pipelines.vq_synthesis",
+    "BinaryVQTransformer3DModel": "modeling.vq_transformer",
     "VolumeSegmentationPipeline": "pipelines.segmentation",
     "binarize_attention": "modeling.encoder",
     "from_pretrained": "modeling.pretrained",
 }
 
 __all__ = [
+    "AbsorbingScheduler",
     "BinaryFormerConfig",
     "BinaryFormerForImageClassification",
     "BinaryFormerForSemanticSegmentation",
     "BinaryFormerImageProcessor",
     "BinaryFormerModel",
+    "BinaryVQInpaintPipeline",
+    "BinaryVQModel",
+    "BinaryVQPipeline",
+    "BinaryVQTransformer3DModel",
     "VolumeSegmentationPipeline",
     "binarize_attention",
     "from_pretrained",

@@ -1,4 +1,7 @@
-"""The command line, `binaryformer`: what is typed, shown and refused; :mod:`hf_binaryformer.jobs` does the work."""
+"""The command line, `binaryformer`: what is typed, shown and refused.
+
+:mod:`hf_binaryformer.jobs` and :mod:`hf_binaryformer.generation_jobs` do the work.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
-from hf_binaryformer import jobs
+from hf_binaryformer import generation_jobs, jobs
 from hf_binaryformer.pipelines.provenance import versions
 
 P = ParamSpec("P")
@@ -38,6 +41,17 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+# Options that mean the same in several commands.
+Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to be drawn.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
+Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]
+Backend = Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")]
+NumberFormat = Annotated[DType, typer.Option(help="Number format of the network.")]
+Device = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")]
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -86,10 +100,10 @@ def segment(
     overlay: Annotated[Path | None, typer.Option(help="Picture of the labels on the image to write: .png.")] = None,
     report: Annotated[Path | None, typer.Option(help="Label volumes, settings, versions to write: .json.")] = None,
     probabilities: Annotated[Path | None, typer.Option(help="4D volume of probabilities to write: .nii.gz.")] = None,
-    model: Annotated[str, typer.Option(help="Short name, folder or Hub id.")] = jobs.DEFAULT_MODEL,
-    backend: Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
-    device: Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")] = None,
+    model: Model = jobs.DEFAULT_MODEL,
+    backend: Backend = None,
+    dtype: NumberFormat = DType.float32,
+    device: Device = None,
 ) -> None:
     """Segment a volume; labels come back on its own grid."""
     with progress_bar("segmenting") as progress:
@@ -106,8 +120,87 @@ def segment(
             progress=progress,
         )
     show_volumes(content)
-    for path in filter(None, (output, probabilities, overlay, report)):
-        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+    tell_written(output, probabilities, overlay, report)
+
+
+@app.command()
+@one_line_errors
+def inpaint(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.")],
+    mask: Annotated[Path, typer.Option(help="Volume on the same grid; not 0 is the hole.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Volume to write: .nii.gz, .nii or .mha.")],
+    std_map: Annotated[Path | None, typer.Option(help="Standard deviation over samples to write: .nii.gz.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Picture of hole and result to write: .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Seconds, settings, versions to write: .json.")] = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    steps: Steps = generation_jobs.DEFAULT_STEPS,
+    temperature: Temperature = generation_jobs.DEFAULT_TEMPERATURE,
+    feather: Annotated[int, typer.Option(min=0, help="Voxels inside the hole over which a seam is faded.")] = 0,
+    model: Model = generation_jobs.DEFAULT_MODEL,
+    backend: Backend = None,
+    dtype: NumberFormat = DType.float32,
+    device: Device = None,
+) -> None:
+    """Fill the hole of a volume; outside the hole every voxel stays as it is."""
+    with progress_bar("filling") as progress:
+        content = generation_jobs.inpaint_file(
+            source,
+            mask,
+            output,
+            std_map=std_map,
+            overlay=overlay,
+            report=report,
+            samples=samples,
+            seed=seed,
+            steps=steps,
+            temperature=temperature,
+            feather=feather,
+            model=model,
+            backend=backend,
+            dtype=dtype.value,
+            device=device,
+            progress=progress,
+        )
+    for note in content["notes"]:
+        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    show_generation(content)
+    tell_written(output, std_map, overlay, report)
+
+
+@app.command()
+@one_line_errors
+def synthesize(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Volume to write: .nii.gz, .nii or .mha.")],
+    overlay: Annotated[Path | None, typer.Option(help="Picture of the volumes to write: .png.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Seconds, settings, versions to write: .json.")] = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    steps: Steps = generation_jobs.DEFAULT_STEPS,
+    temperature: Temperature = generation_jobs.DEFAULT_TEMPERATURE,
+    model: Model = generation_jobs.DEFAULT_MODEL,
+    backend: Backend = None,
+    dtype: NumberFormat = DType.float32,
+    device: Device = None,
+) -> None:
+    """Make volumes out of nothing."""
+    with progress_bar("sampling") as progress:
+        content = generation_jobs.synthesize_file(
+            output,
+            overlay=overlay,
+            report=report,
+            samples=samples,
+            seed=seed,
+            steps=steps,
+            temperature=temperature,
+            model=model,
+            backend=backend,
+            dtype=dtype.value,
+            device=device,
+            progress=progress,
+        )
+    show_generation(content)
+    tell_written(output, overlay, report)
 
 
 @app.command()
@@ -151,15 +244,38 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the resu
     """Try it on a real brain, the MNI152 template."""
     from hf_binaryformer.demo import run_demo
 
-    with progress_bar("segmenting MNI152") as progress:
+    with progress_bar("segmenting and filling MNI152") as progress:
         content = run_demo(folder, progress=progress)
     show_volumes(content["segmentation"])
     table = Table("on MNI152, never seen in training", "Dice", title="agreement with the template's own tissue maps")
     for tissue, dice in content["segmentation"]["dice"].items():
         table.add_row(tissue, f"{dice:.3f}")
     show(table)
+    table = Table("fill of the hole", "PSNR dB", title=f"inpainting, {content['inpainting']['seconds']:.1f} s")
+    for name, value in content["inpainting"]["psnr_hole"].items():
+        if name != "samples":
+            table.add_row(name, f"{value:.2f}")
+    show(table)
     for name in content["files"]:
         out.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_written(*paths: Path | None) -> None:
+    """Name the files that were written."""
+    for path in filter(None, paths):
+        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_generation(content: dict[str, Any]) -> None:
+    """How much was generated, and how long it took."""
+    size = f"{content['hole_ml'][0]:,.1f} ml filled" if "hole_ml" in content else "nothing given"
+    out.print(
+        f"{content['model']}: {content['samples']} sample(s), {size}, {content['steps']} steps, {content['seconds']:.1f} s. "
+        f"{content['generated']} {content['notice']}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def show_scores(content: dict[str, Any]) -> None:

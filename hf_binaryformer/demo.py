@@ -1,4 +1,4 @@
-"""The demo: the package's jobs on a real brain, with packaged checkpoints and without a network."""
+"""The demo: the package's two main jobs on a real brain, with packaged checkpoints and without a network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_binaryformer import jobs, outputs
+from hf_binaryformer import generation_jobs, jobs, outputs
 from hf_binaryformer.pipelines.provenance import NOTICE
 
 # Labels of binaryformer-tiny-brain that make up each tissue of the template's probability maps.
@@ -15,6 +15,10 @@ TISSUES: dict[str, tuple[int, ...]] = {
     "white matter": (1, 4),
     "grey matter": (2, 5, 6, 7, 8, 9, 12, 13),
 }
+# A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that what is
+# missing on one side is missing on the other too.
+HOLE_MM = 45.0
+SAMPLES, STEPS = 4, 50
 
 
 def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
@@ -63,6 +67,53 @@ def segmentation_job(
     return {**content, "dice": dice}
 
 
+def inpainting_job(folder: Path, brain: Path, progress: jobs.Progress | bool = False) -> dict[str, Any]:
+    """Fill a hole in the brain: `inpainting.nii.gz` (one volume a sample), `.png`, and the mask `inpainting_hole.nii.gz`.
+
+    Returns:
+        The report with ``psnr_hole``: for the samples, their mean, and fills that know less, in dB.
+    """
+    import torch
+
+    from hf_binaryformer.pipelines import inpainting_scores
+    from hf_binaryformer.pipelines.grids import foreground_box
+    from hf_binaryformer.pipelines.volumes import read_volume, write_labels
+    from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
+    from hf_binaryformer.pipelines.vq_sampling import IntensityScale
+
+    volume = read_volume(brain)
+    box = foreground_box(volume.array, volume.spacing)
+    centre = [(part.start + part.stop - 1) / 2 for part in box]
+    hole = inpainting_scores.make_hole(volume.array.shape, volume.spacing, HOLE_MM, centre=centre)
+    mask, output = folder / "inpainting_hole.nii.gz", folder / "inpainting.nii.gz"
+    write_labels(mask, hole.astype(np.uint8), volume, description=NOTICE)
+    content = generation_jobs.inpaint_file(
+        brain,
+        mask,
+        output,
+        overlay=folder / "inpainting.png",
+        truth=brain,
+        samples=SAMPLES,
+        steps=STEPS,
+        title=f"MNI152 T1 template, {HOLE_MM:.0f} mm of it unknown",
+        progress=progress,
+    )
+
+    import nibabel as nib
+
+    samples = np.moveaxis(np.asanyarray(nib.as_closest_canonical(nib.load(output)).dataobj), -1, 0)
+    pipeline = BinaryVQInpaintPipeline.from_pretrained(generation_jobs.DEFAULT_MODEL)
+    config = pipeline.vqmodel.config
+    scale = IntensityScale.of(volume.array, config.percentiles, config.intensity_ceiling)
+    fills = {name: fill(volume.array, hole, scale) for name, fill in inpainting_scores.SIMPLE_FILLS.items()}
+    case = pipeline.prepare(volume.array, hole, volume.affine)
+    fills |= inpainting_scores.token_fills(pipeline, case, torch.Generator().manual_seed(0))
+    fills["mean of samples"] = samples.mean(0)
+    psnr = {name: inpainting_scores.hole_psnr(fill, volume.array, hole, scale) for name, fill in fills.items()}
+    each = [inpainting_scores.hole_psnr(sample, volume.array, hole, scale) for sample in samples]
+    return {**content, "psnr_hole": {"samples": each, "model": float(np.mean(each)), **psnr}}
+
+
 def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[str, Any]:
     """All jobs of the demo, one after the other.
 
@@ -80,7 +131,16 @@ def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[st
     content: dict[str, Any] = {
         "notice": NOTICE,
         "segmentation": segmentation_job(folder, brain, tissues, progress),
-        "files": ["mni152.nii.gz", "segmentation.nii.gz", "segmentation.png", "report.json"],
+        "inpainting": inpainting_job(folder, brain, progress),
+        "files": [
+            "mni152.nii.gz",
+            "segmentation.nii.gz",
+            "segmentation.png",
+            "inpainting_hole.nii.gz",
+            "inpainting.nii.gz",
+            "inpainting.png",
+            "report.json",
+        ],
     }
     with outputs.all_or_nothing([report]) as temporary:
         outputs.write_json(temporary[report], content)

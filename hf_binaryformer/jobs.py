@@ -68,7 +68,7 @@ def segment_file(
     # Bars for loading small files would run through the one that counts.
     logging.disable_progress_bar()
     pipeline = VolumeSegmentationPipeline.from_pretrained(
-        model, device=_usable_device(device), dtype=getattr(torch, dtype)
+        model, device=usable_device(device), dtype=getattr(torch, dtype)
     )
     pipeline.model.set_attention_backend(backend)
     result = pipeline(volume, return_probabilities=probabilities is not None, progress=progress)
@@ -87,7 +87,7 @@ def segment_file(
     return result.report
 
 
-def _usable_device(name: str | None) -> str | None:
+def usable_device(name: str | None) -> str | None:
     """The device itself, once a tensor has been put on it; None stays None.
 
     Raises:

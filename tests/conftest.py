@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 
 # Before any import of huggingface_hub: no test may reach the network.
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Cases that tests of several folders share are imported from here, under `--import-mode=importlib`.
+sys.path.insert(0, str(ROOT / "tests"))
 
 
 @pytest.fixture(autouse=True)

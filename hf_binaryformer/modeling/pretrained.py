@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ DEFAULT_NAMESPACE = "hf-binaryformer"
 TRAINING_COMMANDS = {
     "binaryformer-tiny-brain": "accelerate launch scripts/finetune.py --recipe tiny-brain",
     "binaryformer-tiny-hippocampus": "accelerate launch scripts/finetune.py --recipe hippocampus",
+    "binaryvq-tiny-brain": "accelerate launch scripts/train_vqae.py --recipe brain-small, then encode_tokens.py and "
+    "train_sampler.py in the same way",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# A folder that holds one of these is a checkpoint: a model's, or a pipeline's with its components in folders of their own.
+MODEL_CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
 
 
 class CheckpointNotFoundError(FileNotFoundError):
@@ -28,7 +33,7 @@ class CheckpointError(ValueError):
 
 def known_checkpoints() -> list[str]:
     """Names of the checkpoints that this installation ships."""
-    return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
+    return sorted(path.parent.name for kind in (MODEL_CONFIG, PIPELINE_CONFIG) for path in PACKAGED.glob(f"*/{kind}"))
 
 
 def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path:
@@ -48,7 +53,7 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if (PACKAGED / name / "config.json").is_file():
+    if name in known_checkpoints():
         return PACKAGED / name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -66,14 +71,14 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
 
 
 def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
-    """The model behind a short name, a folder, or a Hub id.
+    """The model or pipeline behind a short name, a folder, or a Hub id.
 
     Args:
         name: see :func:`resolve_checkpoint`.
         options: handed to the class's own ``from_pretrained``.
 
     Returns:
-        An instance of the class that the checkpoint was saved from, in evaluation mode.
+        An instance of the class that the checkpoint was saved from; models are in evaluation mode.
 
     Raises:
         CheckpointNotFoundError: no such checkpoint.
@@ -84,15 +89,18 @@ def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
         >>> model.config.attention_type
         'sign'
     """
-    from hf_binaryformer.modeling import modeling
-
     hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
     folder = resolve_checkpoint(name, **hub_options)
-    config = _read_json(folder / "config.json")
-    architecture = (config.get("architectures") or ["(none)"])[0]
-    if not architecture.startswith("BinaryFormer") or not hasattr(modeling, architecture):
-        raise CheckpointError(f"{folder} holds a '{architecture}', expected one of this package's own classes")
-    return getattr(modeling, architecture).from_pretrained(folder, **options)
+    is_pipeline = (folder / PIPELINE_CONFIG).is_file()
+    config = _read_json(folder / (PIPELINE_CONFIG if is_pipeline else MODEL_CONFIG))
+    # transformers and diffusers each have their own word for the class.
+    saved_from = str((config.get("architectures") or [config.get("_class_name", "(none)")])[0])
+    # Looked up among the public names when it is needed: pipelines stand above this module.
+    public = import_module("hf_binaryformer")
+    own: Any = getattr(public, saved_from) if saved_from in public.__all__ else None
+    if not hasattr(own, "from_pretrained"):
+        raise CheckpointError(f"{folder} holds a '{saved_from}', expected one of this package's own classes")
+    return own.from_pretrained(folder, **options)
 
 
 def load_image_processor(name: str | os.PathLike[str], **options: Any) -> Any:
@@ -109,6 +117,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}; expected a folder made by save_pretrained") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
+
+
+def _require_safetensors(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")))
+        raise CheckpointError(
+            f"{folder} has no .safetensors file{f' (only {found})' if found else ''}: convert it first"
+        )
+
+
+def _require_all_keys(folder: Path, report: dict[str, Any]) -> None:
+    """Refuse what a loading report says was missing or superfluous."""
+    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys") if report[kind]}
+    if wrong:
+        listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
+        raise CheckpointError(f"the weights in {folder} do not fit its config.json: {listed}")
 
 
 class CheckpointMixin:
@@ -129,12 +153,8 @@ class CheckpointMixin:
 
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
-        if not any(folder.glob("*.safetensors")):
-            found = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")))
-            raise CheckpointError(
-                f"{folder} has no .safetensors file{f' (only {found})' if found else ''}: convert it first"
-            )
-        _read_json(folder / "config.json")
+        _require_safetensors(folder)
+        _read_json(folder / MODEL_CONFIG)
         lenient = options.get("ignore_mismatched_sizes", False)
         report_wanted = options.pop("output_loading_info", False)
         try:
@@ -143,8 +163,56 @@ class CheckpointMixin:
             )
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"the weights in {folder} cannot be used with its config.json: {error}") from error
-        wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys") if report[kind]}
-        if wrong and not lenient:
-            listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
-            raise CheckpointError(f"the weights in {folder} do not fit its config.json: {listed}")
+        if not lenient:
+            _require_all_keys(folder, report)
+        return (model, report) if report_wanted else model
+
+
+class DiffusersCheckpointMixin:
+    """The same for diffusers models and schedulers; a pipeline's checkpoint stands for its component of this class."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load by short name, folder or Hub id (:func:`resolve_checkpoint`); safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: a component's own checkpoint, or a pipeline's that has such a component.
+            subfolder: the component's folder in a pipeline's checkpoint; found by the class when left out.
+            options: those of diffusers' ``from_pretrained``.
+
+        Raises:
+            CheckpointNotFoundError: no such checkpoint.
+            CheckpointError: a pickle instead of safetensors, a damaged file, the configuration of another class, or
+                tensors that do not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from torch import nn
+
+        hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
+        if subfolder is None and (folder / PIPELINE_CONFIG).is_file():
+            index = _read_json(folder / PIPELINE_CONFIG)
+            subfolder = next((n for n, v in index.items() if isinstance(v, list) and v[-1] == cls.__name__), None)
+        folder = folder / (subfolder or "")
+        is_model = issubclass(cls, nn.Module)
+        config = _read_json(folder / getattr(cls, "config_name", MODEL_CONFIG))
+        if (saved_from := config.get("_class_name")) != cls.__name__:
+            raise CheckpointError(f"{folder} holds a '{saved_from}', expected a '{cls.__name__}': load it as that")
+        if not is_model:
+            return super().from_pretrained(folder, **options)  # type: ignore[misc]
+        _require_safetensors(folder)
+        report_wanted = options.pop("output_loading_info", False)
+        try:
+            model, report = super().from_pretrained(  # type: ignore[misc]
+                folder, **{**options, "use_safetensors": True, "output_loading_info": True}
+            )
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the weights in {folder} cannot be used with its config.json: {error}") from error
+        _require_all_keys(folder, report)
         return (model, report) if report_wanted else model

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from hf_binaryformer.pipelines.views import (
+    AXIAL,
+    BACKGROUND,
+    CORONAL,
+    DIM_TEXT,
+    GAP,
+    MARGIN,
+    SAGITTAL,
+    TEXT,
+    View,
+    content_box,
+    display_slice,
+    draw_letters,
+    enlarge,
+    font_of,
+    times,
+    view_centre,
+)
 
 # Label k is drawn in colour (k - 1) % 40. The first sixteen are chosen by eye for anatomy on black; each further one is
 # the colour of a coarse RGB grid that lies farthest from all before it in Oklab.
@@ -17,40 +35,15 @@ _RGB = bytes.fromhex(
     "8828c4 88f4f4 70f494 c45828 28b828 28a0dc c494b8 288828 287ca0 b8dc28"
 )
 PALETTE: tuple[tuple[int, int, int], ...] = tuple(zip(_RGB[0::3], _RGB[1::3], _RGB[2::3], strict=True))
-BACKGROUND = (13, 17, 23)
-TEXT = (230, 237, 243)
-DIM_TEXT = (139, 148, 158)
 FILL_OPACITY = 0.7
 # Panels are drawn this much larger and then reduced, which smooths the outlines of the labels.
 SUPERSAMPLING = 2
-GAP, MARGIN, COLUMN_WIDTH = 8, 16, 260
-# How far beyond the labels the picture reaches, in mm: enough to see the skull around a brain.
-SURROUNDINGS = 25
-
-
-@dataclass(frozen=True)
-class _View:
-    """A slice as it is shown: the axis it is cut along, and the letters at its left, right, top and bottom edges."""
-
-    axis: int
-    letters: str
-
-
-CORONAL, SAGITTAL, AXIAL = _View(1, "LRSI"), _View(0, "PASI"), _View(2, "LRAP")
+COLUMN_WIDTH = 260
 
 
 def label_colour(label: int) -> tuple[int, int, int]:
     """RGB colour, 0-255, of a label number >= 1; the same in every picture, repeating after 40 labels."""
     return PALETTE[(label - 1) % len(PALETTE)]
-
-
-def view_centre(labels: np.ndarray) -> tuple[int, int, int]:
-    """Voxel (i, j, k) nearest to the centre of mass of all labels; the middle of the volume where there are none."""
-    mask = labels > 0
-    if not mask.any():
-        return tuple(n // 2 for n in labels.shape)  # type: ignore[return-value]
-    counts = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
-    return tuple(round(float(np.average(np.arange(c.size), weights=c))) for c in counts)  # type: ignore[return-value]
 
 
 def label_overlay(
@@ -91,7 +84,7 @@ def label_overlay(
     centre = view_centre(labels)
     low, high = np.percentile(image, (0.5, 99.5))
     grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-    box = _content_box(grey, labels, spacing)
+    box = content_box(grey, labels, spacing)
     extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
     legend = _legend_rows(labels, spacing, label_names or {})
     least_text = COLUMN_WIDTH * min(3, 1 + len(legend) // 20)
@@ -120,30 +113,8 @@ def label_overlay(
     return canvas
 
 
-def _content_box(grey: np.ndarray, labels: np.ndarray, spacing: tuple[float, float, float]) -> list[slice]:
-    """The box of everything brighter than a tenth of the range, cut to the surroundings of the labels if there are any."""
-    box = []
-    for axis, mm in enumerate(spacing):
-        others = tuple(a for a in range(3) if a != axis)
-        start, stop = 0, labels.shape[axis]
-        for content, margin in ((grey > 0.1, 4), (labels > 0, SURROUNDINGS)):
-            hits = np.flatnonzero(content.any(axis=others))
-            if hits.size:
-                reach = int(np.ceil(margin / mm))
-                start, stop = max(start, hits[0] - reach), min(stop, hits[-1] + 1 + reach)
-        box.append(slice(int(start), int(stop)))
-    return box
-
-
-def _display_slice(volume: np.ndarray, view: _View, index: int, box: list[slice]) -> np.ndarray:
-    """The 2D slice as rows from the top (superior or anterior) and columns from the left (left or posterior)."""
-    window: list[slice | int] = list(box)
-    window[view.axis] = index
-    return volume[tuple(window)].T[::-1]
-
-
 def _panel(
-    view: _View,
+    view: View,
     grey: np.ndarray,
     labels: np.ndarray,
     centre: tuple[int, int, int],
@@ -154,28 +125,23 @@ def _panel(
     """One view at its final size, with its letters."""
     width, height = (sizes[a] for a in range(3) if a != view.axis)
     large = (width * SUPERSAMPLING, height * SUPERSAMPLING)
-    picture = _enlarge(_display_slice(grey, view, centre[view.axis], box), large, Image.Resampling.BICUBIC)
+    picture = enlarge(display_slice(grey, view, centre[view.axis], box), large, Image.Resampling.BICUBIC)
     rgb = np.repeat(np.clip(picture, 0, 1)[..., None] * 255, 3, axis=-1)
     if with_labels:
-        rgb = _blend_labels(rgb, _display_slice(labels, view, centre[view.axis], box))
+        rgb = _blend_labels(rgb, display_slice(labels, view, centre[view.axis], box))
     panel = Image.fromarray(rgb.astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
-    _draw_letters(panel, view)
+    draw_letters(panel, view)
     return panel
-
-
-def _enlarge(values: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:
-    """Resize a 2D array to size (width, height), as float32."""
-    return np.asarray(Image.fromarray(np.ascontiguousarray(values, dtype=np.float32)).resize(size, method))
 
 
 def _blend_labels(rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Colour (H, W, 3) grey values 0-255 by labels (h, w), with smooth borders and a stronger line along them."""
     size = (rgb.shape[1], rgb.shape[0])
     # Each label's mask is smoothed and enlarged by itself and the largest wins: resized label numbers would make steps.
-    best = _enlarge(_smooth(labels == 0), size, Image.Resampling.BICUBIC)
+    best = enlarge(_smooth(labels == 0), size, Image.Resampling.BICUBIC)
     winner = np.zeros(best.shape, dtype=np.int64)
     for label in np.unique(labels[labels > 0]):
-        share = _enlarge(_smooth(labels == label), size, Image.Resampling.BICUBIC)
+        share = enlarge(_smooth(labels == label), size, Image.Resampling.BICUBIC)
         winner = np.where(share > best, label, winner)
         best = np.maximum(share, best)
 
@@ -227,12 +193,12 @@ def _text_block(
             break
     block = Image.new("RGB", (width, max(height, head + rows * line + foot)), BACKGROUND)
     draw, column_width = ImageDraw.Draw(block), min((width - inset) // columns, 2 * COLUMN_WIDTH)
-    summary = f"{_times(shape)} voxels of {_times(spacing)} mm, {len(legend)} label{'s' * (len(legend) != 1)}"
+    summary = f"{times(shape)} voxels of {times(spacing)} mm, {len(legend)} label{'s' * (len(legend) != 1)}"
     warning = "research only, not for clinical use"
     for text, size, colour, y in ((title, 24, TEXT, 12), (summary, 16, DIM_TEXT, 46), (warning, 14, DIM_TEXT, -26)):
-        font = _font(size)
+        font = font_of(size)
         draw.text((inset, y % block.height), _shorten(text, font, width - inset), fill=colour, font=font, anchor="lt")
-    font, swatch = _font(font_size), round(font_size * 0.8)
+    font, swatch = font_of(font_size), round(font_size * 0.8)
     for index, (label, name, volume) in enumerate(legend):
         x, y = inset + index // rows * column_width, head + index % rows * line
         middle, end = y + swatch / 2, x + column_width - 2 * inset
@@ -243,15 +209,6 @@ def _text_block(
     return block
 
 
-def _times(numbers: Sequence[float]) -> str:
-    # Pillow's own font has no multiplication sign.
-    return " x ".join(f"{n:.4g}" for n in numbers)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """The text, cut with dots so that it is at most `width` pixels long."""
     if font.getlength(text) <= width:
@@ -259,13 +216,3 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
-
-
-def _draw_letters(panel: Image.Image, view: _View) -> None:
-    """Write the four directions at the panel's edges, each on a dark disc so that it is readable on any image."""
-    draw, font, radius = ImageDraw.Draw(panel), _font(15), 11
-    (width, height), inset = panel.size, radius + 4
-    places = ((inset, height / 2), (width - inset, height / 2), (width / 2, inset), (width / 2, height - inset))
-    for letter, (x, y) in zip(view.letters, places, strict=True):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=BACKGROUND)
-        draw.text((x, y), letter, fill=TEXT, font=font, anchor="mm")

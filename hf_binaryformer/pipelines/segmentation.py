@@ -273,7 +273,7 @@ class VolumeSegmentationPipeline:
             ],
             "model": Path(getattr(config, "name_or_path", "")).name or type(self.model).__name__,
             "attention_type": getattr(config, "attention_type", None),
-            "backend": _attention_backend(self.model, self.device.type),
+            "backend": attention_backend(self.model, self.device.type),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "network_grid": {"shape": list(network_shape), "affine": network_affine.tolist()},
@@ -325,7 +325,7 @@ def _most_probable(
     return labels
 
 
-def _attention_backend(model: Any, device_type: str) -> str | None:
+def attention_backend(model: Any, device_type: str) -> str | None:
     """Name of the backend that computes the model's binary attention; None where it has none."""
     from hf_binaryformer.kernels.backends import select_backend
     from hf_binaryformer.modeling.configuration import BINARY_TYPES

@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from hf_binaryformer.pipelines.overlay import (
-    AXIAL,
-    CORONAL,
-    PALETTE,
-    SAGITTAL,
-    _draw_letters,
-    label_colour,
-    label_overlay,
-    view_centre,
-)
+from hf_binaryformer.pipelines.overlay import PALETTE, label_colour, label_overlay
+from hf_binaryformer.pipelines.views import AXIAL, CORONAL, SAGITTAL, draw_letters, view_centre
 
 
 def colour_mask(picture: Image.Image, label: int) -> np.ndarray:
@@ -89,7 +81,7 @@ def test_letters_stand_at_their_sides(monkeypatch):
     opposite = {"R": "L", "A": "P", "S": "I"}
     for view, (right, top) in ((CORONAL, "RS"), (SAGITTAL, "AS"), (AXIAL, "RA")):
         written.clear()
-        _draw_letters(Image.new("RGB", (100, 200)), view)
+        draw_letters(Image.new("RGB", (100, 200)), view)
         assert set(written) == {right, top, opposite[right], opposite[top]}
         assert written[opposite[right]][0] < 25 and written[right][0] > 75
         assert written[top][1] < 25 and written[opposite[top]][1] > 175

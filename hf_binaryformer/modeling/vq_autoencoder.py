@@ -1,0 +1,375 @@
+"""The vector-quantised autoencoder: volumes to tokens and back (paper 3.2, A.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import ceil
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
+from hf_binaryformer.modeling.vq_quantizer import ProductQuantizer
+
+
+@dataclass
+class BinaryVQEncoderOutput(BaseOutput):
+    """What :meth:`BinaryVQModel.encode` returns.
+
+    Args:
+        latents: (B, num_codebooks * codebook_dim, d, h, w) before quantisation.
+        tokens: (B, num_codebooks, d, h, w) int64, 0 to codebook_size - 1.
+    """
+
+    latents: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class BinaryVQDecoderOutput(BaseOutput):
+    """What the decoding methods of :class:`BinaryVQModel` return.
+
+    Args:
+        sample: (B, in_channels, D, H, W), intensities as the model was trained on.
+    """
+
+    sample: Tensor
+
+
+@dataclass
+class BinaryVQModelOutput(BaseOutput):
+    """What training needs of :class:`BinaryVQModel`.
+
+    Args:
+        sample: reconstruction (B, in_channels, D, H, W).
+        tokens: (B, num_codebooks, d, h, w) int64; None without quantisation.
+        commitment_loss: mean squared distance of the latents to their codebook entries, scalar; 0 without quantisation.
+    """
+
+    # Accelerate rebuilds outputs from a dictionary as their first argument, so the others need defaults.
+    sample: Tensor
+    tokens: Tensor | None = None
+    commitment_loss: Tensor | None = None
+
+
+class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
+    """Convolutional autoencoder with a product-quantised bottleneck; one latent stands for a cell of ``downsample``³ voxels.
+
+    Strided and transposed convolutions of kernel 2, and residual 1x1x1 blocks on shuffled voxels, stay within a cell. Only
+    the residual 3x3x3 convolutions look beyond: ``encoder_reach`` and ``decoder_reach`` voxels. Nothing takes statistics
+    over space, so a decoded tile equals that part of the decoded volume.
+
+    Axes are (D, H, W) = (I, J, K) of a volume in RAS order; intensities 0 (background) to about 1.
+
+    Args:
+        in_channels: channels of a volume.
+        num_codebooks, codebook_size, codebook_dim, ema_decay, revival_threshold: see :class:`ProductQuantizer`.
+        encoder_channels: one for each stage, each halves the resolution, from the volume to the latents.
+        encoder_num_convs: residual 3x3x3 convolutions at half the volume's resolution.
+        decoder_channels: at the latents, and after each of the stages, each of which doubles the resolution.
+        decoder_num_convs: residual 3x3x3 convolutions at half and at full resolution.
+        expansion: hidden channels of the shuffle blocks, as a multiple of their channels.
+        patchwise: encode and decode non-overlapping patches on their own, as the paper does, with zeros around each.
+        patch_size: edge of a patch in latents; only read with ``patchwise``.
+        tile_size: edge of a tile of :meth:`tiled_decode` in latents.
+        spacing: voxel size in mm, (R, A, S), that volumes are resampled to; None keeps their own.
+        percentiles: lower and upper percentile of the intensities that become 0 and 1.
+        intensity_ceiling: scaled intensities are cut to [0, intensity_ceiling].
+
+    Raises:
+        ValueError: numbers of stages that differ, fewer than two, or channels that the shuffle cannot divide.
+
+    Example:
+        >>> model = BinaryVQModel(encoder_channels=[8, 16], decoder_channels=[32, 16, 8], num_codebooks=2, codebook_dim=4)
+        >>> tokens = model.encode(torch.rand(1, 1, 16, 16, 24)).tokens
+        >>> tokens.shape, model.decode(tokens).sample.shape
+        (torch.Size([1, 2, 4, 4, 6]), torch.Size([1, 1, 16, 16, 24]))
+    """
+
+    # Also when diffusers loads the rest in half precision.
+    _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012 (diffusers reads it from the class)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_codebooks: int = 8,
+        codebook_size: int = 64,
+        codebook_dim: int = 32,
+        encoder_channels: Sequence[int] = (32, 64, 128, 256),
+        encoder_num_convs: int = 1,
+        decoder_channels: Sequence[int] = (1024, 512, 256, 128, 32),
+        decoder_num_convs: Sequence[int] = (2, 2),
+        expansion: float = 1.0,
+        ema_decay: float = 0.99,
+        revival_threshold: float = 0.03,
+        patchwise: bool = False,
+        patch_size: int = 2,
+        tile_size: int = 4,
+        spacing: Sequence[float] | None = (1.0, 1.0, 1.0),
+        percentiles: Sequence[float] = (0.5, 99.5),
+        intensity_ceiling: float = 1.5,
+    ) -> None:
+        super().__init__()
+        stages = len(encoder_channels)
+        if stages < 2 or len(decoder_channels) != stages + 1:
+            raise ValueError(
+                f"encoder_channels {list(encoder_channels)} has {stages} stages and decoder_channels "
+                f"{list(decoder_channels)} {len(decoder_channels) - 1}; expected the same number, at least 2 "
+                f"(decoder_channels begins with the width at the latents)"
+            )
+        latent_channels = num_codebooks * codebook_dim
+        self.encoder = Encoder(in_channels, latent_channels, encoder_channels, encoder_num_convs, expansion)
+        self.quantizer = ProductQuantizer(num_codebooks, codebook_size, codebook_dim, ema_decay, revival_threshold)
+        self.decoder = Decoder(in_channels, latent_channels, decoder_channels, decoder_num_convs, expansion)
+
+    @property
+    def downsample(self) -> int:
+        """Edge of a latent's cell in voxels."""
+        return 2 ** len(self.config.encoder_channels)
+
+    @property
+    def encoder_reach(self) -> int:
+        """How many voxels beyond its own cell a token sees."""
+        return 2 * self.config.encoder_num_convs
+
+    @property
+    def decoder_reach(self) -> int:
+        """How many voxels beyond its own cell a latent changes."""
+        half, full = self.config.decoder_num_convs
+        return 2 * half + full
+
+    def forward(self, x: Tensor, quantize: bool = True) -> BinaryVQModelOutput:
+        """Reconstruct; in training mode the codebooks follow the latents.
+
+        Args:
+            x: (B, in_channels, D, H, W), sizes as for :meth:`encode`.
+            quantize: False reconstructs from the continuous latents, to train the convolutions before the codebooks.
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        latents = self._encode(x)
+        if not quantize:
+            return BinaryVQModelOutput(self._decode(latents), None, latents.new_zeros(()))
+        quantized, tokens, commitment = self.quantizer(latents)
+        return BinaryVQModelOutput(self._decode(quantized), tokens, commitment)
+
+    def encode(self, x: Tensor) -> BinaryVQEncoderOutput:
+        """Volume to tokens.
+
+        Args:
+            x: (B, in_channels, D, H, W) float, D, H and W multiples of ``downsample`` (of ``patch_size * downsample``
+                with ``patchwise``).
+
+        Raises:
+            ValueError: another number of axes or channels, or sizes that are no such multiples.
+        """
+        latents = self._encode(x)
+        return BinaryVQEncoderOutput(latents, self.quantizer.encode(latents))
+
+    def decode(self, tokens: Tensor) -> BinaryVQDecoderOutput:
+        """Tokens (B, num_codebooks, d, h, w) to a volume.
+
+        Raises:
+            ValueError: see :meth:`ProductQuantizer.decode`; with ``patchwise``, sizes that are no multiples of ``patch_size``.
+        """
+        return self.decode_latents(self.quantizer.decode(tokens))
+
+    def decode_latents(self, latents: Tensor) -> BinaryVQDecoderOutput:
+        """Quantised latents (B, num_codebooks * codebook_dim, d, h, w) to a volume."""
+        return BinaryVQDecoderOutput(self._decode(latents))
+
+    def tiled_decode(self, tokens: Tensor, tile_size: int | None = None) -> BinaryVQDecoderOutput:
+        """:meth:`decode` in tiles: the same values, with the memory of one tile and its halo.
+
+        Args:
+            tokens: (B, num_codebooks, d, h, w).
+            tile_size: edge of a tile in latents, at least 1; None takes the configuration's. With ``patchwise`` a
+                multiple of ``patch_size``.
+
+        Raises:
+            ValueError: as :meth:`decode`, or a tile that cuts through patches.
+        """
+        edge = tile_size or self.config.tile_size
+        if edge < 1 or (self.config.patchwise and edge % self.config.patch_size):
+            raise ValueError(
+                f"tile_size is {edge}, expected at least 1"
+                + (f" and a multiple of patch_size {self.config.patch_size}" if self.config.patchwise else "")
+            )
+        halo = 0 if self.config.patchwise else ceil(self.decoder_reach / self.downsample)
+        size, cell = tokens.shape[2:], self.downsample
+        if tokens.dim() != 5 or 0 in size:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected five axes and none empty")
+        sample: Tensor | None = None
+        for corner in product(*(range(0, n, edge) for n in size)):
+            read, keep, place = [slice(None)] * 2, [slice(None)] * 2, [slice(None)] * 2
+            for start, n in zip(corner, size, strict=True):
+                stop, first = min(start + edge, n), max(start - halo, 0)
+                read.append(slice(first, min(stop + halo, n)))
+                keep.append(slice((start - first) * cell, (stop - first) * cell))
+                place.append(slice(start * cell, stop * cell))
+            part = self.decode(tokens[tuple(read)]).sample
+            if sample is None:
+                sample = part.new_empty(*part.shape[:2], *(n * cell for n in size))
+            sample[tuple(place)] = part[tuple(keep)]
+        return BinaryVQDecoderOutput(cast(Tensor, sample))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        channels, multiple = self.config.in_channels, self.downsample
+        if self.config.patchwise:
+            multiple *= self.config.patch_size
+        if x.dim() != 5 or x.shape[1] != channels or any(n < 1 or n % multiple for n in x.shape[2:]):
+            raise ValueError(
+                f"volume has shape {tuple(x.shape)}, expected (batch, {channels}, D, H, W) with D, H and W multiples of "
+                f"{multiple}: pad it"
+            )
+        return self._in_patches(self.encoder, x, multiple)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        edge = self.config.patch_size
+        if self.config.patchwise and any(n % edge for n in latents.shape[2:]):
+            raise ValueError(
+                f"latents have size {tuple(latents.shape[2:])}, expected multiples of patch_size {edge}: pad the volume"
+            )
+        return self._in_patches(self.decoder, latents.to(self.dtype), edge)
+
+    def _in_patches(self, network: Callable[[Tensor], Tensor], x: Tensor, edge: int) -> Tensor:
+        """Run on the whole, or with ``patchwise`` on each patch of this edge alone."""
+        if not self.config.patchwise:
+            return network(x)
+        batch, _, *size = x.shape
+        grid = [n // edge for n in size]
+        x = x.unflatten(4, (-1, edge)).unflatten(3, (-1, edge)).unflatten(2, (-1, edge))
+        x = network(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(0, 3))  # (B * patches, C, edge, edge, edge)
+        x = x.unflatten(0, (batch, *grid)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class Encoder(nn.Module):
+    """Stages of (strided convolution, residual block), and a 1x1x1 convolution to the latents' channels."""
+
+    def __init__(
+        self, in_channels: int, latent_channels: int, channels: Sequence[int], num_convs: int, expansion: float
+    ) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        for stage, width in enumerate(channels):
+            stages.append(nn.Conv3d(in_channels, width, 2, stride=2))
+            if stage == 0:
+                stages += [ResidualConv3d(width) for _ in range(num_convs)]
+            # Two latents never mix: the last block stays within one.
+            stages.append(UnshuffleBlock3d(width, expansion, 2 if stage < len(channels) - 1 else 1))
+            in_channels = width
+        self.stages = nn.Sequential(*stages)
+        self.project = nn.Conv3d(in_channels, latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, latent_channels, d, h, w)."""
+        return self.project(self.stages(x.to(memory_format=torch.channels_last_3d)))
+
+
+class Decoder(nn.Module):
+    """1x1x1 convolution, stages of (transposed convolution x2, residual shuffle blocks), 3x3x3 convolutions, head.
+
+    The shuffle blocks mix within a cell of 2x2x2 voxels and nothing beyond; the residual 3x3x3 convolutions stand at half
+    and at full resolution.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        channels: Sequence[int],
+        num_convs: Sequence[int],
+        expansion: float,
+    ) -> None:
+        super().__init__()
+        self.expand = nn.Conv3d(latent_channels, channels[0], 1)
+        stages: list[nn.Module] = []
+        for stage, (before, width) in enumerate(pairwise(channels)):
+            to_come = len(channels) - 2 - stage
+            stages += [nn.GELU(), nn.ConvTranspose3d(before, width, 2, stride=2), UnshuffleBlock3d(width, expansion)]
+            # Beyond the volume's own resolution there is nothing to learn.
+            if to_come > 0:
+                stages.append(ShuffleBlock3d(width))
+            if to_come < 2:
+                stages += [ResidualConv3d(width) for _ in range(num_convs[1 - to_come])]
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Conv3d(channels[-1], out_channels, 1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, latent_channels, d, h, w) -> (B, C, D, H, W)."""
+        return self.head(self.stages(self.expand(latents.to(memory_format=torch.channels_last_3d))))
+
+
+class UnshuffleBlock3d(nn.Module):
+    """Residual 1x1x1 convolutions over the channels of ``factor``³ voxels together."""
+
+    def __init__(self, channels: int, expansion: float, factor: int = 2) -> None:
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.factor = factor
+        self.norm = nn.LayerNorm(channels * factor**3)
+        self.fc1 = nn.Linear(channels * factor**3, hidden)
+        self.fc2 = nn.Linear(hidden, channels * factor**3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W), sizes multiples of ``factor``."""
+        y = pixel_unshuffle_3d(x, self.factor).movedim(1, -1)
+        return x + pixel_shuffle_3d(self.fc2(F.gelu(self.fc1(self.norm(y)))).movedim(-1, 1), self.factor)
+
+
+class ShuffleBlock3d(nn.Module):
+    """Residual 1x1x1 convolutions at twice the resolution, on an eighth of the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels % 8:
+            raise ValueError(f"a stage has {channels} channels; a 3D pixel shuffle needs a multiple of 8")
+        self.fc1 = nn.Linear(channels // 8, channels // 4)
+        self.fc2 = nn.Linear(channels // 4, channels // 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W)."""
+        y = pixel_shuffle_3d(x, 2).movedim(1, -1)
+        return x + pixel_unshuffle_3d(self.fc2(F.gelu(self.fc1(y))).movedim(-1, 1), 2)
+
+
+class ResidualConv3d(nn.Module):
+    """Residual 3x3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, C, D, H, W)."""
+        return x + self.conv(F.gelu(x))
+
+
+def pixel_unshuffle_3d(x: Tensor, factor: int) -> Tensor:
+    """Each cube of ``factor``³ voxels becomes channels: (B, C, D, H, W) -> (B, factor³ * C, D / factor, ...).
+
+    Channel ``offset * C + c`` is channel c of the voxel at ``offset`` (i, j, k; k fastest) in its cube. With channels last in
+    memory, as here, that order copies runs of C values; torch's order for 2D, which scatters them, is several times slower.
+    """
+    if factor == 1:
+        return x
+    y = x.movedim(1, -1).unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
+    return y.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).movedim(-1, 1)
+
+
+def pixel_shuffle_3d(x: Tensor, factor: int) -> Tensor:
+    """Inverse of :func:`pixel_unshuffle_3d`: (B, factor³ * C, D, H, W) -> (B, C, D * factor, ...)."""
+    if factor == 1:
+        return x
+    y = x.movedim(1, -1).unflatten(-1, (factor, factor, factor, -1))
+    return y.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)

@@ -1,0 +1,154 @@
+"""A volume with a hole: its way to the autoencoder's intensities and grid, and the way of the fill back into the hole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_binaryformer.pipelines.grids import (
+    FOREGROUND_THRESHOLD,
+    VolumeError,
+    affine_spacing,
+    resample,
+    resample_to,
+    same_spacing,
+)
+from hf_binaryformer.pipelines.vq_sampling import Box, IntensityScale, Placement, occupied_box, place_on_grid
+
+
+@dataclass(frozen=True, eq=False)
+class HoleCase:
+    """One volume on its own grid, and what leads from there to the model's grid and back.
+
+    Made by :meth:`of`; what the volume holds inside the hole changes nothing in it but ``image``.
+
+    Args:
+        image: (I, J, K) float32, any intensities.
+        hole: the same shape, bool.
+        affine: (4, 4), voxel to mm.
+        scale: from the intensities of the known voxels.
+        spacing: voxel size of the model's grid in mm.
+        network_affine: of the volume at that voxel size.
+        placement: of that volume on the model's grid.
+        network_hole: bool, on the model's grid; every voxel that the hole has any part in.
+    """
+
+    image: np.ndarray
+    hole: np.ndarray
+    affine: np.ndarray
+    scale: IntensityScale
+    spacing: tuple[float, float, float]
+    network_affine: np.ndarray
+    placement: Placement
+    network_hole: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        image: np.ndarray,
+        hole: np.ndarray,
+        affine: np.ndarray,
+        *,
+        grid: Sequence[int],
+        spacing: tuple[float, float, float],
+        percentiles: Sequence[float],
+        ceiling: float,
+    ) -> HoleCase:
+        """Scale and place a volume by what is known of it.
+
+        Args:
+            image, hole, affine: as above.
+            grid: voxels of the model's grid.
+            spacing: their size in mm.
+            percentiles, ceiling: see ``IntensityScale.of``.
+
+        Raises:
+            VolumeError: the hole does not fit on the grid.
+            ValueError: the known intensities are all equal.
+        """
+        all_unknown = bool(hole.all())
+        darkest = np.float32(0) if all_unknown else image[~hole].min()
+        known, network_affine, touched = np.where(hole, darkest, image), affine, hole
+        if not same_spacing(affine_spacing(affine), spacing):
+            known, network_affine = resample(known, affine, spacing, order=1)
+            touched = resample(hole.astype(np.float32), affine, spacing, order=1)[0] > 0
+        # Nothing known: the autoencoder's own intensities, as synthesis has them.
+        scale = IntensityScale(0, 1, ceiling)
+        if not all_unknown:
+            values = image[~hole] if touched.all() else known[~touched]
+            scale = IntensityScale.of(values, percentiles, ceiling)
+        scaled = np.where(touched, np.float32(0), scale.apply(known))
+        _, placement = place_on_grid(scaled, grid, box=object_box(scaled, touched, grid, spacing))
+        # With nothing known, nor is it known that there is only air around the volume.
+        network_hole = placement.apply(touched, grid) | all_unknown
+        return cls(image, hole, affine, scale, spacing, network_affine, placement, network_hole)
+
+    def to_network(self, image: np.ndarray) -> np.ndarray:
+        """An image on this one's grid (I, J, K), scaled and on the model's grid; outside the volume 0."""
+        if self.network_affine is not self.affine:
+            image, _ = resample(image, self.affine, self.spacing, order=1)
+        return self.placement.apply(self.scale.apply(image), self.network_hole.shape)
+
+    def network_image(self) -> np.ndarray:
+        """This image so, with 0 in the hole."""
+        image = np.where(self.hole, np.float32(self.scale.low), self.image)
+        return np.where(self.network_hole, np.float32(0), self.to_network(image))
+
+    def to_input(self, decoded: np.ndarray) -> np.ndarray:
+        """A decoded volume on the model's grid, brought to this image's grid and intensities; (I, J, K) float32."""
+        scaled = self.placement.undo(decoded)
+        if self.network_affine is not self.affine:
+            scaled = resample_to(scaled, self.network_affine, self.image.shape, self.affine, order=1)
+        return self.scale.undo(scaled)
+
+    def composite(self, fill: np.ndarray, feather: int = 0) -> np.ndarray:
+        """This image with its hole taken from ``fill`` (I, J, K).
+
+        Args:
+            fill: intensities as the image's.
+            feather: over so many voxels inwards from the hole's edge, the difference between the nearest known voxel and
+                its own value in ``fill`` is added, fading.
+        """
+        if feather and self.hole.any() and not self.hole.all():
+            from scipy.ndimage import distance_transform_edt
+
+            distance, nearest = distance_transform_edt(self.hole, return_indices=True)
+            weight = np.clip(1 - distance / (feather + 1), 0, 1).astype(np.float32)
+            fill = fill + weight * (self.image - fill)[tuple(nearest)]
+        return np.where(self.hole, fill, self.image)
+
+
+def object_box(scaled: np.ndarray, hole: np.ndarray, grid: Sequence[int], spacing: Sequence[float]) -> Box:
+    """What is to lie in the middle of the grid: the known foreground, and the hole as far as there is room for it.
+
+    The object goes on inside the hole; how far, nobody knows.
+
+    Args:
+        scaled: (I, J, K) at the grid's voxel size, 0 for background.
+        hole: the same, bool.
+        grid: voxels along I, J, K.
+        spacing: their size in mm, for the message.
+
+    Raises:
+        VolumeError: the foreground is larger than the grid, and the hole lies in a part of it that would be cut off.
+    """
+    foreground = (scaled > FOREGROUND_THRESHOLD) & ~hole
+    known, unknown = occupied_box(foreground), occupied_box(hole)
+    if not hole.any() or not foreground.any():
+        return known
+    parts = []
+    for axis, (own, other, size) in enumerate(zip(known, unknown, grid, strict=True)):
+        length = own.stop - own.start
+        start = (own.start + own.stop - size) // 2
+        if length > size and (other.start < start or other.stop > start + size):
+            raise VolumeError(
+                f"along axis {'IJK'[axis]} the image spans {length * spacing[axis]:.0f} mm and the hole lies at its end, "
+                f"beyond the {size * spacing[axis]:.0f} mm of the checkpoint's grid; expected a hole inside that grid: "
+                f"crop the image around the hole (for a brain model, strip the skull) or take another checkpoint"
+            )
+        before, after = max(own.start - other.start, 0), max(other.stop - own.stop, 0)
+        share = min(1.0, max(size - length, 0) / max(before + after, 1))
+        parts.append(slice(own.start - round(before * share), own.stop + round(after * share)))
+    return parts[0], parts[1], parts[2]

@@ -1,0 +1,170 @@
+"""The sampler's training on grids of a few tokens: recipes, resume, two processes, learning, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from safetensors.torch import load_file, save_file
+
+import train_sampler
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = sorted((ROOT / "scripts" / "recipes" / "vq").glob("*.yaml"))
+GRID = (2, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Tokens in encode_tokens.py's layout: each sample is one of two patterns, so that one known token tells all."""
+    folder = tmp_path_factory.mktemp("tokens")
+    patterns = torch.randint(6, (2, 2, *GRID), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for split, count in (("train", 12), ("validation", 4)):
+        save_file({"tokens": patterns[torch.arange(count) % 2]}, folder / f"{split}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """The brain-small recipe at toy size."""
+    settings = yaml.safe_load((ROOT / "scripts" / "recipes" / "vq" / "brain-small.yaml").read_text())
+    settings["transformer"] |= {
+        "grid_size": list(GRID),
+        "num_codebooks": 2,
+        "codebook_size": 6,
+        "embedding_dim": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "value_head_dim": 4,
+        "dropout": 0.1,
+    }
+    settings["scheduler"] |= {"num_codebooks": 2, "mask_token_id": 6, "num_train_timesteps": 16}
+    settings["sampler"] |= {
+        "iterations": 6,
+        "batch_size": 4,
+        "warmup": 2,
+        "log_every": 1,
+        "validate_every": 3,
+        "checkpoint_every": 3,
+        "mixed_precision": "no",
+        "save_dtype": "float32",
+        "learning_rate": 3e-3,
+    }
+    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(recipe, tokens, output, overrides=(), resume=False, stop_after=None) -> dict[str, torch.Tensor]:
+    train_sampler.main(str(recipe), tokens, output, resume, stop_after, list(overrides))
+    return load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def log(output: Path, key: str) -> list[float]:
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_builds(path):
+    settings = yaml.safe_load(path.read_text())
+    transformer = BinaryVQTransformer3DModel(
+        **settings["transformer"], train_block_sizes=settings["sampler"]["block_sizes"]
+    )
+    AbsorbingScheduler(**settings["scheduler"]).check_compatible(transformer.config)
+    optimizer = train_sampler.build_optimizer(transformer, settings["sampler"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(transformer.parameters()))
+    stage = 2 ** len(settings["vqmodel"]["encoder_channels"])
+    shape = [side * stage for side in settings["transformer"]["grid_size"]]
+    assert shape == list(settings["data"]["volume_shape"])
+    for name in ("num_codebooks", "codebook_size"):
+        assert settings["vqmodel"][name] == settings["transformer"][name]
+    if path.stem == "brain-small":
+        assert sum(p.numel() for p in transformer.parameters()) <= 2.7e6
+
+
+def test_it_learns_and_what_it_saves_loads(recipe, tokens, tmp_path):
+    overrides = ["sampler.iterations=300", "sampler.checkpoint_every=300", "sampler.validate_every=100"]
+    overrides += ["sampler.learning_rate=0.01"]
+    run(recipe, tokens, tmp_path, [*overrides, "sampler.ema_decay=0.9", "transformer.dropout=0.0"])
+    # 12 positions with 2 of 6 values each; the two patterns are 1 bit, and what is left is parts of the bound.
+    bits = log(tmp_path, "validation_bits_per_token")
+    assert len(bits) == 3 and bits[-1] < 0.5 * bits[0]
+    assert log(tmp_path, "validation_accuracy")[-1] > 0.7
+    transformer = BinaryVQTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    scheduler = AbsorbingScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.check_compatible(transformer.config)
+    truth = load_file(tokens / "train.safetensors")["tokens"][:2].long()
+    start = truth.clone()
+    start[:, :, 1:] = transformer.mask_token_id
+    scheduler.set_timesteps(4, temperature=0)
+    scheduler.prepare(start == transformer.mask_token_id)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            start = scheduler.step(transformer(start).logits, t, start).prev_sample
+    assert (start == truth).double().mean() > 0.9
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert summary["iterations"] == 300 and summary["batch_size"] == 4
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["sampler"]["iterations"] == 300
+
+
+def test_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
+    whole = run(recipe, tokens, tmp_path / "whole")
+    run(recipe, tokens, tmp_path / "cut", stop_after=3)
+    resumed = run(recipe, tokens, tmp_path / "cut", resume=True)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    for key in ("loss", "validation_bits_per_token"):
+        assert log(tmp_path / "cut", key) == log(tmp_path / "whole", key)
+
+
+def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, tokens, tmp_path):
+    # No random draws in the network.
+    overrides = ["transformer.attention_type=softmax", "transformer.bit_gradient=null", "transformer.dropout=0.0"]
+    one = run(recipe, tokens, tmp_path / "one", overrides)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts" / "train_sampler.py"), "--recipe", str(recipe), "--tokens", str(tokens)]
+    command += ["--output", str(tmp_path / "two")]
+    command += [word for override in overrides for word in ("--set", override)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert log(tmp_path / "two", "processes")[0] == 2
+    np.testing.assert_allclose(log(tmp_path / "two", "loss"), log(tmp_path / "one", "loss"), rtol=1e-4)
+    two = load_file(tmp_path / "two" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-4, msg=key)
+
+
+def test_batches_depend_on_the_step_alone_and_mix_times_and_block_sizes(recipe, tokens):
+    settings = yaml.safe_load(recipe.read_text())
+    scheduler = AbsorbingScheduler(**settings["scheduler"])
+    data = load_file(tokens / "train.safetensors")["tokens"]
+    sampler = settings["sampler"] | {"batch_size": 8}
+    first, again, other = (train_sampler.training_batch(data, scheduler, sampler, step) for step in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[1], other[1])
+    truth, noisy, masked, times = first
+    assert torch.equal(noisy, truth.masked_fill(masked, 6))
+    # One time out of each eighth of 1 ... 16.
+    assert sorted(((times - 1) // 2).tolist()) == list(range(8))
+    assert masked[times == times.max()].double().mean() > masked[times == times.min()].double().mean()
+
+
+def test_tokens_that_do_not_fit(recipe, tokens, tmp_path):
+    with pytest.raises(typer.BadParameter, match="encode_tokens"):
+        run(recipe, tmp_path, tmp_path / "out")
+    with pytest.raises(typer.BadParameter, match=r"holds tokens \(12, 2, 2, 3, 2\)"):
+        run(recipe, tokens, tmp_path / "out", ["transformer.grid_size=[4, 3, 2]"])
+    with pytest.raises(typer.BadParameter, match="known are .*brain-small"):
+        run("nothing", tokens, tmp_path / "out")
+    with pytest.raises(ValueError, match="block_size 4 is not in the transformer's train_block_sizes"):
+        run(recipe, tokens, tmp_path / "out", ["scheduler.block_size=4"])
