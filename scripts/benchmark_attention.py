@@ -148,6 +148,9 @@ def main(
     encoder: Annotated[bool, typer.Option(help="Time the whole encoder too.")] = True,
     encoder_blocks: Annotated[int | None, typer.Option(min=1, help="Its blocks; default: ViT-S/8's 12.")] = None,
     encoder_step_limit: Annotated[int, typer.Option(help="Longest N for its training step.")] = 2048,
+    sampler: Annotated[bool, typer.Option(help="Time the paper's 3D sampler (1 680 tokens) too.")] = True,
+    sampler_blocks: Annotated[int, typer.Option(min=1, help="Its blocks.")] = 8,
+    sampler_steps: Annotated[int, typer.Option(min=1, max=200, help="How many of its 200 equal steps to time.")] = 4,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a new process (seconds each).")] = True,
     dense_limit: Annotated[
         int, typer.Option(help="Longest N for the backward of SDPA with V unpadded, which holds N x N scores a head.")
@@ -165,6 +168,8 @@ def main(
         "encoder": encoder,
         **({"encoder_blocks": encoder_blocks} if encoder_blocks else {}),
         "encoder_step_limit": encoder_step_limit,
+        "sampler": sampler,
+        **({"sampler_blocks": sampler_blocks, "sampler_steps": sampler_steps} if sampler else {}),
         "memory": memory,
         "dense_limit": dense_limit,
         "check_tokens": check_tokens or default["check_tokens"],
@@ -205,6 +210,10 @@ def main(
         from benchmark_encoder import encoder_subjects
     for n in lengths if encoder else []:
         results += timed(encoder_subjects(n, kernel, encoder_blocks, encoder_step_limit), f"encoder, N = {n}")
+    if sampler:
+        from benchmark_sampler import sampler_subjects
+
+        results += timed(sampler_subjects(kernel, sampler_blocks, sampler_steps), "sampler")
     throughput = figure_6(results)
 
     record = {
@@ -242,6 +251,7 @@ def main(
         "attention": f"Attention, backend '{kernel}'",
         "one head": "One head",
         "encoder": "Whole encoder, ViT-S/8",
+        "sampler": "Absorbing diffusion, paper size",
     }
     for family, title in titles.items():
         chosen = [r for r in results if r.subject.family == family]

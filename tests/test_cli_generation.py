@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
+from vq_cases import GRID, SHAPE, save_checkpoint
 
 from hf_binaryformer import cli
 from hf_binaryformer.kernels import available_backends
-from vq_cases import GRID, SHAPE, save_checkpoint
 
 
 def run(*arguments: Any) -> Result:

@@ -10,9 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
+from vq_cases import save_checkpoint
 
-from hf_binaryformer import cli, demo, jobs
+from hf_binaryformer import cli, demo, generation_jobs, jobs
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -29,7 +31,7 @@ def tissue_maps() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def random_brain_checkpoint(tmp_path, monkeypatch) -> None:
+def random_checkpoints(tmp_path, monkeypatch) -> None:
     folder = tmp_path / "checkpoints" / jobs.DEFAULT_MODEL
     torch.manual_seed(0)
     config = BinaryFormerConfig(
@@ -45,15 +47,19 @@ def random_brain_checkpoint(tmp_path, monkeypatch) -> None:
     )
     BinaryFormerForSemanticSegmentation(config).save_pretrained(folder)
     BinaryFormerImageProcessor(num_slices=1, spacing=(4, 4, 4), image_size=(64, 64)).save_pretrained(folder)
+    # 20 x 24 x 16 voxels of 10 mm hold a brain.
+    save_checkpoint(folder.parent / generation_jobs.DEFAULT_MODEL, spacing=(10.0, 10.0, 10.0))
     monkeypatch.setattr(pretrained, "PACKAGED", folder.parent)
+    monkeypatch.setattr(demo, "STEPS", 3)
 
 
-def test_demo_writes_its_files_and_its_dice(tmp_path, random_brain_checkpoint):
+def test_demo_writes_its_files_and_its_figures(tmp_path, random_checkpoints):
     white, grey = tissue_maps()
     out = tmp_path / "a" / "demo"
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["demo", "--out", str(out)])
     assert result.exit_code == 0, result.output
     files = {"mni152.nii.gz", "segmentation.nii.gz", "segmentation.png", "report.json"}
+    files |= {"inpainting.nii.gz", "inpainting.png", "inpainting_hole.nii.gz"}
     assert {path.name for path in out.iterdir()} == files
 
     brain, labels = nib.load(out / "mni152.nii.gz"), nib.load(out / "segmentation.nii.gz")
@@ -70,6 +76,24 @@ def test_demo_writes_its_files_and_its_dice(tmp_path, random_brain_checkpoint):
         assert f"{dice:.3f}" in result.stdout
     assert f"{report['segmentation']['seconds']:.1f} s" in result.stdout
 
+    hole = np.asarray(nib.load(out / "inpainting_hole.nii.gz").dataobj) > 0
+    samples, truth = np.asarray(nib.load(out / "inpainting.nii.gz").dataobj), np.asarray(brain.dataobj, np.float32)
+    assert hole.sum() / 1000 == pytest.approx(np.pi / 6 * 4.5**3, rel=0.01)  # a ball of 45 mm, in ml
+    # It crosses the midline, which is where the template's affine puts x = 0.
+    x = np.argwhere(hole)[:, 0] + brain.affine[0, 3]
+    assert x.min() < -15 and x.max() > 15
+    scale = np.percentile(truth[truth > 0], 99.5)
+    for sample, psnr in zip(np.moveaxis(samples, -1, 0), report["inpainting"]["psnr_hole"]["samples"], strict=True):
+        np.testing.assert_array_equal(sample[~hole], truth[~hole])
+        error = np.clip(sample[hole] / scale, 0, 1.5) - np.clip(truth[hole] / scale, 0, 1.5)
+        assert psnr == pytest.approx(-10 * np.log10((error**2).mean()), abs=0.02)
+    fills = {"model", "random tokens", "oracle tokens", "zero", "mean", "mirror", "mean of samples", "samples"}
+    assert set(report["inpainting"]["psnr_hole"]) == fills
+    assert f"{report['inpainting']['psnr_hole']['mirror']:.2f}" in result.stdout
+    assert report["inpainting"]["seconds"] > 0
+    with Image.open(out / "inpainting.png") as picture:
+        assert min(picture.size) > 500
+
 
 def test_perfect_labels_get_a_perfect_dice(tmp_path, monkeypatch):
     white, grey = tissue_maps()
@@ -82,6 +106,7 @@ def test_perfect_labels_get_a_perfect_dice(tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setattr(jobs, "segment_file", perfect)
+    monkeypatch.setattr(demo, "inpainting_job", lambda *a: {})
     assert demo.run_demo(tmp_path)["segmentation"]["dice"] == {"white matter": 1.0, "grey matter": 1.0}
 
 

@@ -62,8 +62,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def save_checkpoint(folder: Path) -> Path:
-    synthesis().save_pretrained(folder)
+def save_checkpoint(folder: Path, **options: Any) -> Path:
+    synthesis(**options).save_pretrained(folder)
     return folder
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import PSNRMetric, SSIMMetric
+from vq_cases import SHAPE, inpainting, seeded
 
 from hf_binaryformer.pipelines.inpainting_scores import (
     foreground,
@@ -19,7 +20,6 @@ from hf_binaryformer.pipelines.inpainting_scores import (
     zero_fill,
 )
 from hf_binaryformer.pipelines.vq_sampling import IntensityScale
-from vq_cases import SHAPE, inpainting, seeded
 
 UNIT = IntensityScale(0, 1, 1.5)
 

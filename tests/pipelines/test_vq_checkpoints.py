@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vq_cases import SHAPE, save_checkpoint, seeded, synthesis
 
 import hf_binaryformer as bf
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.pretrained import CheckpointError, CheckpointNotFoundError, known_checkpoints
-from vq_cases import SHAPE, save_checkpoint, seeded, synthesis
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from volume_cases import in_orientation, oblique_affine, save_nifti
+from vq_cases import CODEBOOKS, ENTRIES, GRID, SHAPE, inpainting, seeded, synthesis
 
 from hf_binaryformer.pipelines.grids import VolumeError
 from hf_binaryformer.pipelines.volumes import read_volume
-from volume_cases import in_orientation, oblique_affine, save_nifti
-from vq_cases import CODEBOOKS, ENTRIES, GRID, SHAPE, inpainting, seeded, synthesis
 
 STEPS = 4
 

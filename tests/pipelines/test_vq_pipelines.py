@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vq_cases import CODEBOOKS, ENTRIES, GRID, SHAPE, components, seeded, synthesis
 
 from hf_binaryformer.pipelines.vq_sampling import BACKGROUND_CEILING
-from vq_cases import CODEBOOKS, ENTRIES, GRID, SHAPE, components, seeded, synthesis
 
 POSITIONS = math.prod(GRID)
 
@@ -28,7 +28,7 @@ def test_volumes_and_tokens():
     output = pipeline(batch_size=2, num_inference_steps=7, generator=seeded())
     assert output.images.shape == (2, 1, *SHAPE) and output.images.dtype == torch.float32
     assert output.tokens.shape == (2, CODEBOOKS, *GRID) and output.tokens.dtype == torch.uint8
-    assert 0 <= output.images.min() and output.images.max() <= pipeline.vqmodel.config.intensity_ceiling
+    assert output.images.min() >= 0 and output.images.max() <= pipeline.vqmodel.config.intensity_ceiling
     assert not ((output.images > 0) & (output.images < BACKGROUND_CEILING)).any()
     with torch.no_grad():
         decoded = pipeline.vqmodel.decode(output.tokens.long()).sample

@@ -41,6 +41,8 @@ TOY = {
     "rounds": 2,
     "turn": 0.0,
     "encoder_blocks": 1,
+    "sampler_blocks": 1,
+    "sampler_steps": 1,
     "memory": False,
     "check_tokens": "70",
     "product_tokens": "16,32",
@@ -101,6 +103,7 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
                 assert ("hamming (reference) + packing", value_dim, dtype, step) in settings
             for name, value_dim in (("softmax (sdpa)", 64), ("hamming", 16), ("sign, ternary", 16)):
                 assert (f"encoder, {name}", value_dim, dtype, step) in settings
+        assert ("sampler, 1 of 200 steps, hamming", 16, dtype, "forward") in settings
     assert ("hamming (reference), ternary q k", 16, "float32", "forward_backward") in settings
     assert ("numpy bitwise_count, 1 head", 16, "float32", "forward") in settings
     assert {row["head_dim"] for row in rows if "channels / 32" in row["name"]} == {2}
