@@ -41,8 +41,9 @@ def backward(
     query_weight: Tensor,
     key_weight: Tensor,
     value: Tensor,
+    output: Tensor,
     logsumexp: Tensor,
-    delta: Tensor,
+    grad_logsumexp: Tensor | None,
     seed: Tensor,
     head_dim: int,
     scale: float,
@@ -61,8 +62,9 @@ def backward(
             query_weight,
             key_weight,
             value,
+            output,
             logsumexp,
-            delta,
+            grad_logsumexp,
             seed,
             head_dim,
             scale,
@@ -70,15 +72,17 @@ def backward(
             weight_gradient,
         )
     call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
-    grad_output = _rows(grad_output.to(value.dtype))
-    logsumexp, delta = logsumexp.contiguous(), delta.contiguous()
-    call.logsumexp, call.delta, call.grad_output = logsumexp.data_ptr(), delta.data_ptr(), Rows.of(grad_output)
+    grad_output, output, logsumexp = _rows(grad_output.to(value.dtype)), _rows(output), logsumexp.contiguous()
+    call.grad_output, call.output, call.logsumexp = Rows.of(grad_output), Rows.of(output), logsumexp.data_ptr()
+    if grad_logsumexp is not None:
+        grad_logsumexp = grad_logsumexp.float().contiguous()
+        call.grad_logsumexp = grad_logsumexp.data_ptr()
 
     def empty(like: Tensor, wanted: bool = True) -> Tensor:
         return value.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
 
     signs = bit_gradient == "ternary"
-    grad_value = token_major(value, value.shape, torch.float32)
+    grad_value = token_major(value, value.shape, value.dtype)
     d_query_weight, d_key_weight = empty(query_weight, weight_gradient), empty(key_weight, weight_gradient)
     d_query, d_key = (
         value.new_empty((*bits.shape[:3], head_dim) if signs else (0,), dtype=torch.float32)

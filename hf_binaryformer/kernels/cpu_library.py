@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows packed by one thread, and channels saturated, before a second one is worth its start.
@@ -44,7 +44,7 @@ class Call(ctypes.Structure):
         ("output", Rows),
         ("logsumexp", c_void_p),
         ("grad_output", Rows),
-        *[(n, c_void_p) for n in ("delta", "grad_query_weight", "grad_key_weight")],
+        *[(n, c_void_p) for n in ("grad_logsumexp", "grad_query_weight", "grad_key_weight")],
         ("grad_value", Rows),
         *[(n, c_void_p) for n in ("grad_query", "grad_key")],
         ("seed", c_uint64),

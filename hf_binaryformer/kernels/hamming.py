@@ -130,8 +130,9 @@ def _hamming_attention_backward(
     query_weight: Tensor,
     key_weight: Tensor,
     value: Tensor,
+    output: Tensor,
     logsumexp: Tensor,
-    delta: Tensor,
+    grad_logsumexp: Tensor | None,
     seed: Tensor,
     head_dim: int,
     scale: float,
@@ -147,8 +148,9 @@ def _hamming_attention_backward(
         query_weight,
         key_weight,
         value,
+        output,
         logsumexp,
-        delta,
+        grad_logsumexp,
         seed,
         head_dim,
         scale,
@@ -159,8 +161,8 @@ def _hamming_attention_backward(
 
 @_hamming_attention_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    grad_output, query_bits, key_bits, query_weight, key_weight, value, logsumexp, delta, seed, head_dim, scale,
-    bit_gradient, weight_gradient, backend,
+    grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp,
+    seed, head_dim, scale, bit_gradient, weight_gradient, backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _zero_gradients(
         query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient
@@ -183,7 +185,7 @@ def _zero_gradients(
     return (
         value.new_zeros(query_weight.shape if weight_gradient else (0,), dtype=dtype),
         value.new_zeros(key_weight.shape if weight_gradient else (0,), dtype=dtype),
-        token_major(value, value.shape, dtype).zero_(),
+        token_major(value, value.shape, value.dtype).zero_(),
         value.new_zeros((*query_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
         value.new_zeros((*key_bits.shape[:3], head_dim) if bits else (0,), dtype=dtype),
     )
@@ -195,16 +197,17 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     )
     ctx.save_for_backward(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *output)
     ctx.options = head_dim, scale, bit_gradient, backend
+    ctx.set_materialize_grads(False)  # the gradient of the log-sum-exp is None unless somebody used it
 
 
-def _backward(ctx, grad_output: Tensor, grad_logsumexp: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  # type: ignore[no-untyped-def]
     query_bits, key_bits, query_weight, key_weight, value, query, key, seed, output, logsumexp = ctx.saved_tensors
     head_dim, scale, bit_gradient, backend = ctx.options
     if query is None and key is None:
         bit_gradient = "none"
     weight_gradient = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    # The log-sum-exp is an output too; its gradient enters dS = P * (dP - delta) through delta.
-    delta = (grad_output.to(logsumexp.dtype) * output).sum(-1) - grad_logsumexp
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
     grad_query_weight, grad_key_weight, grad_value, grad_query, grad_key = _hamming_attention_backward(
         grad_output,
         query_bits,
@@ -212,8 +215,9 @@ def _backward(ctx, grad_output: Tensor, grad_logsumexp: Tensor):  # type: ignore
         query_weight,
         key_weight,
         value,
+        output,
         logsumexp,
-        delta,
+        grad_logsumexp,
         seed,
         head_dim,
         scale,
@@ -226,7 +230,7 @@ def _backward(ctx, grad_output: Tensor, grad_logsumexp: Tensor):  # type: ignore
         None,
         grad_query_weight.to(query_weight.dtype) if weight_gradient else None,
         grad_key_weight.to(key_weight.dtype) if weight_gradient else None,
-        grad_value.to(value.dtype),
+        grad_value,
         _straight_through(grad_query, query),
         _straight_through(grad_key, key),
         *[None] * 5,
@@ -240,7 +244,9 @@ def _straight_through(grad_sign: Tensor, x: Tensor | None) -> Tensor | None:
     dtype = torch.promote_types(x.dtype, grad_sign.dtype)
     # That of hardtanh, many times as fast as torch.where, is 0 at the limits themselves: take the next number.
     limit = 1 + torch.finfo(dtype).eps
-    return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).to(x.dtype)
+    masked = torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit)
+    # It is contiguous, as grad_sign is, but under torch.compile it is traced with the strides of x.
+    return masked.contiguous().to(x.dtype)
 
 
 _hamming_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -284,8 +290,9 @@ def reference_backward(
     query_weight: Tensor,
     key_weight: Tensor,
     value: Tensor,
+    output: Tensor,
     logsumexp: Tensor,
-    delta: Tensor,
+    grad_logsumexp: Tensor | None,
     seed: Tensor,
     head_dim: int,
     scale: float,
@@ -297,18 +304,21 @@ def reference_backward(
     Args:
         grad_output: (B, H, Nq, d_v).
         query_bits, key_bits, query_weight, key_weight, value, head_dim, scale, bit_gradient: as in :func:`hamming_attention`.
-        logsumexp: (B, H, Nq) of the forward.
-        delta: (B, H, Nq), dO . O less the gradient of the log-sum-exp.
+        output, logsumexp: (B, H, Nq, d_v) and (B, H, Nq), what the forward returned.
+        grad_logsumexp: (B, H, Nq), or None for zeros.
         seed: 0-d int64 tensor of the ternary draws.
         weight_gradient: whether the gradients of the weights are wanted.
 
     Returns:
-        Gradients of query_weight, key_weight, value, sgn(query), sgn(key), each in float32 (float64 for float64 values);
-        those not asked for have no element.
+        Gradients of query_weight, key_weight, value, sgn(query), sgn(key), that of the value in its type, the others in
+        float32 (float64 for float64 values); those not asked for have no element.
     """
     sizes = (query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient)
     gradients = _zero_gradients(*sizes)
     dtype = _compute_dtype(value)
+    delta = (grad_output.to(dtype) * output).sum(-1)
+    if grad_logsumexp is not None:  # an output too: its gradient enters dS = P * (dP - delta) through delta
+        delta -= grad_logsumexp
     batch, heads, queries = query_bits.shape[:3]
     keys = value.shape[2]
     d_query_weight, d_key_weight, _, d_query, d_key = (

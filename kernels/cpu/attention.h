@@ -44,16 +44,22 @@ template <class T> inline T *rows_of(const hf_rows &r, int64_t heads, int64_t he
     return (T *)r.data + head / heads * r.batch_stride + head % heads * r.head_stride;
 }
 
+inline int64_t width_of(const hf_attention &a) { return a.type == HF_FLOAT32 ? 4 : 2; }
+
+// Of an array in the call's own type, whose rows lie row_stride * width_of(a) bytes apart.
+inline char *first_row(const hf_attention &a, const hf_rows &r, int64_t head) {
+    return (char *)r.data + (head / a.heads * r.batch_stride + head % a.heads * r.head_stride) * width_of(a);
+}
+
 // Rows of `channels` numbers of any type as float32, zero-padded to `padded`; the caller's own memory where it fits.
 struct FloatRows {
     const float *data;
     int64_t stride;
     static FloatRows of(const hf_attention &a, const hf_rows &r, int64_t head, int64_t rows, int64_t padded, float *room) {
         if (!needs_room(a, r, padded)) return {rows_of<const float>(r, a.heads, head), r.row_stride};
-        const int64_t width = a.type == HF_FLOAT32 ? 4 : 2;
-        const char *from = (const char *)r.data + (head / a.heads * r.batch_stride + head % a.heads * r.head_stride) * width;
+        const char *from = first_row(a, r, head);
         for (int64_t i = 0; i < rows; i++) {
-            to_float(from + i * r.row_stride * width, a.type, a.value_dim, room + i * padded);
+            to_float(from + i * r.row_stride * width_of(a), a.type, a.value_dim, room + i * padded);
             for (int64_t c = a.value_dim; c < padded; c++) room[i * padded + c] = 0;
         }
         return {room, padded};
@@ -287,8 +293,8 @@ template <class V, int Halves, int Planes> struct Attention {
             V::transpose(x);
             for (int l = 0; l < L; l++) V::store(r.rows + l * values + c, x[l]);
         }
-        const int64_t width = a.type == HF_FLOAT32 ? 4 : 2;
-        char *to = (char *)a.output.data + (head / a.heads * a.output.batch_stride + head % a.heads * a.output.head_stride) * width;
+        const int64_t width = width_of(a);
+        char *to = first_row(a, a.output, head);
         for (int64_t l = 0; l < count; l++) from_float(r.rows + l * values, a.type, a.value_dim, to + (i + l) * a.output.row_stride * width);
     }
 
@@ -323,6 +329,7 @@ template <class V, int Halves, int Planes> struct Attention {
         int32_t *bits;  // (Nq, P, halves)
         float *slope;   // (Nq, P): -2 scale w_q, for counts less d / 2
         float *start;   // (Nq): -log-sum-exp
+        float *delta;   // (Nq): dO . O less the gradient of the log-sum-exp
         float *grad;    // (Nq, padded d_v): dO, where the caller's own rows do not do
         I *lanes;       // (P, halves)
         F *value;       // (tiles of the chunk, padded d_v): V with a key a lane
@@ -345,6 +352,7 @@ template <class V, int Halves, int Planes> struct Attention {
         r.bits = c.take<int32_t>(rows * Planes * halves(a));
         r.slope = c.take<float>(rows * Planes);
         r.start = c.take<float>(rows);
+        r.delta = c.take<float>(rows);
         r.grad = c.take<float>(FloatRows::needs_room(a, a.grad_output, values) ? (rows + 1) * values : 0);
         r.value = c.take<F>(tiles * values);
         r.d_value = c.take<F>(tiles * values);
@@ -371,13 +379,33 @@ template <class V, int Halves, int Planes> struct Attention {
         pack_bits(a, a.query_bits + row * Planes * words_of(a), a.queries, r.bits);
         for (int64_t n = 0; n < a.queries * Planes; n++) r.slope[n] = (float)(-2 * a.scale * a.query_weight[row * Planes + n]);
         for (int64_t n = 0; n < a.queries; n++) r.start[n] = -a.logsumexp[row + n];
+        load_delta(a, head, r.delta);
+    }
+
+    static void load_delta(const hf_attention &a, int64_t head, float *delta) {
+        const char *output = first_row(a, a.output, head), *grad = first_row(a, a.grad_output, head);
+        const int64_t output_step = a.output.row_stride * width_of(a), grad_step = a.grad_output.row_stride * width_of(a);
+        for (int64_t n = 0; n < a.queries; n++) {
+            F sum = V::splat(0);
+            for (int64_t c = 0; c < a.value_dim; c += L)
+                sum = V::fma(load_channels(a, output + n * output_step, c), load_channels(a, grad + n * grad_step, c), sum);
+            delta[n] = V::sum(sum) - (a.grad_logsumexp ? a.grad_logsumexp[head * a.queries + n] : 0);
+        }
+    }
+
+    // Channels from c on, 0 past the end.
+    static inline F load_channels(const hf_attention &a, const char *row, int64_t c) {
+        F x = V::splat(0);
+        if (c + L <= a.value_dim) to_float(row + c * width_of(a), a.type, L, (float *)&x); // a constant count becomes one load
+        else to_float(row + c * width_of(a), a.type, a.value_dim - c, (float *)&x);
+        return x;
     }
 
     // Values, bits and weights of the chunk's keys, a key a lane; sums at zero.
     static void load_chunk(const Call &call, int64_t head, int64_t first, int64_t last, const BackwardRoom &r) {
         const hf_attention &a = *call.a;
-        const int64_t values = padded_values(a), row = head * a.keys, width = a.type == HF_FLOAT32 ? 4 : 2;
-        const char *from = (const char *)a.value.data + (head / a.heads * a.value.batch_stride + head % a.heads * a.value.head_stride) * width;
+        const int64_t values = padded_values(a), row = head * a.keys, width = width_of(a);
+        const char *from = first_row(a, a.value, head);
         for (int64_t t = 0; first + t * L < last; t++) {
             const int64_t key = first + t * L;
             load_lanes(a, a.key_bits + row * Planes * words_of(a), a.key_weight + row * Planes, key, last,
@@ -533,7 +561,7 @@ template <class V, int Halves, int Planes> struct Attention {
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
             if (a.grad_query) r.signs.start_queries();
             for (int64_t t = 0; t < tiles; t++) {
-                Weights weights{a.delta + row + i, a.query_weight + (row + i) * Planes, {}, {}};
+                Weights weights{r.delta + i, a.query_weight + (row + i) * Planes, {}, {}};
                 for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
                 if (a.grad_query_weight || a.grad_key_weight) {
                     recompute<true, true>(a, r, grad, i, count, t, weights);
@@ -541,7 +569,7 @@ template <class V, int Halves, int Planes> struct Attention {
                 } else {
                     recompute<true, false>(a, r, grad, i, count, t, weights);
                 }
-                if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.tile_weight[t]);
+                if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.delta + i, r.tile_weight[t]);
             }
             write_query_block(call, head, chunk, i, count, r);
             if (a.grad_query) r.signs.write_queries(call, head, chunk, i, count);
@@ -569,7 +597,7 @@ template <class V, int Halves, int Planes> struct Attention {
     static void write_chunk(const Call &call, int64_t head, int64_t first, int64_t last, const BackwardRoom &r) {
         const hf_attention &a = *call.a;
         const int64_t values = padded_values(a);
-        float *d_value = rows_of<float>(a.grad_value, a.heads, head);
+        char *d_value = first_row(a, a.grad_value, head);
         for (int64_t key = first; key < last; key++) {
             const int64_t t = (key - first) / L, l = (key - first) % L;
             if (l == 0)
@@ -579,7 +607,7 @@ template <class V, int Halves, int Planes> struct Attention {
                     V::transpose(x);
                     for (int m = 0; m < L; m++) V::store(r.rows + m * values + c, x[m]);
                 }
-            memcpy(d_value + key * a.grad_value.row_stride, r.rows + l * values, a.value_dim * sizeof(float));
+            from_float(r.rows + l * values, a.type, a.value_dim, d_value + key * a.grad_value.row_stride * width_of(a));
             if (a.grad_key_weight)
                 for (int p = 0; p < Planes; p++)
                     a.grad_key_weight[(head * a.keys + key) * Planes + p] = ((const float *)&r.d_weight[t * Planes + p])[l] * (float)(-2 * a.scale);

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Version of the structures below: the Python face refuses a library of another one.
-enum { HF_ABI_VERSION = 2 };
+enum { HF_ABI_VERSION = 3 };
 
 enum hf_type { HF_FLOAT32 = 0, HF_BFLOAT16 = 1, HF_FLOAT16 = 2 };
 
@@ -30,21 +30,21 @@ typedef struct {
 typedef struct {
     int64_t batch, heads, queries, keys, head_dim, value_dim, planes;
     int64_t threads;            // at most so many work at one call
-    int64_t type;               // hf_type of value, output and grad_output
+    int64_t type;               // hf_type of value, output, grad_output and grad_value
     double scale;               // factor of the scores
     const uint64_t *query_bits; // (B, H, Nq, P, W) contiguous; padding bits 0
     const uint64_t *key_bits;   // (B, H, Nk, P, W)
     const float *query_weight;  // (B, H, Nq, P) contiguous
     const float *key_weight;    // (B, H, Nk, P)
     hf_rows value;              // (B, H, Nk, d_v)
-    hf_rows output;             // (B, H, Nq, d_v): written by the forward
+    hf_rows output;             // (B, H, Nq, d_v): written by the forward, read by the backward
     float *logsumexp;           // (B, H, Nq) contiguous: written by the forward, read by the backward
     // Backward only.
     hf_rows grad_output;        // (B, H, Nq, d_v)
-    const float *delta;         // (B, H, Nq): dO . O less the gradient of the log-sum-exp
+    const float *grad_logsumexp; // (B, H, Nq) contiguous, or NULL for zeros
     float *grad_query_weight;   // (B, H, Nq, P), or NULL when not wanted
     float *grad_key_weight;     // (B, H, Nk, P), or NULL
-    hf_rows grad_value;         // (B, H, Nk, d_v) float32
+    hf_rows grad_value;         // (B, H, Nk, d_v)
     float *grad_query;          // (B, H, Nq, d) gradient of the signs by ternary draws, or NULL
     float *grad_key;            // (B, H, Nk, d), or NULL
     uint64_t seed;              // of the ternary draws

@@ -108,14 +108,14 @@ template <class V> struct Signs {
     void start_queries() const { memset(query_sums, 0, 64 * channels * sizeof(float)); }
 
     // dS of the `count` queries from i on and the keys of tile t of the chunk first .. last; draws when 64 keys are there.
-    void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, F weight) const {
+    void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, const float *delta, F weight) const {
         const hf_attention &a = *call.a;
         const int64_t key = first + t * L, part = t % kParts;
         for (int l = 0; l < L; l++)
             if (key + l >= last) ((float *)&weight)[l] = 0;
         weight = V::absolute(weight);
         key_weight[part] = weight;
-        const float *delta = a.delta + head * a.queries + i, *query_weight = a.query_weight + head * a.queries + i;
+        const float *query_weight = a.query_weight + head * a.queries + i;
         I largest = V::splat_int(0);
         for (int64_t n = 0; n < count; n++) {
             const F ds = p[n] * (dp[n] - delta[n]);

@@ -63,6 +63,29 @@ def test_gradcheck_of_weights_and_values(planes, backend, device) -> None:
 
 
 @on_every_target
+@pytest.mark.parametrize("with_output", [False, True])
+@pytest.mark.parametrize("planes", [None, 2])
+def test_gradient_of_the_log_sum_exp(planes, with_output, backend, device) -> None:
+    case = make_case(37, 70, 65, 5, planes=planes, device=device)
+    grad_logsumexp = torch.randn(case.query_bits.shape[:3], dtype=torch.float64, device=device)
+
+    def gradients_in(dtype: torch.dtype, backend: str) -> tuple[torch.Tensor, ...]:
+        learned = [t.detach().to(dtype).requires_grad_() for t in (case.query_weight, case.key_weight, case.value)]
+        seed = torch.tensor(0, device=device)
+        output, logsumexp = torch.ops.hf_binaryformer.hamming_attention(
+            case.query_bits, case.key_bits, *learned, None, None, seed, 65, 0.3, "none", backend
+        )
+        loss = (logsumexp * grad_logsumexp).sum()
+        if with_output:
+            loss = loss + (output * case.output_gradient).sum()
+        return torch.autograd.grad(loss, learned)
+
+    exact = gradients_in(torch.float64, "reference")
+    for actual, expected in zip(gradients_in(torch.float32, backend), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@on_every_target
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fake_agrees_with_the_run(dtype, backend, device) -> None:
     case = make_case(5, 7, 65, 3, dtype=dtype, device=device)
