@@ -154,7 +154,12 @@ def figure_class() -> Any:
 
 def draw_plot(path: Path, results: list[Result], title: str) -> None:
     """PNG: ratios to SDPA of attention and of the encoder for each N, type and pass, and the product alone."""
-    panels = {"attention": "Attention, 6 heads", "one head": "One head", "encoder": "Whole encoder", "sampler": "3D sampler"}
+    panels = {
+        "attention": "Attention, 6 heads",
+        "one head": "One head",
+        "encoder": "Whole encoder",
+        "sampler": "3D sampler",
+    }
     shown = {f: [r for r in results if r.subject.family == f and r.ratio_to_sdpa] for f in panels}
     heights = [max(len(rows), 1) for rows in shown.values()] + [12]
     figure = figure_class()(figsize=(11, 2 + 0.19 * sum(heights)), layout="constrained")

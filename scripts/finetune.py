@@ -9,6 +9,7 @@ weights that it would have had without the stop.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,7 +85,7 @@ def train_model(
     model, optimizer = accelerator.prepare(model, optimizer)
     if resume:
         accelerator.load_state()
-        accelerator.project_configuration.iteration = counter.step // train["checkpoint_every"]
+        accelerator.project_configuration.iteration = math.ceil(counter.step / train["checkpoint_every"])
 
     iterations = min(train["iterations"], stop_after or train["iterations"])
     per_process = train["batch_size"] // accelerator.num_processes

@@ -2,14 +2,16 @@
 
 Trains the transformer of absorbing diffusion (paper Sec. 3.2, A.2) on tokens of ``encode_tokens.py`` (``train`` and
 ``validation.safetensors``, each one tensor "tokens", uint8 (n, K, d, h, w)), and saves ``output/transformer`` and
-``output/scheduler``. The sections ``transformer``, ``scheduler`` and ``sampler`` of ``scripts/recipes/vq/<recipe>.yaml`` hold
-every default; ``--set sampler.batch_size=4`` overrides one. With ``--resume`` a run goes on from its newest checkpoint, and
-ends with the weights that it would have had without the stop.
+``output/scheduler``; with ``--vqmodel`` also ``output/pipeline``, the whole checkpoint. The sections ``transformer``,
+``scheduler`` and ``sampler`` of ``scripts/recipes/vq/<recipe>.yaml`` hold every default; ``--set sampler.batch_size=4``
+overrides one. With ``--resume`` a run goes on from its newest checkpoint, and ends with the weights that it would have had
+without the stop.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +28,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from finetune import build_optimizer
+from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
 from training import VQ_RECIPES, StepCounter, load_recipe, rate_factor
 
 
@@ -124,7 +128,7 @@ def train_transformer(
     average.to(accelerator.device)
     if resume:
         accelerator.load_state()
-        accelerator.project_configuration.iteration = counter.step // settings["checkpoint_every"]
+        accelerator.project_configuration.iteration = math.ceil(counter.step / settings["checkpoint_every"])
 
     last = min(settings["iterations"], stop_after or settings["iterations"])
     output.mkdir(parents=True, exist_ok=True)
@@ -185,6 +189,9 @@ def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/vq, or the path of a .yaml file.")],
     tokens: Annotated[Path, typer.Option(help="Folder written by encode_tokens.py.")],
     output: Annotated[Path, typer.Option(help="Where checkpoints, log, transformer and scheduler go.")],
+    vqmodel: Annotated[
+        str | None, typer.Option(help="Autoencoder, to save all as one checkpoint: output/pipeline.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
@@ -194,11 +201,13 @@ def main(
     accelerator, transformer, scheduler = train_transformer(settings, tokens, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
-    # Half-precision files still load as float32: what the transformer computes in is asked for when it is loaded.
-    torch.nn.Module.to(transformer, getattr(torch, settings["sampler"]["save_dtype"])).save_pretrained(
-        output / "transformer"
-    )
+    # Half-precision files still load as float32: what a network computes in is asked for when it is loaded.
+    dtype = getattr(torch, settings["sampler"]["save_dtype"])
+    torch.nn.Module.to(transformer, dtype).save_pretrained(output / "transformer")
     scheduler.save_pretrained(output / "scheduler")
+    if vqmodel is not None:
+        autoencoder = torch.nn.Module.to(BinaryVQModel.from_pretrained(vqmodel), dtype)
+        BinaryVQInpaintPipeline(autoencoder, transformer, scheduler).save_pretrained(output / "pipeline")
     (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
     chosen = {key: settings["sampler"][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}

@@ -165,10 +165,12 @@ def main(
     accelerator, model = train_model(settings, data, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
-    model.save_pretrained(output / "vqmodel")
+    # Half-precision files still load as float32, and the codebooks stay float32 in them too.
+    torch.nn.Module.to(model, getattr(torch, settings["vqae"]["save_dtype"])).save_pretrained(output / "vqmodel")
     (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     held_out = load_sources(settings, data[:1], "validation", show=False)[0]
-    results = evaluate(model, held_out, settings)
+    saved = BinaryVQModel.from_pretrained(output / "vqmodel").to(accelerator.device)
+    results = evaluate(saved, held_out, settings)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results))
 

@@ -17,6 +17,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from evaluate import markdown
+
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 
@@ -47,7 +49,7 @@ def render(name: str) -> ModelCard:
     words = yaml.safe_load((CARDS / f"{name}.yaml").read_text())
     records = {p.stem: json.loads(p.read_text()) for p in sorted((CARDS / "evidence" / name).glob("*.json"))}
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(records, dice_table=dice_table, mean_dice=mean_dice)
+    environment.globals.update(records, dice_table=dice_table, mean_dice=mean_dice, inpainting_table=markdown)
     sections = {key: environment.from_string(text).render() for key, text in words["sections"].items()}
     metrics = [
         EvalResult(

@@ -117,9 +117,8 @@ def _hamming_attention(
 
 @_hamming_attention.register_fake
 def _(query_bits, key_bits, query_weight, key_weight, value, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    rows = query_bits.shape[:3]
-    output = token_major(value, (*rows, value.shape[-1]), value.dtype)
-    return output, value.new_empty(rows, dtype=_compute_dtype(value))
+    output = token_major(value, (*query_bits.shape[:3], value.shape[-1]), value.dtype)
+    return output, value.new_empty(output.shape[:3], dtype=_compute_dtype(value))
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention_backward", mutates_args=())
@@ -242,11 +241,9 @@ def _straight_through(grad_sign: Tensor, x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     dtype = torch.promote_types(x.dtype, grad_sign.dtype)
-    # That of hardtanh, many times as fast as torch.where, is 0 at the limits themselves: take the next number.
+    # hardtanh's is many times as fast as torch.where, 0 at the limits themselves, and compiled with the strides of x.
     limit = 1 + torch.finfo(dtype).eps
-    masked = torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit)
-    # It is contiguous, as grad_sign is, but under torch.compile it is traced with the strides of x.
-    return masked.contiguous().to(x.dtype)
+    return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).contiguous().to(x.dtype)
 
 
 _hamming_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -395,7 +392,7 @@ def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 register_backend(

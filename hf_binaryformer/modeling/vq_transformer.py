@@ -139,7 +139,8 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=initializer_range)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, TokenWeight):
                 module.reset_parameters()
         # As large as the sines and cosines of the position, so that neither drowns the other.

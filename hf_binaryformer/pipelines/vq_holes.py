@@ -33,6 +33,7 @@ class HoleCase:
         network_affine: of the volume at that voxel size.
         placement: of that volume on the model's grid.
         network_hole: bool, on the model's grid; every voxel that the hole has any part in.
+        cut_off: whether known foreground lies beyond the grid.
     """
 
     image: np.ndarray
@@ -43,6 +44,7 @@ class HoleCase:
     network_affine: np.ndarray
     placement: Placement
     network_hole: np.ndarray
+    cut_off: bool
 
     @classmethod
     def of(
@@ -80,10 +82,11 @@ class HoleCase:
             values = image[~hole] if touched.all() else known[~touched]
             scale = IntensityScale.of(values, percentiles, ceiling)
         scaled = np.where(touched, np.float32(0), scale.apply(known))
-        _, placement = place_on_grid(scaled, grid, box=object_box(scaled, touched, grid, spacing))
+        placed, placement = place_on_grid(scaled, grid, box=object_box(scaled, touched, grid, spacing))
+        seen, there = ((a > FOREGROUND_THRESHOLD).sum() for a in (placed, scaled))
         # With nothing known, nor is it known that there is only air around the volume.
         network_hole = placement.apply(touched, grid) | all_unknown
-        return cls(image, hole, affine, scale, spacing, network_affine, placement, network_hole)
+        return cls(image, hole, affine, scale, spacing, network_affine, placement, network_hole, bool(seen < there))
 
     def to_network(self, image: np.ndarray) -> np.ndarray:
         """An image on this one's grid (I, J, K), scaled and on the model's grid; outside the volume 0."""
@@ -111,13 +114,18 @@ class HoleCase:
             feather: over so many voxels inwards from the hole's edge, the difference between the nearest known voxel and
                 its own value in ``fill`` is added, fading.
         """
-        if feather and self.hole.any() and not self.hole.all():
+        # With one voxel around the hole, the box holds the nearest known voxel of every voxel in it.
+        box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in occupied_box(self.hole))
+        hole, image, inner = self.hole[box], self.image[box], fill[box]
+        if feather and hole.any() and not hole.all():
             from scipy.ndimage import distance_transform_edt
 
-            distance, nearest = distance_transform_edt(self.hole, return_indices=True)
+            distance, nearest = distance_transform_edt(hole, return_indices=True)
             weight = np.clip(1 - distance / (feather + 1), 0, 1).astype(np.float32)
-            fill = fill + weight * (self.image - fill)[tuple(nearest)]
-        return np.where(self.hole, fill, self.image)
+            inner = inner + weight * (image - inner)[tuple(nearest)]
+        filled = self.image.copy()
+        filled[box] = np.where(hole, inner, image)
+        return filled
 
 
 def object_box(scaled: np.ndarray, hole: np.ndarray, grid: Sequence[int], spacing: Sequence[float]) -> Box:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from hf_binaryformer.pipelines.grids import VolumeError
+from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing
 from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, check_same_grid, read_volume, write_image
 from hf_binaryformer.pipelines.vq_holes import HoleCase
@@ -24,6 +24,7 @@ from hf_binaryformer.pipelines.vq_sampling import Generators, StepCallback, VQSa
 OUTPUT_TYPES = ("pt", "np", "tokens")
 Image = Volume | Tensor | np.ndarray | str | os.PathLike[str]
 EMPTY_MASK = "the mask is empty: nothing was filled, the image is the input"
+CUT_OFF = "the image reaches beyond the checkpoint's grid: what lies outside was not looked at"
 
 
 @dataclass
@@ -127,9 +128,10 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
                 raise ValueError(f"{name} is {value}, expected at least {least}")
         images, holes, affine, volume = self._read(image, mask_image, spacing)
         cases = [self.prepare(one, hole, affine) for one, hole in zip(images, holes, strict=True)]
-        notes = [] if holes.any() else [EMPTY_MASK]
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+        notes = [CUT_OFF] if any(case.cut_off for case in cases) else []
+        if not holes.any():
+            notes.append(EMPTY_MASK)
+            warnings.warn(EMPTY_MASK, stacklevel=3)
 
         known = self.encode(torch.from_numpy(np.stack([case.network_image() for case in cases]))[:, None])
         masked = torch.stack([self.touched(case) for case in cases])[:, None].expand_as(known)
@@ -190,7 +192,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             hole,
             affine,
             grid=self.volume_shape,
-            spacing=self.spacing,
+            spacing=self.spacing if config.spacing else affine_spacing(affine),
             percentiles=config.percentiles,
             ceiling=config.intensity_ceiling,
         )

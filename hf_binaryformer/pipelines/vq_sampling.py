@@ -240,9 +240,9 @@ class VQSamplingPipeline(DiffusionPipeline):
         self._autocast_dtype = None if name == "float32" else getattr(torch, name)
 
     @contextmanager
-    def _running(self, network: nn.Module) -> Iterator[None]:
+    def _running(self, network: nn.Module, *, autocast: bool = True) -> Iterator[None]:
         """Without gradients, under autocast, in evaluation mode, so that no codebook learns; afterwards as it was."""
-        training, enabled = network.training, self._autocast_dtype is not None
+        training, enabled = network.training, autocast and self._autocast_dtype is not None
         network.eval()
         try:
             with torch.inference_mode(), torch.autocast(self.device.type, self._autocast_dtype, enabled=enabled):
@@ -252,9 +252,10 @@ class VQSamplingPipeline(DiffusionPipeline):
 
     def encode(self, volumes: Tensor) -> Tensor:
         """Tokens (B, K, d, h, w) int64, on the CPU, of scaled volumes (B, 1, D, H, W) on a grid the autoencoder takes."""
-        with self._running(self.vqmodel):
-            # One at a time: a volume is large, and its tokens do not depend on the others.
-            codes = [self.vqmodel.encode(v[None].to(self.device, torch.float32)).tokens.cpu() for v in volumes]
+        # Without autocast: what is known should not change with the number format. One at a time: a volume is large, and
+        # its tokens do not depend on the others.
+        with self._running(self.vqmodel, autocast=False):
+            codes = [self.vqmodel.encode(v[None].to(self.device, self.vqmodel.dtype)).tokens.cpu() for v in volumes]
         return torch.cat(codes)
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel, pixel_shuffle_3d, pixel_unshuffle_3d
+from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
+from hf_binaryformer.modeling.vq_networks import pixel_shuffle_3d, pixel_unshuffle_3d
 
 TINY = {
     "num_codebooks": 2,
@@ -147,6 +148,8 @@ def test_saved_and_loaded_it_does_the_same(tmp_path, dtype):
     assert torch.equal(loaded.encode(x).tokens, tokens)
     assert torch.equal(loaded.decode(tokens).sample, model.decode(tokens).sample)
     assert loaded.decode(tokens).sample.dtype == dtype
+    # Unless asked for, half precision is one of files only.
+    assert BinaryVQModel.from_pretrained(tmp_path).dtype == torch.float32
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["encoder_channels"] == TINY["encoder_channels"]
 

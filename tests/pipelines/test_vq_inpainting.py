@@ -116,7 +116,7 @@ def test_known_tokens_stay(pipeline):
     assert torch.equal(tokens[0][:, keep].long(), known[0][:, keep])
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (31, 17, 23)])
+@pytest.mark.parametrize("shape", [SHAPE, (31, 9, 23)])
 def test_full_mask_equals_synthesis(shape, pipeline):
     made = synthesis()(num_inference_steps=STEPS, temperature=0.8, generator=seeded(5))
     result = pipeline(head(shape), np.ones(shape), num_inference_steps=STEPS, generator=seeded(5))
@@ -149,6 +149,30 @@ def test_steps_that_change_nothing_skip_the_network(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "forward", lambda t, **o: calls.append(1) or forward(t, **o))
     report = pipeline(head(), hole_in(), num_inference_steps=500, generator=seeded()).report
     assert len(calls) == report["steps"] == report["tokens_masked"][0] < np.prod(GRID)
+
+
+def test_number_formats(pipeline):
+    """Fewer digits may draw other tokens, and leave what is known alone."""
+    image, hole = head(), hole_in()
+    other = inpainting()
+    other.set_autocast("bfloat16")
+    low, full = (p(image, hole, num_inference_steps=2, temperature=0, generator=seeded()) for p in (other, pipeline))
+    assert low.images.dtype == torch.float32 and low.report["notes"] == []
+    keep = ~pipeline.touched(pipeline.prepare(image.astype(np.float32), hole == 1, np.diag([2, 2, 2, 1.0])))
+    assert torch.equal(low.tokens[0][:, keep], full.tokens[0][:, keep])
+    assert torch.equal(low.images[0, 0][hole == 0], full.images[0, 0][hole == 0])
+    assert not torch.equal(low.decoded, full.decoded)
+    other.to(torch.bfloat16)
+    assert other(image, hole, num_inference_steps=2).images.dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype is int8, expected one of float32, bfloat16, float16"):
+        other.set_autocast("int8")
+
+
+def test_a_checkpoint_without_a_voxel_size_keeps_the_images():
+    pipeline = inpainting(spacing=None)
+    case = pipeline.prepare(head().astype(np.float32), hole_in() == 1, np.diag([0.7, 3.0, 1.1, 1.0]))
+    assert case.network_affine is case.affine
+    np.testing.assert_array_equal(case.network_hole, hole_in() == 1)
 
 
 def test_samples_and_their_deviation(pipeline):
@@ -237,7 +261,8 @@ def test_hole_beyond_the_checkpoints_grid(pipeline):
     image = np.random.default_rng(0).uniform(200, 1000, shape)
     hole = np.zeros(shape)
     hole[8:12, 30:34, 6:10] = 1
-    assert pipeline(image, hole, num_inference_steps=2).images.isfinite().all()
+    result = pipeline(image, hole, num_inference_steps=2)
+    assert result.images.isfinite().all() and "beyond the checkpoint's grid" in result.report["notes"][0]
     hole[8:12, 2:6, 6:10] = 1
     with pytest.raises(VolumeError, match=r"along axis J the image spans 120 mm.*beyond the 48 mm.*crop the image"):
         pipeline(image, hole)

@@ -15,6 +15,7 @@ import typer
 import yaml
 from safetensors.torch import load_file, save_file
 
+import hf_binaryformer as bf
 import train_sampler
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
@@ -65,8 +66,9 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def run(recipe, tokens, output, overrides=(), resume=False, stop_after=None) -> dict[str, torch.Tensor]:
-    train_sampler.main(str(recipe), tokens, output, resume, stop_after, list(overrides))
+def run(recipe, tokens, output, overrides=(), **options) -> dict[str, torch.Tensor]:
+    options = {"vqmodel": None, "resume": False, "stop_after": None, **options}
+    train_sampler.main(str(recipe), tokens, output, overrides=list(overrides), **options)
     return load_file(output / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
@@ -127,6 +129,23 @@ def test_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
         assert log(tmp_path / "cut", key) == log(tmp_path / "whole", key)
 
 
+def test_with_its_autoencoder_it_is_saved_as_one_checkpoint(recipe, tokens, tmp_path):
+    # Two stages of stride 2, so that a token is 4 voxels wide.
+    autoencoder = bf.BinaryVQModel(
+        num_codebooks=2,
+        codebook_size=6,
+        codebook_dim=4,
+        encoder_channels=[8, 8],
+        decoder_channels=[16, 16, 8],
+    )
+    autoencoder.save_pretrained(tmp_path / "vqmodel")
+    run(recipe, tokens, tmp_path, ["sampler.iterations=1"], vqmodel=str(tmp_path / "vqmodel"))
+    pipeline = bf.BinaryVQPipeline.from_pretrained(tmp_path / "pipeline")
+    saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[key], tensor) for key, tensor in pipeline.transformer.state_dict().items())
+    assert pipeline.scheduler.config.num_codebooks == 2 and pipeline.vqmodel.config.codebook_size == 6
+
+
 def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, tokens, tmp_path):
     # No random draws in the network.
     overrides = ["transformer.attention_type=softmax", "transformer.bit_gradient=null", "transformer.dropout=0.0"]
@@ -166,5 +185,5 @@ def test_tokens_that_do_not_fit(recipe, tokens, tmp_path):
         run(recipe, tokens, tmp_path / "out", ["transformer.grid_size=[4, 3, 2]"])
     with pytest.raises(typer.BadParameter, match="known are .*brain-small"):
         run("nothing", tokens, tmp_path / "out")
-    with pytest.raises(ValueError, match="block_size 4 is not in the transformer's train_block_sizes"):
-        run(recipe, tokens, tmp_path / "out", ["scheduler.block_size=4"])
+    with pytest.raises(ValueError, match="block_size 7 is not in the transformer's train_block_sizes"):
+        run(recipe, tokens, tmp_path / "out", ["scheduler.block_size=7"])

@@ -139,8 +139,9 @@ def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
 
 
 def test_two_processes_see_one_process_batches(recipe, prepared, tmp_path):
-    overrides = ["vqae.iterations=3", "vqae.quantize_after=3"]
-    one = run(recipe, [prepared], tmp_path / "one", overrides=overrides)
+    # In the last step the codebooks start, by a random choice that need not be the same.
+    overrides = ["vqae.iterations=4", "vqae.quantize_after=3"]
+    run(recipe, [prepared], tmp_path / "one", overrides=overrides)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "scripts" / "train_vqae.py"), "--recipe", str(recipe), "--data", str(prepared)]
     command += ["--output", str(tmp_path / "two")]
@@ -150,20 +151,9 @@ def test_two_processes_see_one_process_batches(recipe, prepared, tmp_path):
     assert done.returncode == 0, done.stderr
     ours, theirs = log(tmp_path / "one"), log(tmp_path / "two")
     assert theirs[0]["processes"] == 2
-    np.testing.assert_allclose([r["loss"] for r in theirs], [r["loss"] for r in ours], rtol=1e-4)
-    two = load_file(tmp_path / "two" / "vqmodel" / "diffusion_pytorch_model.safetensors")
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=5e-4, msg=key)
-
-
-def test_two_processes_quantise(recipe, prepared, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "train_vqae.py"), "--recipe", str(recipe), "--data", str(prepared)]
-    command += ["--output", str(tmp_path)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert log(tmp_path)[-1]["usage"] > 0 and (tmp_path / "results.json").is_file()
+    np.testing.assert_allclose([r["loss"] for r in theirs[:3]], [r["loss"] for r in ours[:3]], rtol=1e-4)
+    assert theirs[3]["commitment"] > 0 and theirs[3]["usage"] > 0
+    assert (tmp_path / "two" / "results.json").is_file()
 
 
 def test_a_perceptual_loss_by_name_joins_in(recipe, prepared, tmp_path):
@@ -174,9 +164,9 @@ def test_a_perceptual_loss_by_name_joins_in(recipe, prepared, tmp_path):
         assert record["perceptual"] > 0 and record["loss"] == pytest.approx(parts, rel=1e-5)
 
 
-def samples(recipe: Path, sources: list[list[np.ndarray]], seed: int = 0, **data) -> PatchSamples:
+def samples(recipe: Path, volumes: list[list[np.ndarray]], seed: int = 0, **data) -> PatchSamples:
     settings = yaml.safe_load(recipe.read_text())
-    return PatchSamples(sources, settings["data"] | data, 1.5, seed, 400)
+    return PatchSamples(volumes, settings["data"] | data, 1.5, seed, 400)
 
 
 def test_samples_depend_on_their_number_alone(recipe):
@@ -191,9 +181,12 @@ def test_samples_depend_on_their_number_alone(recipe):
 
 def test_samples_come_from_the_sources_in_their_shares(recipe):
     made = samples(recipe, [[np.full((16, 16, 16), v, np.float16)] for v in (0.25, 0.75)], max_gain=0.0)
-    values = [float(made[n].max()) for n in range(400)]
+    patches = [made[n] for n in range(400)]
+    values = [float(patch.max()) for patch in patches]
     assert set(values) == {0.25, 0.75}
     assert abs(values.count(0.25) / 400 - 0.75) < 0.08
+    # Only the first source lets crops reach beyond its volumes, where all is 0.
+    assert {float(p.max()) for p in patches if p.min() == 0} == {0.25}
 
 
 def test_samples_are_crops_flipped_and_scaled(recipe):
@@ -218,13 +211,10 @@ def test_samples_hold_some_foreground(recipe):
     volume = np.zeros((64, 16, 16), np.float16)
     volume[:16] = 1
     sources = [{"share": 1.0, "margin": 0}]
-    shares = [
-        [
-            (samples(recipe, [[volume]], sources=sources, min_foreground=least)[n] > 0.1).float().mean()
-            for n in range(60)
-        ]
-        for least in (0.5, 0.0)
-    ]
+    shares = []
+    for least in (0.5, 0.0):
+        made = samples(recipe, [[volume]], sources=sources, min_foreground=least)
+        shares.append([(made[n] > 0.1).float().mean() for n in range(60)])
     assert np.mean([s >= 0.5 for s in shares[0]]) > 0.8
     assert np.mean([s >= 0.5 for s in shares[1]]) < 0.5
 

@@ -17,7 +17,9 @@ def cards(tmp_path, monkeypatch):
     sections = "\n".join(f"  {name}: text" for name in names if name != "results")
     metric = "- {dataset: d, name: mean, type: dice, value: '{{ results.rows.network.mean }}'}"
     results = "  results: |-\n    mean {{ mean_dice(results, 2) }}\n    {{ dice_table(results) }}"
-    (tmp_path / "toy.yaml").write_text(f"task: image-segmentation\nmetrics:\n  {metric}\nsections:\n{sections}\n{results}\n")
+    (tmp_path / "toy.yaml").write_text(
+        f"task: image-segmentation\nmetrics:\n  {metric}\nsections:\n{sections}\n{results}\n"
+    )
     evidence = tmp_path / "evidence" / "toy"
     evidence.mkdir(parents=True)
     labels = {"a": {"mean": 0.5, "sd": 0.1}, "b": {"mean": 0.7, "sd": 0.1}, "c": {"mean": 0.9, "sd": 0.1}}
