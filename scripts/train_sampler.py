@@ -207,6 +207,8 @@ def main(
     scheduler.save_pretrained(output / "scheduler")
     if vqmodel is not None:
         autoencoder = torch.nn.Module.to(BinaryVQModel.from_pretrained(vqmodel), dtype)
+        # Where it was loaded from is nobody's business in a published file.
+        autoencoder.register_to_config(_name_or_path="")
         BinaryVQInpaintPipeline(autoencoder, transformer, scheduler).save_pretrained(output / "pipeline")
     (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])

@@ -138,8 +138,10 @@ def test_the_pipeline_leaves_modes_and_codebooks_alone():
     pipeline.vqmodel.train()
     pipeline.transformer.train()
     before = {name: value.clone() for name, value in pipeline.vqmodel.state_dict().items()}
+    modes = []
+    pipeline.transformer.register_forward_hook(lambda module, *_: modes.append(module.training))
     pipeline.encode(pipeline(num_inference_steps=2).images)
-    assert pipeline.vqmodel.training and pipeline.transformer.training
+    assert modes == [False, False] and pipeline.vqmodel.training and pipeline.transformer.training
     assert all(torch.equal(value, before[name]) for name, value in pipeline.vqmodel.state_dict().items())
 
 

@@ -144,6 +144,8 @@ def test_with_its_autoencoder_it_is_saved_as_one_checkpoint(recipe, tokens, tmp_
     saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(saved[key], tensor) for key, tensor in pipeline.transformer.state_dict().items())
     assert pipeline.scheduler.config.num_codebooks == 2 and pipeline.vqmodel.config.codebook_size == 6
+    saved = [path.read_text() for path in (tmp_path / "pipeline").rglob("*.json")]
+    assert saved and not any(str(tmp_path) in text for text in saved), "a path of this machine in a published file"
 
 
 def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, tokens, tmp_path):
