@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,18 +55,38 @@ def draw_times(count: int, total: int, generator: torch.Generator) -> Tensor:
     return (1 + part * total).long().clamp_max(total)
 
 
+def draw_holes(count: int, grid: Sequence[int], settings: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Boxes to be inpainted, (count, 1, d, h, w) bool: in a share of the samples, the whole grid in the others.
+
+    Sides are drawn from ``hole_sides`` (least and largest, in positions); a box may reach beyond the grid, not leave it.
+    """
+    holes = torch.ones(count, 1, *grid, dtype=torch.bool)
+    least, largest = settings["hole_sides"]
+    for hole in holes:
+        box = torch.rand((), generator=generator) < settings["hole_share"]
+        for axis, positions in enumerate(grid, start=1):
+            side = int(torch.randint(least, largest + 1, (), generator=generator))
+            start = int(torch.randint(1 - side // 2, positions - side // 2, (), generator=generator))
+            inside = torch.arange(positions) - start
+            if box:
+                view = [positions if a == axis else 1 for a in range(4)]
+                hole &= ((inside >= 0) & (inside < side)).view(view)
+    return holes
+
+
 def training_batch(
     tokens: Tensor, scheduler: AbsorbingScheduler, settings: dict[str, Any], step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(truth, masked input, masked, times) of a step; they depend on the seed and the step alone."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(truth, masked input, masked, times, holes) of a step; they depend on the seed and the step alone."""
     generator = torch.Generator().manual_seed(settings["seed"] + 1_000_003 * step)
     count = settings["batch_size"]
     truth = tokens[torch.randint(len(tokens), (count,), generator=generator)].long()
     times = draw_times(count, scheduler.config.num_train_timesteps, generator)
     known = torch.tensor(settings["block_sizes"])
     sizes = known[torch.randint(len(known), (count,), generator=generator)].tolist()
-    noisy, masked = scheduler.add_noise(truth, times, generator, sizes)
-    return truth, noisy, masked, times
+    holes = draw_holes(count, truth.shape[2:], settings, generator)
+    noisy, masked = scheduler.add_noise(truth, times, generator, sizes, holes)
+    return truth, noisy, masked, times, holes
 
 
 @torch.no_grad()
@@ -138,12 +158,13 @@ def train_transformer(
         batch = training_batch(tokens, scheduler, settings, step)
         # Process r of P takes samples r, r + P, ... of the batch, so that P processes see what one would.
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        truth, noisy, masked, times = (t[mine].to(accelerator.device) for t in batch)
+        truth, noisy, masked, times, holes = (t[mine].to(accelerator.device) for t in batch)
         # Ternary draws and dropout depend on the step and the process alone, so that a resumed run repeats them.
         torch.manual_seed(settings["seed"] + 1_000_003 * step + accelerator.process_index)
         with accelerator.autocast():
             logits = model(noisy).logits
-        loss = elbo_loss(logits, truth, masked, times, scheduler.config.num_train_timesteps, settings["weighting"])
+        total = scheduler.config.num_train_timesteps
+        loss = elbo_loss(logits, truth, masked, times, total, settings["weighting"], hole=holes)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), settings["max_grad_norm"])
         optimizer.step()

@@ -243,10 +243,11 @@ def elbo_loss(
     num_train_timesteps: int,
     weighting: str = "paper",
     reduction: str = "mean",
+    hole: Tensor | None = None,
 ) -> Tensor:
     r"""Weighted evidence lower bound of absorbing diffusion, in bits for each codebook entry (paper A.2; Bond-Taylor 2022).
 
-    The cross-entropies of the masked tokens are summed, divided by the number of all tokens, and weighted by time:
+    The cross-entropies of the masked tokens are summed, divided by the number of all tokens that could be, and weighted by time:
 
     | weighting | factor | |
     | --- | --- | --- |
@@ -264,6 +265,8 @@ def elbo_loss(
         num_train_timesteps: T.
         weighting: see above.
         reduction: "mean" over the batch, or "none": (B,).
+        hole: bool, broadcastable to ``masked``, where masks could fall: the bound is then that of the hole's tokens, given
+            the others. None: everywhere. Not empty for any sample.
 
     Raises:
         ValueError: unknown weighting.
@@ -279,5 +282,6 @@ def elbo_loss(
     counts = masked.flatten(1).sum(1)
     owner = torch.repeat_interleave(torch.arange(len(counts), device=logits.device), counts)
     sums = nats.new_zeros(len(counts)).index_add(0, owner, nats)
-    losses = weights[weighting] * sums / (math.log(2) * masked[0].numel())
+    tokens_in = masked[0].numel() if hole is None else hole.expand_as(masked).flatten(1).sum(1)
+    losses = weights[weighting] * sums / (math.log(2) * tokens_in)
     return losses.mean() if reduction == "mean" else losses

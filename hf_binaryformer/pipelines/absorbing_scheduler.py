@@ -245,6 +245,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         timesteps: Tensor,
         generator: Generators = None,
         block_size: int | Sequence[int] | None = None,
+        hole: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mask each unit with probability t / T; t = T masks all, t = 0 none.
 
@@ -253,6 +254,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
             timesteps: (B,), t from 0 to T.
             generator: as for :meth:`prepare`.
             block_size: side of the blocks masked together, one number or one a sample; None: the configuration's.
+            hole: bool, broadcastable to the tokens' shape: nothing is masked outside it, as when a hole is inpainted.
 
         Returns:
             (masked tokens, masked), both (B, K, d, h, w), the second bool.
@@ -274,6 +276,8 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
             draw = torch.rand(1, units.count, generator=own, dtype=torch.float64)
             row.copy_(units.spread(draw < t / config.num_train_timesteps).view(row.shape))
         masked = masked.to(tokens.device)
+        if hole is not None:
+            masked &= hole
         return tokens.masked_fill(masked, config.mask_token_id), masked
 
     def check_compatible(self, transformer_config: Any) -> None:

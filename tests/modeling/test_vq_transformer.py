@@ -280,3 +280,17 @@ def test_loss_of_ignorance_is_the_bits_of_the_codebook():
     assert float(elbo_loss(logits, tokens, masked, torch.tensor([4, 4]), 4, "elbo")) == pytest.approx(3.0)
     with pytest.raises(ValueError, match="expected one of paper, bond_taylor, elbo"):
         elbo_loss(logits, tokens, masked, torch.tensor([4, 4]), 4, "equal")
+
+
+def test_loss_of_a_hole_is_that_of_the_hole_alone():
+    tokens = torch.randint(5, (2, 3, 2, 4, 2))
+    logits = torch.randn(2, 3, 5, 2, 4, 2)
+    hole = torch.zeros(2, 1, 2, 4, 2, dtype=torch.bool)
+    hole[0, :, :, 1:3] = True
+    hole[1, :, :, 3:] = True
+    masked = (torch.rand(tokens.shape) < 0.5) & hole
+    times = torch.tensor([3, 7])
+    losses = elbo_loss(logits, tokens, masked, times, 8, "elbo", "none", hole)
+    for n, rows in enumerate((slice(1, 3), slice(3, 4))):
+        cut = [t[n : n + 1, ..., rows, :] for t in (logits, tokens, masked)]
+        torch.testing.assert_close(losses[n : n + 1], elbo_loss(*cut, times[n : n + 1], 8, "elbo", "none"))

@@ -223,6 +223,19 @@ def test_noise_masks_units_with_probability_t_over_total(granularity, block_size
         assert not torch.equal(units[:, :, 0], units[:, :, 1])
 
 
+def test_noise_stays_in_the_hole():
+    scheduler = scheduler_of({})
+    tokens = torch.randint(VALUES, (3, *GRID))
+    times = torch.tensor([256, 100, 256])
+    hole = torch.zeros(3, 1, *GRID[1:], dtype=torch.bool)
+    hole[:2, :, 1:, 2:] = True
+    noisy, masked = scheduler.add_noise(tokens, times, seeds(3), hole=hole)
+    everywhere = scheduler.add_noise(tokens, times, seeds(3))[1]
+    assert torch.equal(masked, everywhere & hole) and 0 < masked[1].sum() < hole[1].expand_as(masked[1]).sum()
+    assert torch.equal(masked[0], hole[0].expand(GRID)) and not masked[2].any()
+    assert torch.equal(noisy, tokens.masked_fill(masked, VALUES))
+
+
 def test_noise_at_both_ends_of_time_and_from_each_generator():
     scheduler = scheduler_of({})
     tokens = torch.randint(VALUES, (4, *GRID))

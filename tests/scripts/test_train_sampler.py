@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -173,11 +174,33 @@ def test_batches_depend_on_the_step_alone_and_mix_times_and_block_sizes(recipe, 
     sampler = settings["sampler"] | {"batch_size": 8}
     first, again, other = (train_sampler.training_batch(data, scheduler, sampler, step) for step in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[1], other[1])
-    truth, noisy, masked, times = first
+    truth, noisy, masked, times, holes = first
+    assert not (masked & ~holes).any()
     assert torch.equal(noisy, truth.masked_fill(masked, 6))
     # One time out of each eighth of 1 ... 16.
     assert sorted(((times - 1) // 2).tolist()) == list(range(8))
-    assert masked[times == times.max()].double().mean() > masked[times == times.min()].double().mean()
+    shares = [float(m[h.expand_as(m)].double().mean()) for m, h in zip(masked, holes, strict=True)]
+    assert shares[int(times.argmax())] > shares[int(times.argmin())]
+
+
+def test_holes_are_boxes_of_the_wanted_sides_and_reach_everywhere():
+    settings, grid = {"hole_share": 0.75, "hole_sides": [2, 4]}, (6, 7, 8)
+    holes = train_sampler.draw_holes(2000, grid, settings, torch.Generator().manual_seed(0))[:, 0]
+    whole = holes.flatten(1).all(1)
+    assert abs(float(whole.double().mean()) - 0.25) < 0.04
+    seen = torch.zeros(grid)
+    for hole in holes[~whole]:
+        places = hole.nonzero()
+        low, high = places.amin(0), places.amax(0) + 1
+        assert len(places) == int((high - low).prod()), "not a box"
+        for a, side in enumerate((high - low).tolist()):
+            assert 1 <= side <= 4
+            assert side >= 2 or low[a] == 0 or high[a] == grid[a], "a small side away from the edge"
+        seen += hole
+    assert seen.min() > 0
+    assert {tuple((h.nonzero().amax(0) + 1 - h.nonzero().amin(0)).tolist()) for h in holes[~whole]} >= {
+        sides for sides in itertools.product((2, 3, 4), repeat=3)
+    }
 
 
 def test_tokens_that_do_not_fit(recipe, tokens, tmp_path):
