@@ -52,8 +52,14 @@ from hf_binaryformer.kernels.backends import select_backend
 
 # What the options are when nobody says otherwise, in full and with --quick.
 DEFAULTS = {
-    False: {"tokens": "1601,7680", "check_tokens": "401,1601", "product_tokens": "256,512,1024,2048,4096", "rounds": 7},
-    True: {"tokens": "256", "check_tokens": "256", "product_tokens": "256,512", "rounds": 3},
+    False: {
+        "tokens": "1601,7680",
+        "check_tokens": "401,1601",
+        "product_tokens": "256,512,1024,2048,4096",
+        "rounds": 7,
+        "seconds": 90.0,
+    },
+    True: {"tokens": "256", "check_tokens": "256", "product_tokens": "256,512", "rounds": 3, "seconds": 0.0},
 }
 # Where the output is no terminal, or a narrower one.
 TABLE_WIDTH = 110
@@ -143,6 +149,9 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: as many as torch takes.")] = None,
     backend: Annotated[str | None, typer.Option(help="Of the kernel; default: the fastest that is here.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each contestant; the median counts.  [7]")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Go on with turns of a group for at least so long.  [90]")
+    ] = None,
     turn: Annotated[float, typer.Option(min=0, help="Milliseconds to fill with calls in each turn.")] = 20.0,
     quick: Annotated[bool, typer.Option("--quick", help="For CI: --tokens 256, --rounds 3, few products.")] = False,
     encoder: Annotated[bool, typer.Option(help="Time the whole encoder too.")] = True,
@@ -164,6 +173,7 @@ def main(
         "tokens": tokens or default["tokens"],
         "threads": threads or torch.get_num_threads(),
         "rounds": rounds or default["rounds"],
+        "seconds": default["seconds"] if seconds is None else seconds,
         "turn": turn,
         "encoder": encoder,
         **({"encoder_blocks": encoder_blocks} if encoder_blocks else {}),
@@ -195,7 +205,7 @@ def main(
     errors = check_correctness(checked, kernel, console)
 
     def timed(subjects: list[Any], label: str) -> list[Result]:
-        return time_interleaved(subjects, options["rounds"], turn / 1e3, label)
+        return time_interleaved(subjects, options["rounds"], turn / 1e3, label, options["seconds"])
 
     results: list[Result] = []
     for n in lengths:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -109,7 +109,9 @@ def one_pass(forward: Callable[[], Tensor], leaves: Sequence[Tensor], step: bool
     return lambda: torch.autograd.grad(forward(), leaves, grad_output, allow_unused=True)
 
 
-def time_interleaved(subjects: Sequence[Subject], rounds: int, turn_seconds: float, label: str) -> list[Result]:
+def time_interleaved(
+    subjects: Sequence[Subject], rounds: int, turn_seconds: float, label: str, least_seconds: float = 0
+) -> list[Result]:
     """Every round gives each subject one turn, so that a disturbance of the machine meets all of them alike.
 
     Args:
@@ -117,6 +119,8 @@ def time_interleaved(subjects: Sequence[Subject], rounds: int, turn_seconds: flo
         rounds: number of turns each.
         turn_seconds: a subject is called again within its turn until about this much time is filled.
         label: shown beside the progress bar.
+        least_seconds: further rounds are added until this much time has passed: where calls are short, the wanted rounds
+            would all fall into one disturbance of a shared machine.
 
     Returns:
         For each subject the mean milliseconds of a call in each round, and ratios to the SDPA of its family.
@@ -128,7 +132,15 @@ def time_interleaved(subjects: Sequence[Subject], rounds: int, turn_seconds: flo
         calls.append(max(1, math.ceil(turn_seconds / _seconds(action, 1))))
         actions.append(action)
     results = [Result(subject, []) for subject in subjects]
-    for _ in track(range(rounds), description=label, console=Console(stderr=True), transient=True):
+    started = time.perf_counter()
+
+    def wanted_rounds() -> Iterator[int]:
+        yield from range(rounds)
+        while time.perf_counter() - started < least_seconds:
+            yield len(results[0].samples)
+
+    shown = Console(stderr=True)
+    for _ in track(wanted_rounds(), description=label, total=rounds, console=shown, transient=True):
         for result, action, count in zip(results, actions, calls, strict=True):
             time.sleep(REST_SECONDS)
             if count > 1:

@@ -79,6 +79,17 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     }
 
 
+def mean_validation_dice(pipeline: bf.VolumeSegmentationPipeline, folder: PreparedFolder, volumes: int | None) -> float:
+    """Mean Dice over labels and the first volumes of the validation split (None: all), to choose weights by."""
+    labels = sorted(label for label in folder.label_names if label != 0)
+    dice = []
+    for case in folder.split("validation")[:volumes]:
+        with torch.inference_mode():
+            pred = pipeline(case.image).labels
+        dice.append(dice_by_label(pred, read_label_array(case.label), labels))
+    return float(np.nanmean(dice))
+
+
 def summarise(dice: np.ndarray, labels: list[int], names: dict[int, str]) -> dict[str, Any]:
     """Mean, deviation and NaN count for each label over volumes, from (volumes, labels) Dice."""
     per_label = {

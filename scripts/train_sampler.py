@@ -10,29 +10,21 @@ without the stop.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
-from finetune import build_optimizer
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
-from training import VQ_RECIPES, StepCounter, load_recipe, rate_factor
+from training import VQ_RECIPES, Task, build_optimizer, load_recipe, run, start, write_summary
 
 
 def load_tokens(folder: Path, split: str, transformer: BinaryVQTransformer3DModel) -> Tensor:
@@ -98,7 +90,6 @@ def validate(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """The bound in bits for each grid position, and the share of masked tokens whose likeliest value is right."""
-    transformer.eval()
     bits, right, seen = [], 0, 0
     total = scheduler.config.num_train_timesteps
     generator = torch.Generator().manual_seed(settings["seed"])
@@ -113,97 +104,40 @@ def validate(
             bits.append(elbo_loss(logits, truth_, masked, times, total, "elbo", "none"))
             right += int((logits.argmax(2) == truth_)[masked].sum())
             seen += int(masked.sum())
-    transformer.train()
     per_token = transformer.config.num_codebooks * float(torch.cat(bits).mean())
     return {"validation_bits_per_token": per_token, "validation_accuracy": right / max(seen, 1)}
 
 
-def train_transformer(
-    recipe: dict[str, Any], folder: Path, output: Path, resume: bool, stop_after: int | None
-) -> tuple[Accelerator, BinaryVQTransformer3DModel, AbsorbingScheduler]:
-    """The training loop; the transformer comes back with averaged weights where the recipe averages them."""
+def build_task(recipe: dict[str, Any], folder: Path, accelerator: Accelerator) -> tuple[Task, AbsorbingScheduler]:
+    """What is trained, and the scheduler that belongs to it."""
     settings = recipe["sampler"]
-    accelerator = Accelerator(
-        mixed_precision=settings["mixed_precision"],
-        project_config=ProjectConfiguration(str(output), automatic_checkpoint_naming=True, total_limit=2),
-    )
-    if settings["batch_size"] % accelerator.num_processes:
-        raise typer.BadParameter(
-            f"batch_size {settings['batch_size']} must be divisible by the {accelerator.num_processes} processes"
-        )
-    torch.manual_seed(settings["seed"])
     transformer = BinaryVQTransformer3DModel(**recipe["transformer"], train_block_sizes=settings["block_sizes"])
     scheduler = AbsorbingScheduler(**recipe["scheduler"])
     scheduler.check_compatible(transformer.config)
     tokens, held_out = (load_tokens(folder, split, transformer) for split in ("train", "validation"))
-    if settings["gradient_checkpointing"]:
-        transformer.enable_gradient_checkpointing()
-    transformer.train()
-    optimizer = build_optimizer(transformer, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, settings))
-    average = EMAModel(transformer.parameters(), decay=settings["ema_decay"], use_ema_warmup=True, power=3 / 4)
-    counter = StepCounter()
-    accelerator.register_for_checkpointing(counter, schedule, average)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    average.to(accelerator.device)
-    if resume:
-        accelerator.load_state()
-        accelerator.project_configuration.iteration = math.ceil(counter.step / settings["checkpoint_every"])
+    total = scheduler.config.num_train_timesteps
 
-    last = min(settings["iterations"], stop_after or settings["iterations"])
-    output.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    losses: list[float] = []
-    for step in _progress(counter.step, last, accelerator):
-        batch = training_batch(tokens, scheduler, settings, step)
+    def batches(first: int) -> Iterator[list[Tensor]]:
         # Process r of P takes samples r, r + P, ... of the batch, so that P processes see what one would.
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        truth, noisy, masked, times, holes = (t[mine].to(accelerator.device) for t in batch)
-        # Ternary draws and dropout depend on the step and the process alone, so that a resumed run repeats them.
-        torch.manual_seed(settings["seed"] + 1_000_003 * step + accelerator.process_index)
+        for step in range(first, settings["iterations"]):
+            batch = [t[mine] for t in training_batch(tokens, scheduler, settings, step)]
+            yield from zip(*(t.chunk(settings["accumulation"]) for t in batch), strict=True)
+
+    def losses(network: nn.Module, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        truth, noisy, masked, times, holes = batch
         with accelerator.autocast():
-            logits = model(noisy).logits
-        total = scheduler.config.num_train_timesteps
-        loss = elbo_loss(logits, truth, masked, times, total, settings["weighting"], hole=holes)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), settings["max_grad_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.step(transformer.parameters())
-        counter.step = step + 1
-        losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        ends = counter.step == last
-        if counter.step % settings["log_every"] == 0 or ends:
-            record: dict[str, Any] = {
-                "step": counter.step,
-                "loss": sum(losses) / len(losses),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "processes": accelerator.num_processes,
-            }
-            losses.clear()
-            if (counter.step % settings["validate_every"] == 0 or ends) and accelerator.is_main_process:
-                average.store(transformer.parameters())
-                average.copy_to(transformer.parameters())
-                record |= validate(transformer, held_out, scheduler, settings, accelerator)
-                average.restore(transformer.parameters())
-            record["seconds"] = round(time.perf_counter() - started, 1)
-            if accelerator.is_main_process:
-                with (output / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(record) + "\n")
-        if counter.step % settings["checkpoint_every"] == 0 or ends:
-            accelerator.save_state()
-    # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    average.copy_to(transformer.parameters())
-    return accelerator, transformer, scheduler
+            logits = network(noisy).logits
+        return {"loss": elbo_loss(logits, truth, masked, times, total, settings["weighting"], hole=holes)}
 
-
-def _progress(first: int, last: int, accelerator: Accelerator) -> Iterator[int]:
-    return iter(
-        tqdm(range(first, last), initial=first, total=last, disable=not accelerator.is_main_process, desc="train")
+    task = Task(
+        transformer,
+        build_optimizer(transformer, settings),
+        batches=batches,
+        losses=losses,
+        validate=lambda: validate(transformer, held_out, scheduler, settings, accelerator),
     )
+    return task, scheduler
 
 
 def main(
@@ -219,24 +153,22 @@ def main(
 ) -> None:
     """Train and save."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
-    accelerator, transformer, scheduler = train_transformer(settings, tokens, output, resume, stop_after)
+    accelerator = start(settings["sampler"], output)
+    task, scheduler = build_task(settings, tokens, accelerator)
+    run(task, settings["sampler"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
     # Half-precision files still load as float32: what a network computes in is asked for when it is loaded.
     dtype = getattr(torch, settings["sampler"]["save_dtype"])
-    torch.nn.Module.to(transformer, dtype).save_pretrained(output / "transformer")
+    transformer = nn.Module.to(task.model, dtype)
+    transformer.save_pretrained(output / "transformer")
     scheduler.save_pretrained(output / "scheduler")
     if vqmodel is not None:
-        autoencoder = torch.nn.Module.to(BinaryVQModel.from_pretrained(vqmodel), dtype)
+        autoencoder = nn.Module.to(BinaryVQModel.from_pretrained(vqmodel), dtype)
         # Where it was loaded from is nobody's business in a published file.
         autoencoder.register_to_config(_name_or_path="")
         BinaryVQInpaintPipeline(autoencoder, transformer, scheduler).save_pretrained(output / "pipeline")
-    (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
-    chosen = {key: settings["sampler"][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
-    (output / "training.json").write_text(
-        json.dumps({"iterations": last.pop("step"), **last, **chosen}, indent=2) + "\n"
-    )
+    write_summary(settings, "sampler", output)
 
 
 if __name__ == "__main__":

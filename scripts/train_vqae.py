@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from patches import PatchSamples, image_paths, load_all
-from training import VQ_RECIPES, StepCounter, load_recipe, rate_factor
+from training import VQ_RECIPES, Task, load_batches, load_recipe, run, start, write_summary
 
 
 def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: bool) -> list[list[np.ndarray]]:
@@ -48,93 +45,53 @@ def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: 
     return sources
 
 
-def train_model(
-    recipe: dict[str, Any], folders: list[Path], output: Path, resume: bool, stop_after: int | None
-) -> tuple[Accelerator, BinaryVQModel]:
-    """The training loop."""
+def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Accelerator) -> Task:
+    """What is trained."""
     train = recipe["vqae"]
-    accelerator = Accelerator(
-        mixed_precision=train["mixed_precision"],
-        project_config=ProjectConfiguration(str(output), automatic_checkpoint_naming=True, total_limit=2),
-    )
-    if train["batch_size"] % accelerator.num_processes:
-        raise typer.BadParameter(
-            f"batch_size {train['batch_size']} must be divisible by the {accelerator.num_processes} processes"
-        )
-    torch.manual_seed(train["seed"])
-    network = BinaryVQModel(**recipe["vqmodel"]).train()
-    perceptual = None if train["perceptual_loss"] == "none" else PerceptualLoss(train["perceptual_loss"])
+    model = BinaryVQModel(**recipe["vqmodel"])
+    perceptual = None
+    if train["perceptual_loss"] != "none":
+        perceptual = PerceptualLoss(train["perceptual_loss"]).to(accelerator.device)
     optimizer = torch.optim.AdamW(
-        network.parameters(), train["learning_rate"], weight_decay=train["weight_decay"], betas=train["betas"]
+        model.parameters(), train["learning_rate"], weight_decay=train["weight_decay"], betas=train["betas"]
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, train))
-    counter = StepCounter()
-    accelerator.register_for_checkpointing(counter, schedule)
-    model, optimizer = accelerator.prepare(network, optimizer)
-    if perceptual is not None:
-        perceptual.to(accelerator.device)
-    if resume:
-        accelerator.load_state()
-        accelerator.project_configuration.iteration = math.ceil(counter.step / train["checkpoint_every"])
-
-    iterations = min(train["iterations"], stop_after or train["iterations"])
-    batch_size = train["batch_size"]
     sources = load_sources(recipe, folders, "train", accelerator.is_main_process)
-    ceiling = recipe["vqmodel"]["intensity_ceiling"]
-    samples = PatchSamples(sources, recipe["data"], ceiling, train["seed"], train["iterations"] * batch_size)
-    # Process r of P takes samples r, r + P, ... of each batch, so that P processes together see one process's batches.
-    mine = range(counter.step * batch_size + accelerator.process_index, len(samples), accelerator.num_processes)
-    loader = DataLoader(Subset(samples, mine), batch_size // accelerator.num_processes, num_workers=train["workers"])
-    bar = tqdm(total=iterations, initial=counter.step, disable=not accelerator.is_main_process, desc="train")
-    output.mkdir(parents=True, exist_ok=True)
-    started, records = time.perf_counter(), []
-    for batch in loader:
-        if counter.step >= iterations:
-            break
-        # What is drawn in a step depends on its number and the process alone, so that a resumed run repeats it.
-        torch.manual_seed(train["seed"] + 1_000_003 * counter.step + accelerator.process_index)
-        batch = batch.to(accelerator.device)
+    count, ceiling = train["iterations"] * train["batch_size"], recipe["vqmodel"]["intensity_ceiling"]
+    samples = PatchSamples(sources, recipe["data"], ceiling, train["seed"], count)
+
+    def losses(network: nn.Module, batch: Tensor, step: int) -> dict[str, Tensor]:
         with accelerator.autocast():
-            result = model(batch, quantize=counter.step >= train["quantize_after"])
-        losses = {
+            result = network(batch, quantize=step >= train["quantize_after"])
+        parts = {
             "reconstruction": reconstruction_loss(result.sample, batch, train["reconstruction_loss"]),
             "commitment": train["commitment_weight"] * result.commitment_loss.float(),
         }
         if perceptual is not None:
-            losses["perceptual"] = train["perceptual_weight"] * perceptual(result.sample, batch)
-        loss = torch.stack(list(losses.values())).sum()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        counter.step += 1
-        values = torch.stack([loss, *losses.values()]).detach()
-        records.append(accelerator.reduce(values, "mean").tolist())
-        bar.update()
-        if counter.step % train["log_every"] == 0 or counter.step == iterations:
-            quantizer = network.quantizer
-            record = {
-                "step": counter.step,
-                **dict(zip(["loss", *losses], np.mean(records, axis=0).tolist(), strict=True)),
-                "usage": quantizer.usage.min().item(),
-                "perplexity": quantizer.perplexity.mean().item(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - started, 1),
-                "processes": accelerator.num_processes,
-            }
-            records.clear()
-            quantizer.reset_usage()
-            bar.set_postfix(loss=f"{record['loss']:.5f}", perplexity=f"{record['perplexity']:.1f}")
-            if accelerator.is_main_process:
-                with (output / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(record) + "\n")
-        if counter.step % train["checkpoint_every"] == 0 or counter.step == iterations:
-            accelerator.save_state()
-    bar.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return accelerator, network
+            parts["perceptual"] = train["perceptual_weight"] * perceptual(result.sample, batch)
+        return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+    def measures() -> dict[str, float]:
+        quantizer = model.quantizer
+        figures = {"usage": quantizer.usage.min().item(), "perplexity": quantizer.perplexity.mean().item()}
+        quantizer.reset_usage()
+        return figures
+
+    @cache
+    def held_out() -> list[np.ndarray]:
+        return load_sources(recipe, folders[:1], "validation", show=False)[0]
+
+    def validate() -> dict[str, float]:
+        figures = evaluate(model, held_out(), recipe)
+        return {"validation_psnr": figures["psnr"], "validation_psnr_foreground": figures["psnr_foreground"]}
+
+    return Task(
+        model,
+        optimizer,
+        batches=lambda first: load_batches(samples, train, accelerator, first),
+        losses=losses,
+        measures=measures,
+        validate=validate,
+    )
 
 
 @torch.no_grad()
@@ -162,12 +119,15 @@ def main(
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
-    accelerator, model = train_model(settings, data, output, resume, stop_after)
+    accelerator = start(settings["vqae"], output)
+    task = build_task(settings, data, accelerator)
+    run(task, settings["vqae"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
     # Half-precision files still load as float32, and the codebooks stay float32 in them too.
-    torch.nn.Module.to(model, getattr(torch, settings["vqae"]["save_dtype"])).save_pretrained(output / "vqmodel")
-    (output / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    model = nn.Module.to(task.model, getattr(torch, settings["vqae"]["save_dtype"]))
+    model.save_pretrained(output / "vqmodel")
+    write_summary(settings, "vqae", output)
     held_out = load_sources(settings, data[:1], "validation", show=False)[0]
     saved = BinaryVQModel.from_pretrained(output / "vqmodel").to(accelerator.device)
     results = evaluate(saved, held_out, settings)

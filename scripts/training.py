@@ -1,16 +1,55 @@
-"""What the training scripts share: recipes, the learning rate's course, the count of iterations."""
+"""The training loop of every script, and what belongs to it: recipes, the learning rate's course, the optimizer.
+
+A script says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
+resuming, trackers and interruptions are here.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import time
+from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import send_to_device
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from checkpoints import Checkpoints, Interruption, Progress
+from hf_binaryformer.modeling.attention import attention_modules
 
 RECIPES = Path(__file__).parent / "recipes"
 VQ_RECIPES = RECIPES / "vq"
+# What a recipe need not say.
+DEFAULTS: dict[str, Any] = {
+    "accumulation": 1,  # batches of batch_size / accumulation whose gradients are added up
+    "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last ones are
+    "compile": False,
+    "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
+    "validate_every": None,  # iterations; None: never
+    "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
+    "checkpoints_kept": 2,
+    "workers": 0,
+    "freeze_query_key": False,
+}
+# Apart, so that no two (seed, iteration) share their random numbers.
+SEED_STRIDE = 1_000_003
+# Exit status after Ctrl-C.
+INTERRUPTED = 130
+BEST_WEIGHTS = "best.safetensors"
 
 
 def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES) -> dict[str, Any]:
@@ -43,16 +82,249 @@ def rate_factor(step: int, train: dict[str, Any]) -> float:
     return train["decay_factor"] ** ((step - warmup) // train["decay_every"])
 
 
-class StepCounter:
-    """How many iterations are done; travels with Accelerate's checkpoints."""
+def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW; the weight networks theta learn at their own rate, and vectors do not decay.
 
-    def __init__(self) -> None:
-        self.step = 0
+    With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
+    """
+    frozen = train.get("freeze_query_key", False)
+    if frozen:
+        for attention in attention_modules(model):
+            for parameter in attention.qkv.parameters():
+                parameter.register_hook(partial(_without_rows, rows=2 * attention.query_key_dim))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = train["theta_lr_scale"] if "_theta." in name else 1.0
+        decays = parameter.dim() > 1 and not (frozen and ".qkv." in name)
+        decay = train["weight_decay"] if decays else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    rate = train["learning_rate"]
+    return torch.optim.AdamW([{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()])
 
-    def state_dict(self) -> dict[str, int]:
-        """For Accelerate."""
-        return {"step": self.step}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """For Accelerate."""
-        self.step = state["step"]
+def _without_rows(gradient: Tensor, rows: int) -> Tensor:
+    """The gradient with its first rows at zero."""
+    kept = gradient.clone()
+    kept[:rows] = 0
+    return kept
+
+
+@dataclass
+class Task:
+    """What a script trains.
+
+    Args:
+        model: the network; after :func:`run` it holds the weights to save.
+        optimizer: of its parameters.
+        batches: ``batches(first)`` yields this process's batches from iteration ``first`` on, ``accumulation`` of them for
+            each iteration; what they hold depends on the seed and the iteration alone.
+        losses: of the prepared network on a batch at a step; "loss" is minimised, all are logged.
+        validate: figures on held-out data, of the network as it stands; called on the main process.
+        measures: further figures for the log, called when it is written.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[int], Iterator[Any]]
+    losses: Callable[[nn.Module, Any, int], dict[str, Tensor]]
+    validate: Callable[[], dict[str, float]] | None = None
+    measures: Callable[[], dict[str, float]] | None = None
+
+
+def start(train: dict[str, Any], output: Path) -> Accelerator:
+    """Fill in a recipe's defaults, seed, and set up Accelerate.
+
+    Raises:
+        typer.BadParameter: a batch that the processes and accumulation do not divide, or a tracker that is not installed.
+    """
+    for key, value in DEFAULTS.items():
+        train.setdefault(key, value)
+    installed = [tracker.value if hasattr(tracker, "value") else str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in train["trackers"] if name not in installed]
+    if missing:
+        raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
+    accelerator = Accelerator(
+        mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=str(output)
+    )
+    parts = accelerator.num_processes * train["accumulation"]
+    if train["batch_size"] % parts:
+        raise typer.BadParameter(
+            f"batch_size {train['batch_size']} must be divisible by the {accelerator.num_processes} processes times "
+            f"accumulation {train['accumulation']}"
+        )
+    torch.manual_seed(train["seed"])
+    return accelerator
+
+
+def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerator, first: int) -> Iterator[Any]:
+    """Batches of numbered samples for :attr:`Task.batches`.
+
+    Process r of P takes samples r, r + P, ... of each batch, so that P processes together see one process's batches.
+    """
+    assert isinstance(samples, Sized)
+    numbers = range(first * train["batch_size"] + accelerator.process_index, len(samples), accelerator.num_processes)
+    size = train["batch_size"] // accelerator.num_processes // train["accumulation"]
+    ahead = 4 if train["workers"] else None
+    return iter(DataLoader(Subset(samples, numbers), size, num_workers=train["workers"], prefetch_factor=ahead))
+
+
+class Log:
+    """``output/log.jsonl``, one record a line, and the trackers."""
+
+    def __init__(self, accelerator: Accelerator, output: Path, first: int) -> None:
+        self._accelerator, self._path = accelerator, output / "log.jsonl"
+        self._started = time.perf_counter()
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            # A run that was killed has logged more than its checkpoint knows.
+            kept = self._path.read_text().splitlines() if self._path.is_file() and first else []
+            self._path.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= first))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record with the seconds since this start of the run."""
+        record["seconds"] = round(time.perf_counter() - self._started, 1)
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        self._accelerator.log(record, step=record["step"])
+
+
+def run(
+    task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, resume: bool, stop_after: int | None
+) -> None:
+    """Train until the recipe's iterations are done, or to ``stop_after``.
+
+    Args:
+        task: what is trained.
+        train: the recipe's section; :func:`start` has filled in its defaults.
+        accelerator: of :func:`start`.
+        output: folder for checkpoints and log.
+        resume: go on from the newest checkpoint in ``output``.
+        stop_after: end after this iteration, as an interruption would.
+
+    Raises:
+        typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
+    """
+    if train["gradient_checkpointing"]:
+        enable = getattr(task.model, "gradient_checkpointing_enable", None) or task.model.enable_gradient_checkpointing
+        enable()
+    task.model.train()
+    schedule = torch.optim.lr_scheduler.LambdaLR(task.optimizer, lambda step: rate_factor(step, train))
+    average = None
+    if train["ema_decay"]:
+        average = EMAModel(task.model.parameters(), train["ema_decay"], use_ema_warmup=True, power=3 / 4)
+        average.to(accelerator.device)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress, schedule, *([average] if average else []))
+    model, optimizer = accelerator.prepare(task.model, task.optimizer)
+    if train["compile"]:
+        model = torch.compile(model)
+    checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"])
+    if resume:
+        checkpoints.restore()
+    log = Log(accelerator, output, progress.step)
+    if train["trackers"]:
+        accelerator.init_trackers(
+            output.name, config={k: v for k, v in train.items() if isinstance(v, (int, float, str))}
+        )
+
+    last = min(train["iterations"], stop_after or train["iterations"])
+    batches, records = task.batches(progress.step), []
+    bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
+    with Interruption() as interruption:
+        while progress.step < last:
+            # What a step draws depends on its number and the process alone, so that a resumed run repeats it.
+            torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
+            for part in range(train["accumulation"]):
+                batch = send_to_device(next(batches), accelerator.device)
+                with nullcontext() if part + 1 == train["accumulation"] else accelerator.no_sync(model):
+                    losses = task.losses(model, batch, progress.step)
+                    accelerator.backward(losses["loss"] / train["accumulation"])
+                records.append(torch.stack([value.detach().float() for value in losses.values()]))
+            accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.step(task.model.parameters())
+            progress.step += 1
+            bar.update()
+
+            asked = interruption.asked
+            if accelerator.num_processes > 1:  # all or none
+                asked = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
+            ends = progress.step == last or asked
+            validates = bool(task.validate and train["validate_every"]) and (
+                progress.step % train["validate_every"] == 0 or progress.step == last
+            )
+            if progress.step % train["log_every"] == 0 or ends or validates:
+                means = accelerator.reduce(torch.stack(records).mean(0), "mean").tolist()
+                records.clear()
+                record = {
+                    "step": progress.step,
+                    **dict(zip(losses, means, strict=True)),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "processes": accelerator.num_processes,
+                    **(task.measures() if task.measures else {}),
+                }
+                if validates:
+                    record |= validate(task, train, average, accelerator, output, progress)
+                bar.set_postfix(loss=f"{record['loss']:.5f}")
+                log.write(record)
+            if progress.step % train["checkpoint_every"] == 0 or ends:
+                checkpoints.save(progress.step)
+            if asked:
+                break
+    bar.close()
+    # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if progress.step < last:
+        typer.echo(f"interrupted after iteration {progress.step}, which is saved: go on with --resume", err=True)
+        raise typer.Exit(INTERRUPTED)
+    if average:
+        average.copy_to(task.model.parameters())
+    if train["best_by"]:
+        load_model(task.model, output / BEST_WEIGHTS, device=str(accelerator.device))
+
+
+def validate(
+    task: Task,
+    train: dict[str, Any],
+    average: EMAModel | None,
+    accelerator: Accelerator,
+    output: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Figures of the averaged weights, which are kept if they are the best so far; {} on all but the main process."""
+    figures: dict[str, float] = {}
+    if accelerator.is_main_process:
+        assert task.validate
+        if average:
+            average.store(task.model.parameters())
+            average.copy_to(task.model.parameters())
+        task.model.eval()
+        with torch.no_grad():
+            figures = task.validate()
+        task.model.train()
+        if train["best_by"]:
+            name = train["best_by"].lstrip("-")
+            if name not in figures:
+                raise typer.BadParameter(f"best_by is '{name}'; validation gives {', '.join(figures)}")
+            value = -figures[name] if train["best_by"].startswith("-") else figures[name]
+            if progress.best is None or value > progress.best:
+                progress.best = value
+                save_model(task.model, str(output / BEST_WEIGHTS))
+        if average:
+            average.restore(task.model.parameters())
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def write_summary(recipe: dict[str, Any], section: str, output: Path) -> None:
+    """``output/recipe.yaml``, and what a card says of the run in ``output/training.json``: the last record and settings."""
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+    chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
+    summary = {"iterations": last.pop("step"), **last, **chosen}
+    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -217,6 +217,12 @@ def test_rounds_are_interleaved():
     assert [len(result.samples) for result in results] == [3, 3, 3]
 
 
+def test_rounds_go_on_until_the_wanted_time_has_passed():
+    results = time_interleaved([noted("a"), noted("b")], rounds=2, turn_seconds=0, label="", least_seconds=0.5)
+    counts = [len(result.samples) for result in results]
+    assert counts[0] == counts[1] > 2 and counts[0] <= 1 + 0.5 / (2 * benchmark_measure.REST_SECONDS)
+
+
 def test_short_calls_fill_their_turn(monkeypatch):
     monkeypatch.setattr(Noted, "prepare", lambda self: lambda: time.sleep(0.002))
     started = time.perf_counter()

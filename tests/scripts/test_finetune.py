@@ -14,12 +14,14 @@ import pytest
 import torch
 import typer
 import yaml
+from killing import kill_in_training
 from safetensors.torch import load_file
 
 import finetune
 import hf_binaryformer as bf
 from evaluation import PriorAtlas, evaluate_split
 from slices import PreparedFolder, SliceSamples
+from training import build_optimizer, load_recipe, rate_factor
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
@@ -95,20 +97,18 @@ def test_every_recipe_builds_and_trains_a_step(path):
     x = torch.randn(1, processor.num_channels, *processor.image_size)
     loss = model(x, labels=torch.zeros(1, *processor.image_size, dtype=torch.long)).loss
     loss.backward()
-    optimizer = finetune.build_optimizer(model, settings["train"])
+    optimizer = build_optimizer(model, settings["train"])
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
     assert 0 < settings["train"]["theta_lr_scale"] <= 1
-    assert finetune.rate_factor(0, settings["train"]) == settings["train"]["warmup_start"]
-    assert finetune.rate_factor(settings["train"]["warmup"], settings["train"]) == 1
+    assert rate_factor(0, settings["train"]) == settings["train"]["warmup_start"]
+    assert rate_factor(settings["train"]["warmup"], settings["train"]) == 1
 
 
 def test_the_weight_networks_learn_at_their_own_rate():
     settings = yaml.safe_load(RECIPES[0].read_text())
     settings["model"] |= {"attention_type": "hamming", "bit_gradient": None}
     model, _ = finetune.build_model(settings, {0: "background", 1: "a"})
-    rates = {
-        id(p): g["lr"] for g in finetune.build_optimizer(model, settings["train"]).param_groups for p in g["params"]
-    }
+    rates = {id(p): g["lr"] for g in build_optimizer(model, settings["train"]).param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         factor = settings["train"]["theta_lr_scale"] if "theta" in name else 1.0
         assert rates[id(parameter)] == pytest.approx(settings["train"]["learning_rate"] * factor), name
@@ -116,8 +116,8 @@ def test_the_weight_networks_learn_at_their_own_rate():
 
 def test_paper_schedule():
     train = {"warmup": 300, "warmup_start": 0.01, "schedule": "step", "decay_factor": 0.98, "decay_every": 12}
-    assert finetune.rate_factor(150, train) == pytest.approx(0.505)
-    assert [finetune.rate_factor(s, train) for s in (300, 311, 312, 324)] == pytest.approx([1, 1, 0.98, 0.98**2])
+    assert rate_factor(150, train) == pytest.approx(0.505)
+    assert [rate_factor(s, train) for s in (300, 311, 312, 324)] == pytest.approx([1, 1, 0.98, 0.98**2])
 
 
 def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
@@ -126,6 +126,26 @@ def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
     resumed = run(recipe, prepared, tmp_path / "cut", resume=True)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=12"]
+    whole = run(recipe, prepared, tmp_path / "whole", overrides=overrides)
+    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none", "--set", *overrides]
+    resume = kill_in_training("finetune.py", arguments, tmp_path / "cut", 12)
+    resumed = run(recipe, prepared, tmp_path / "cut", overrides=overrides, resume=resume)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
+    overrides = ["train.validate_every=2", "train.best_by=validation_dice", "train.learning_rate=0.003"]
+    run(recipe, prepared, tmp_path, overrides=overrides)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    scores = [record["validation_dice"] for record in records if "validation_dice" in record]
+    assert len(scores) == 3
+    results = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False)
+    assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(scores), abs=1e-3)
 
 
 def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared, tmp_path):
@@ -200,8 +220,8 @@ def test_a_group_on_both_sides_of_a_split_is_refused(prepared, tmp_path):
 
 def test_wrong_options_say_what_is_known(tmp_path):
     with pytest.raises(typer.BadParameter, match="known are .*hippocampus"):
-        finetune.load_recipe("nothing", [])
+        load_recipe("nothing", [])
     with pytest.raises(typer.BadParameter, match=r"expected section\.key=value"):
-        finetune.load_recipe("hippocampus", ["iterations=3"])
+        load_recipe("hippocampus", ["iterations=3"])
     with pytest.raises(FileNotFoundError, match="prepare_data"):
         PreparedFolder(tmp_path)

@@ -14,12 +14,14 @@ import pytest
 import torch
 import typer
 import yaml
+from killing import kill_in_training
 from safetensors.torch import load_file, save_file
 
 import hf_binaryformer as bf
 import train_sampler
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from training import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes" / "vq").glob("*.yaml"))
@@ -85,7 +87,7 @@ def test_every_recipe_builds(path):
         **settings["transformer"], train_block_sizes=settings["sampler"]["block_sizes"]
     )
     AbsorbingScheduler(**settings["scheduler"]).check_compatible(transformer.config)
-    optimizer = train_sampler.build_optimizer(transformer, settings["sampler"])
+    optimizer = build_optimizer(transformer, settings["sampler"])
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(transformer.parameters()))
     stage = 2 ** len(settings["vqmodel"]["encoder_channels"])
     shape = [side * stage for side in settings["transformer"]["grid_size"]]
@@ -128,6 +130,16 @@ def test_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     for key in ("loss", "validation_bits_per_token"):
         assert log(tmp_path / "cut", key) == log(tmp_path / "whole", key)
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
+    overrides = ["sampler.iterations=12"]
+    whole = run(recipe, tokens, tmp_path / "whole", overrides)
+    arguments = ["--recipe", str(recipe), "--tokens", str(tokens), "--set", *overrides]
+    resume = kill_in_training("train_sampler.py", arguments, tmp_path / "cut", 12)
+    resumed = run(recipe, tokens, tmp_path / "cut", overrides, resume=resume)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    assert log(tmp_path / "cut", "loss") == log(tmp_path / "whole", "loss")
 
 
 def test_with_its_autoencoder_it_is_saved_as_one_checkpoint(recipe, tokens, tmp_path):

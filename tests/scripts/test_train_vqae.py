@@ -14,13 +14,14 @@ import pytest
 import torch
 import typer
 import yaml
+from killing import kill_in_training
 from safetensors.torch import load_file
 
 import encode_tokens
 import train_vqae
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from patches import PatchSamples, image_paths, load_scaled, mirrored, window
-from training import VQ_RECIPES, load_recipe
+from training import VQ_RECIPES, load_recipe, start
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(VQ_RECIPES.glob("*.yaml"))
@@ -136,6 +137,15 @@ def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
     losses = [[r["loss"] for r in log(tmp_path / name)] for name in ("cut", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
+    overrides = ["vqae.iterations=12"]
+    whole = run(recipe, [prepared], tmp_path / "whole", overrides=overrides)
+    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--set", *overrides]
+    resume = kill_in_training("train_vqae.py", arguments, tmp_path / "cut", 12)
+    resumed = run(recipe, [prepared], tmp_path / "cut", overrides=overrides, resume=resume)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
 
 
 def test_two_processes_see_one_process_batches(recipe, prepared, tmp_path):
@@ -257,7 +267,7 @@ def test_wrong_options_say_what_is_expected(recipe, prepared, tmp_path):
         load_recipe("nothing", [], VQ_RECIPES)
     with pytest.raises(typer.BadParameter, match="must be divisible"):
         settings["vqae"]["batch_size"] = 0.5
-        train_vqae.train_model(settings, [prepared], tmp_path, False, None)
+        start(settings["vqae"], tmp_path)
 
 
 def test_tokens_of_every_split(recipe, prepared, tmp_path):

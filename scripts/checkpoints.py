@@ -1,0 +1,132 @@
+"""Checkpoints of a training run: whole or not there, checked before they are read, and saved when a run is interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator
+
+# Written last: names every file of a checkpoint with its hash.
+MANIFEST = "files.json"
+PARTIAL = ".partial"
+
+
+class Progress:
+    """How many iterations are done, and the best validation so far; travels with the checkpoints."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Accelerate."""
+        return {"step": self.step, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For Accelerate."""
+        self.step, self.best = state["step"], state["best"]
+
+
+class Checkpoints:
+    """The folder ``output/checkpoints``, with one folder ``step_<number>`` for each checkpoint.
+
+    A checkpoint is written beside its place and renamed when it is whole, so that a process killed meanwhile leaves none
+    that is half there.
+
+    Args:
+        accelerator: whose state is saved: network, optimizer, random numbers, and what was registered with it.
+        output: folder of the run.
+        kept: number of checkpoints that stay, the newest.
+    """
+
+    def __init__(self, accelerator: Accelerator, output: Path, kept: int) -> None:
+        self._accelerator, self._folder, self._kept = accelerator, output / "checkpoints", kept
+
+    def save(self, step: int) -> None:
+        """Write the state after ``step`` iterations; all processes call this."""
+        place = self._folder / f"step_{step:08d}"
+        partial = place.with_suffix(PARTIAL)
+        main = self._accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(partial))
+        self._accelerator.wait_for_everyone()
+        if main:
+            hashes = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(partial, place)
+            for old in self.newest_first()[self._kept :]:
+                shutil.rmtree(old)
+        self._accelerator.wait_for_everyone()
+
+    def newest_first(self) -> list[Path]:
+        """All checkpoints, whole or not."""
+        return sorted((p for p in self._folder.glob("step_*") if p.suffix != PARTIAL), reverse=True)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint that is as it was written; a warning names those passed over.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        for checkpoint in self.newest_first():
+            damage = find_damage(checkpoint)
+            if not damage:
+                self._accelerator.load_state(str(checkpoint))
+                return
+            if self._accelerator.is_main_process:
+                warnings.warn(f"{checkpoint} is damaged ({damage}): taking the one before it", stacklevel=2)
+        raise FileNotFoundError(f"{self._folder} has no checkpoint to go on from: start without --resume")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, in words; empty if they are as they were written."""
+    try:
+        hashes = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in hashes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != expected:
+            return f"{name} has changed"
+    return ""
+
+
+class Interruption:
+    """Within it Ctrl-C (and SIGTERM) only sets ``asked``, so that the iteration ends and is saved; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,248 @@
+"""python scripts/experiments/table.py scripts/experiments/copying.yaml --runs runs/experiments --workers 2
+
+One table of the evidence: trains every form of attention with every seed by the training scripts themselves, and writes
+``runs.csv`` (a row a run), ``README.md`` (mean and standard deviation, and differences from the reference form paired by
+seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a folder of its own under ``--runs``; what is
+finished is not run again, what was interrupted goes on from its checkpoint.
+
+A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
+``settings`` of every run and ``forms`` with those of each form (``section.key: value``); ``reference`` (the form that others
+are compared with) and ``controls`` (which must do worse than it, or the table is no evidence); ``seeds``; ``measures``
+(``name: {file, key, better}``); ``rates``: learning rates that every form tries on ``tuning_seed``, the same number for all;
+``scales``: settings of each ``--scale``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent.parent
+EVIDENCE = ROOT / "model_cards" / "evidence"
+# Differences are given with their interval at this confidence.
+CONFIDENCE = 0.95
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a table."""
+
+    form: str
+    seed: int
+    rate: float
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.form}-rate{self.rate:g}-seed{self.seed}"
+
+
+class Table:
+    """A table's file, at one of its scales."""
+
+    def __init__(self, path: Path, scale: str) -> None:
+        self.name, self.path, self.scale = path.stem, path, scale
+        words: dict[str, Any] = yaml.safe_load(path.read_text())
+        if scale not in words["scales"]:
+            raise typer.BadParameter(f"--scale {scale}: {path.name} has {', '.join(words['scales'])}")
+        self.words = words
+        self.forms: dict[str, dict[str, Any]] = words["forms"]
+        self.seeds: list[int] = words["seeds"]
+        self.rates: list[float] = words["rates"]
+        self.section: str = words["section"]
+        for name in (words["reference"], *words["controls"]):
+            if name not in self.forms:
+                raise typer.BadParameter(f"{path.name} names {name}, but its forms are {', '.join(self.forms)}")
+
+    def run(self, form: str, seed: int, rate: float) -> Run:
+        """The settings of a training: common ones, the scale's, the form's, rate and seed."""
+        settings = {**self.words["settings"], **self.words["scales"][self.scale], **self.forms[form]}
+        settings |= {f"{self.section}.learning_rate": rate, f"{self.section}.seed": seed}
+        return Run(form, seed, rate, tuple(settings.items()))
+
+    def measure(self, name: str, folder: Path) -> float:
+        """A figure of a finished run."""
+        found = self.words["measures"][name]
+        value: Any = json.loads((folder / found["file"]).read_text())
+        for key in str(found["key"]).split("/"):
+            value = value[key]
+        return float(value)
+
+    def better(self, name: str, a: float, b: float) -> bool:
+        """Whether figure a is better than b."""
+        return a > b if self.words["measures"][name]["better"] == "higher" else a < b
+
+
+def train(table: Table, run: Run, runs: Path, threads: int) -> Path:
+    """Train in a process of its own, or go on with it; returns the run's folder."""
+    folder = runs / table.name / table.scale / run.name
+    if (folder / FINISHED).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "scripts" / table.words["script"])]
+    command += [word.format(runs=runs) for word in table.words["arguments"]]
+    command += ["--output", str(folder)]
+    for key, value in run.settings:
+        command += ["--set", f"{key}={json.dumps(value)}"]
+    if any((folder / "checkpoints").glob("step_????????")):
+        command.append("--resume")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    with (folder / "output.txt").open("a") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{run.name} ended with status {done.returncode}: see {folder / 'output.txt'}")
+    (folder / FINISHED).write_text(json.dumps({"command": command[1:], "threads": threads}))
+    return folder
+
+
+def train_all(table: Table, wanted: list[Run], runs: Path, workers: int) -> dict[Run, Path]:
+    """All of these trainings, ``workers`` at a time."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        folders = pool.map(lambda run: train(table, run, runs, threads), wanted)
+        return dict(zip(wanted, folders, strict=True))
+
+
+def choose_rates(table: Table, runs: Path, workers: int) -> dict[str, float]:
+    """The rate of each form: the best of ``rates`` by the first measure, on a seed that the table does not count."""
+    if len(table.rates) == 1:
+        return dict.fromkeys(table.forms, table.rates[0])
+    tried = [table.run(form, table.words["tuning_seed"], rate) for form in table.forms for rate in table.rates]
+    first = next(iter(table.words["measures"]))
+    best: dict[str, tuple[float, float]] = {}
+    for run, folder in train_all(table, tried, runs, workers).items():
+        value = table.measure(first, folder)
+        if run.form not in best or table.better(first, value, best[run.form][0]):
+            best[run.form] = value, run.rate
+    return {form: rate for form, (_, rate) in best.items()}
+
+
+def paired(values: list[float], reference: list[float]) -> tuple[float, float]:
+    """Mean difference from the reference by seed, and the half-width of its t-interval (NaN for one seed)."""
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return mean, math.nan
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
+
+
+def ties(table: Table, figures: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Controls that are not clearly worse than the reference by the first measure."""
+    name, per_form = next(iter(figures.items()))
+    reference, tied = per_form[table.words["reference"]], []
+    for control in table.words["controls"]:
+        difference, width = paired(per_form[control], reference)
+        clearly = math.isfinite(width) and abs(difference) > width
+        if not clearly or table.better(name, difference, 0.0):
+            tied.append(control)
+    return tied
+
+
+def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: dict[str, float], command: str) -> str:
+    """The table in words: ``figures`` are measure -> form -> one value a seed."""
+    reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
+    tied = ties(table, figures)
+    if tied:
+        lines += [
+            f"**No evidence about attention: {' and '.join(tied)} {'ties' if len(tied) == 1 else 'tie'} with {reference}.**",
+            "",
+        ]
+    lines += [table.words["question"].strip(), ""]
+    seeds = ", ".join(map(str, table.seeds))
+    lines += [
+        f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences from {reference} are paired by "
+        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {', '.join(map(str, table.rates))}.",
+        "",
+    ]
+    for name, per_form in figures.items():
+        better = table.words["measures"][name]["better"]
+        lines += [
+            f"## {name} ({better} is better)",
+            "",
+            f"| form | rate | mean ± sd | less {reference} |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for form, values in per_form.items():
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            difference, width = paired(values, per_form[reference])
+            cell = "" if form == reference else f"{difference:+.4f} ± {width:.4f}"
+            label = f"{form} (control)" if form in table.words["controls"] else form
+            lines.append(f"| {label} | {rates[form]:g} | {statistics.mean(values):.4f} ± {spread:.4f} | {cell} |")
+        lines.append("")
+    return "\n".join([*lines, "```", command, "```", ""])
+
+
+def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """One panel a measure: a dot a seed, a bar at the mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 4 * len(figures), 0.5 + 0.35 * len(table.forms)), layout="constrained")
+    for axes, (name, per_form) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
+        for row, values in enumerate(per_form.values()):
+            axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6)
+            axes.plot([statistics.mean(values)], [row], "|", color="black", markersize=14)
+        axes.set_yticks(range(len(per_form)), list(per_form))
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{name} ({table.words['measures'][name]['better']} is better)")
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="The table's .yaml file.")],
+    runs: Annotated[Path, typer.Option(help="Folder for data and trainings.")],
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at one time.")] = 1,
+    scale: Annotated[str, typer.Option(help="One of the table's scales.")] = "small",
+    evidence: Annotated[Path, typer.Option(help="Where the table goes, in a folder of its name.")] = EVIDENCE,
+) -> None:
+    """Run a table."""
+    table = Table(path, scale)
+    runs = runs.resolve()
+    for step in table.words.get("prepare", []):
+        place = runs / step["makes"]
+        if not place.exists():
+            words = [sys.executable, *(word.format(runs=runs) for word in step["command"])]
+            subprocess.run(words, cwd=ROOT, check=True)
+    rates = choose_rates(table, runs, workers)
+    wanted = [table.run(form, seed, rates[form]) for seed in table.seeds for form in table.forms]
+    folders = train_all(table, wanted, runs, workers)
+    figures = {
+        name: {
+            form: [table.measure(name, folders[table.run(form, seed, rates[form])]) for seed in table.seeds]
+            for form in table.forms
+        }
+        for name in table.words["measures"]
+    }
+    target = evidence / table.name
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / "runs.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["form", "seed", "rate", "scale", *figures])
+        for form in table.forms:
+            for place, seed in enumerate(table.seeds):
+                row = [figures[name][form][place] for name in figures]
+                writer.writerow([form, seed, rates[form], scale, *row])
+    command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
+    (target / "README.md").write_text(markdown(table, figures, rates, command))
+    draw(table, figures, target / "table.png")
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

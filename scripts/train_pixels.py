@@ -1,0 +1,96 @@
+"""accelerate launch scripts/train_pixels.py --recipe mnist-pixels --data data/fashion-mnist --output runs/pixels
+
+Trains a classifier whose tokens are the single pixels of small images, each with its two coordinates (paper Appendix B,
+Table 2), on the published files of MNIST, Fashion-MNIST or CIFAR-10 (binary version). Every default stands in
+``scripts/recipes/pixels/<recipe>.yaml``; ``--set model.attention_type=softmax`` overrides one. With ``--resume`` a run goes
+on from its newest checkpoint, and ends with the weights that it would have had without the stop.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import hf_binaryformer as bf
+from pixels import PixelSamples, load_splits, scale
+from training import RECIPES, Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
+
+PIXEL_RECIPES = RECIPES / "pixels"
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, images: np.ndarray, labels: np.ndarray, recipe: dict[str, Any], accelerator: Accelerator
+) -> float:
+    """Share of the images (n, channels, h, w) whose likeliest class is right, 0 to 1."""
+    right, size = 0, recipe["train"]["validation_batch_size"]
+    for first in range(0, len(images), size):
+        x = scale(images[first : first + size], recipe["data"]).to(accelerator.device)
+        with accelerator.autocast():
+            predicted = model(x).logits.argmax(-1).cpu()
+        right += int((predicted == torch.from_numpy(labels[first : first + size])).sum())
+    return right / len(images)
+
+
+def build_task(
+    recipe: dict[str, Any], splits: dict[str, tuple[np.ndarray, np.ndarray]], accelerator: Accelerator
+) -> Task:
+    """What is trained."""
+    train = recipe["train"]
+    images, labels = splits["train"]
+    channels, height, width = images.shape[1:]
+    fields = {"image_size": [height, width], "num_channels": channels, "num_labels": recipe["data"]["classes"]}
+    model = bf.BinaryFormerForImageClassification(bf.BinaryFormerConfig(**fields, **recipe["model"]))
+    samples = PixelSamples(images, labels, recipe["data"], train["seed"], train["iterations"] * train["batch_size"])
+
+    def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        with accelerator.autocast():
+            logits = network(batch["pixel_values"]).logits
+        return {"loss": F.cross_entropy(logits.float(), batch["labels"])}
+
+    held_images, held_labels = (part[: train["validate_images"]] for part in splits["validation"])
+    return Task(
+        model,
+        build_optimizer(model, train),
+        batches=lambda first: load_batches(samples, train, accelerator, first),
+        losses=losses,
+        validate=lambda: {"validation_accuracy": accuracy(model, held_images, held_labels, recipe, accelerator)},
+    )
+
+
+def main(
+    recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/pixels, or the path of a .yaml file.")],
+    data: Annotated[Path, typer.Option(help="Folder with the published files of MNIST, Fashion-MNIST or CIFAR-10.")],
+    output: Annotated[Path, typer.Option(help="Where checkpoints, log, model and results go.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
+    evaluate: Annotated[str, typer.Option(help="Split to classify at the end: validation, test or none.")] = "test",
+    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+) -> None:
+    """Train, save, evaluate."""
+    settings = load_recipe(recipe, overrides or [], PIXEL_RECIPES)
+    splits = load_splits(data, settings["data"])
+    accelerator = start(settings["train"], output)
+    task = build_task(settings, splits, accelerator)
+    run(task, settings["train"], accelerator, output, resume, stop_after)
+    if not accelerator.is_main_process:
+        return
+    task.model.eval().save_pretrained(output / "model")
+    write_summary(settings, "train", output)
+    if evaluate != "none":
+        figure = accuracy(task.model, *splits[evaluate], settings, accelerator)
+        results = {"split": evaluate, "images": len(splits[evaluate][0]), "accuracy": round(figure, 4)}
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

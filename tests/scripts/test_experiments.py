@@ -1,0 +1,153 @@
+"""Tables of the evidence, with a script that writes figures instead of training; the twin tokens."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import table as tables
+import typer
+import yaml
+from make_twins import Kind, twins
+from make_twins import main as make_twins
+from safetensors.torch import load_file
+from scipy.stats import ttest_rel
+
+TRAINER = """
+import argparse, json, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--output", type=pathlib.Path)
+parser.add_argument("--resume", action="store_true")
+parser.add_argument("--set", action="append")
+a = parser.parse_args()
+s = {k: json.loads(v) for k, v in (x.split("=", 1) for x in a.set)}
+with (a.output / "calls").open("a") as calls:
+    calls.write("resumed\\n" if a.resume else "started\\n")
+if s.get("train.dies") and not a.resume:
+    (a.output / "checkpoints" / "step_00000001").mkdir(parents=True)
+    raise SystemExit(3)
+value = s["model.level"] + 0.1 * s["train.seed"] - abs(s["train.learning_rate"] - s["model.likes"])
+(a.output / "results.json").write_text(json.dumps({"rows": {"dice": value}}))
+"""
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of three forms and two controls; values are level + seed / 10, less what the rate is off."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "toy.py").write_text(TRAINER)
+    words = {
+        "title": "Toy",
+        "question": "Which?",
+        "script": "toy.py",
+        "arguments": [],
+        "section": "train",
+        "settings": {"model.likes": 0.1},
+        "scales": {"small": {}},
+        "reference": "softmax",
+        "controls": ["uniform"],
+        "forms": {
+            "softmax": {"model.level": 5.0},
+            "hamming": {"model.level": 4.0, "model.likes": 0.2},
+            "uniform": {"model.level": 1.0},
+        },
+        "seeds": [0, 1, 2],
+        "tuning_seed": 9,
+        "rates": [0.1, 0.2],
+        "measures": {"dice": {"file": "results.json", "key": "rows/dice", "better": "higher"}},
+    }
+
+    def write(**changes) -> Path:
+        path = tmp_path / "toy.yaml"
+        path.write_text(yaml.safe_dump(words | changes))
+        return path
+
+    return write
+
+
+def run(path: Path, tmp_path: Path) -> str:
+    tables.main(path, tmp_path / "runs", workers=2, scale="small", evidence=tmp_path / "evidence")
+    return (tmp_path / "evidence" / "toy" / "README.md").read_text()
+
+
+def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
+    text = run(table(), tmp_path)
+    with (tmp_path / "evidence" / "toy" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    got = {(r["form"], int(r["seed"])): (float(r["rate"]), float(r["dice"])) for r in rows}
+    assert len(rows) == 9
+    for form, level, rate in (("softmax", 5.0, 0.1), ("hamming", 4.0, 0.2), ("uniform", 1.0, 0.1)):
+        for seed in range(3):
+            assert got[form, seed] == (rate, pytest.approx(level + seed / 10))
+    assert "| softmax | 0.1 | 5.1000 ± 0.1000 |  |" in text
+    assert "| hamming | 0.2 | 4.1000 ± 0.1000 | -1.0000 ± 0.0000 |" in text
+    assert "uniform (control)" in text and "No evidence" not in text
+    assert (tmp_path / "evidence" / "toy" / "table.png").stat().st_size > 1000
+    assert str(tmp_path) not in text
+
+
+def test_a_control_that_ties_is_said_first(table, tmp_path):
+    forms = {"softmax": {"model.level": 5.0}, "uniform": {"model.level": 5.0}}
+    text = run(table(forms=forms), tmp_path)
+    assert text.split("\n")[2] == "**No evidence about attention: uniform ties with softmax.**"
+    forms["uniform"] = {"model.level": 6.0}
+    assert "uniform ties with softmax" in run(table(forms=forms, seeds=[3, 4]), tmp_path)
+
+
+def test_what_is_finished_is_not_run_again_and_what_was_cut_goes_on(table, tmp_path):
+    with pytest.raises(RuntimeError, match=r"ended with status 3: see .*output.txt"):
+        run(table(scales={"small": {"train.dies": True}}), tmp_path)
+    for _ in range(2):
+        for _ in range(20):
+            try:
+                run(table(scales={"small": {"train.dies": True}}), tmp_path)
+                break
+            except RuntimeError:
+                continue
+    calls = [path.read_text().split() for path in (tmp_path / "runs").rglob("calls")]
+    assert len(calls) == 9 + 6 and all(call == ["started", "resumed"] for call in calls)
+
+
+def test_paired_interval_is_the_t_tests():
+    a, b = [0.3, 0.5, 0.45, 0.6], [0.2, 0.45, 0.5, 0.4]
+    mean, width = tables.paired(a, b)
+    interval = ttest_rel(a, b).confidence_interval(0.95)
+    assert (mean - width, mean + width) == pytest.approx((interval.low, interval.high))
+    assert np.isnan(tables.paired([1.0], [0.5])[1])
+
+
+def test_names_that_do_not_fit(table, tmp_path):
+    with pytest.raises(typer.BadParameter, match="names nobody, but its forms are"):
+        tables.Table(table(controls=["nobody"]), "small")
+    with pytest.raises(typer.BadParameter, match="has small"):
+        tables.Table(table(), "paper")
+
+
+@pytest.mark.parametrize("path", sorted((Path(tables.__file__).parent).glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_table_in_the_repository_is_complete(path):
+    words = yaml.safe_load(path.read_text())
+    for scale in words["scales"]:
+        table = tables.Table(path, scale)
+        for form in table.forms:
+            assert dict(table.run(form, 0, table.rates[0]).settings)
+    assert len(words["seeds"]) >= 3 and words["tuning_seed"] not in words["seeds"]
+    assert {"uniform", "frozen"} <= set(words["controls"])
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_twins_are_where_they_should_be_and_nothing_else_is_known(kind, tmp_path):
+    tokens = twins(500, kind, 8, 5, 0)[:, 0, 0].numpy()
+    first, second = tokens[:, 0], tokens[:, 1]
+    agreement = (first[:, :, None] == second[:, None, :]).mean(0)
+    assert (agreement > 0.999).sum() == 8 and (np.sort(agreement, 1)[:, :-1] < 0.3).all()
+    order = (agreement > 0.999).argmax(1)
+    assert {"copy": (order == range(8)).all(), "mirror": (order[::-1] == range(8)).all(), "shuffle": True}[kind]
+    make_twins(tmp_path, kind, 8, 5, 20, 6, 0)
+    saved = {split: load_file(tmp_path / f"{split}.safetensors")["tokens"] for split in ("train", "validation")}
+    assert saved["train"].shape == (20, 1, 1, 2, 8) and saved["validation"].shape == (6, 1, 1, 2, 8)
+    rows = {json.dumps(row.tolist()) for split in saved.values() for row in split[:, 0, 0, 0]}
+    assert len(rows) == 26

@@ -1,0 +1,169 @@
+"""Pixel-wise classification on images of a few pixels: the published file formats, samples, training, resume."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from killing import kill_in_training
+from safetensors.torch import load_file
+
+import hf_binaryformer as bf
+import train_pixels
+from pixels import PixelSamples, load_images, load_splits, read_cifar, read_idx
+
+SIDE = 4
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + b"".join(struct.pack(">I", n) for n in values.shape)
+    content = header + bytes(values.flatten().tolist())
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory) -> Path:
+    """Fashion-MNIST's layout with 4 x 4 pixels: the class is the quarter that is bright."""
+    folder = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        labels = rng.integers(0, 4, count).astype(np.uint8)
+        images = rng.integers(0, 60, (count, SIDE, SIDE)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * (label // 2) :, 2 * (label % 2) :][:2, :2] += 180
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """The mnist-pixels recipe at toy size."""
+    settings = yaml.safe_load((train_pixels.PIXEL_RECIPES / "mnist-pixels.yaml").read_text())
+    settings["data"] |= {"classes": 4, "validation_images": 12}
+    settings["model"] |= {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "value_head_dim": 4}
+    settings["train"] |= {
+        "iterations": 6,
+        "batch_size": 4,
+        "warmup": 2,
+        "log_every": 1,
+        "validate_every": 3,
+        "checkpoint_every": 3,
+        "mixed_precision": "no",
+    }
+    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(recipe: Path, data: Path, output: Path, overrides=(), **options) -> dict[str, torch.Tensor]:
+    options = {"resume": False, "evaluate": "none", "stop_after": None, **options}
+    train_pixels.main(str(recipe), data, output, overrides=list(overrides), **options)
+    return load_file(output / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("path", sorted(train_pixels.PIXEL_RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_the_papers(path):
+    settings = yaml.safe_load(path.read_text())
+    config = bf.BinaryFormerConfig(image_size=8, num_channels=1, num_labels=10, **settings["model"])
+    assert config.token_type == "pixel" and config.num_hidden_layers == 8 and config.hidden_size == 384
+    assert config.num_heads * config.value_head_dim == 64 and config.num_heads == 4
+    assert (settings["train"]["iterations"], settings["train"]["batch_size"]) == (3000, 32)
+
+
+def test_idx_files_are_read_packed_and_plain(tmp_path):
+    values = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    for name in ("a", "b.gz"):
+        write_idx(tmp_path / name, values)
+        np.testing.assert_array_equal(read_idx(tmp_path / name), values)
+    (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="holds 29 values, its header says 30"):
+        read_idx(tmp_path / "c")
+    (tmp_path / "d").write_bytes(b"P5 3 3 255 ...")
+    with pytest.raises(ValueError, match="no IDX file"):
+        read_idx(tmp_path / "d")
+
+
+def test_cifar_records_are_label_red_green_blue(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("data_batch_1.bin", 3), ("data_batch_2.bin", 2), ("test_batch.bin", 1)):
+        labels, images = rng.integers(0, 10, count), rng.integers(0, 256, (count, 3, 32, 32))
+        rows = [bytes([label]) + bytes(i.flatten().tolist()) for label, i in zip(labels, images, strict=True)]
+        (tmp_path / name).write_bytes(b"".join(rows))
+        if name == "data_batch_2.bin":
+            got_images, got_labels = (part[3:] for part in load_images(tmp_path, "train"))
+            np.testing.assert_array_equal(got_images, images)
+            np.testing.assert_array_equal(got_labels, labels)
+    assert len(load_images(tmp_path, "test")[0]) == 1
+    (tmp_path / "bad.bin").write_bytes(bytes([11]) + bytes(3072))
+    with pytest.raises(ValueError, match="has label 11"):
+        read_cifar(tmp_path / "bad.bin")
+    (tmp_path / "bad.bin").write_bytes(bytes(3072))
+    with pytest.raises(ValueError, match="multiple of 3073"):
+        read_cifar(tmp_path / "bad.bin")
+
+
+def test_splits_share_no_image(mnist, recipe, tmp_path):
+    splits = load_splits(mnist, yaml.safe_load(recipe.read_text())["data"])
+    assert {name: len(images) for name, (images, _) in splits.items()} == {"train": 48, "validation": 12, "test": 20}
+    seen = [image.tobytes() for images, _ in splits.values() for image in images]
+    assert len(set(seen)) == 80
+    with pytest.raises(ValueError, match="validation_images is 60"):
+        load_splits(mnist, {"validation_images": 60})
+    with pytest.raises(FileNotFoundError, match="neither train-images-idx3-ubyte"):
+        load_images(tmp_path, "train")
+
+
+def test_every_pass_takes_every_image_once_in_a_new_order():
+    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    data = {"mean": 0.0, "std": 1 / 255, "flip": False, "max_shift": 0}
+    samples = PixelSamples(images, np.arange(10), data, seed=0, length=30)
+    drawn = [samples[n] for n in range(30)]
+    values = [round(float(sample["pixel_values"])) for sample in drawn]
+    assert values == [int(sample["labels"]) for sample in drawn]
+    passes = [tuple(values[n : n + 10]) for n in (0, 10, 20)]
+    assert all(sorted(p) == list(range(10)) for p in passes) and len(set(passes)) == 3
+    assert round(float(PixelSamples(images, np.arange(10), data, 0, 30)[17]["pixel_values"])) == values[17]
+
+
+def test_shifts_and_flips_move_pixels_alone():
+    image = np.arange(1, 26, dtype=np.uint8).reshape(1, 1, 5, 5)
+    data = {"mean": 0.0, "std": 1 / 255, "flip": True, "max_shift": 1}
+    samples = PixelSamples(image, np.zeros(1, int), data, seed=0, length=200)
+    seen = {tuple(samples[n]["pixel_values"].round().int().flatten().tolist()) for n in range(200)}
+    expected = set()
+    for turned in (image[0, 0], image[0, 0, :, ::-1]):
+        big = np.zeros((7, 7), int)
+        big[1:6, 1:6] = turned
+        expected |= {tuple(big[i : i + 5, j : j + 5].flatten().tolist()) for i in range(3) for j in range(3)}
+    assert seen == expected
+
+
+def test_it_learns_and_is_evaluated(recipe, mnist, tmp_path):
+    overrides = ["train.iterations=150", "train.learning_rate=0.01", "train.validate_every=50"]
+    overrides += ["train.checkpoint_every=150", "train.best_by=validation_accuracy"]
+    run(recipe, mnist, tmp_path, overrides, evaluate="test")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["images"] == 20 and results["accuracy"] > 0.8
+    model = bf.BinaryFormerForImageClassification.from_pretrained(tmp_path / "model").eval()
+    images, labels = load_images(mnist, "test")
+    settings = yaml.safe_load(recipe.read_text())["data"]
+    x = torch.tensor((images / 255.0 - settings["mean"]) / settings["std"], dtype=torch.float32)
+    with torch.no_grad():
+        right = (model(x).logits.argmax(1).numpy() == labels).mean()
+    assert right == pytest.approx(results["accuracy"], abs=1e-4)
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, mnist, tmp_path):
+    overrides = ["train.iterations=12"]
+    whole = run(recipe, mnist, tmp_path / "whole", overrides)
+    arguments = ["--recipe", str(recipe), "--data", str(mnist), "--evaluate", "none", "--set", *overrides]
+    resume = kill_in_training("train_pixels.py", arguments, tmp_path / "cut", 12)
+    resumed = run(recipe, mnist, tmp_path / "cut", overrides, resume=resume)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())

@@ -1,0 +1,236 @@
+"""The training loop on a line fit: accumulation, averages, best weights, checkpoints, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import nn
+
+import hf_binaryformer as bf
+import training
+from checkpoints import MANIFEST, Checkpoints, find_damage
+
+SETTINGS = {
+    "iterations": 8,
+    "batch_size": 4,
+    "learning_rate": 0.05,
+    "theta_lr_scale": 0.1,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "warmup": 2,
+    "warmup_start": 0.1,
+    "max_grad_norm": 1.0,
+    "mixed_precision": "no",
+    "gradient_checkpointing": False,
+    "seed": 0,
+    "log_every": 1,
+    "checkpoint_every": 2,
+}
+
+
+class Lines(torch.utils.data.Dataset):
+    """Points on a line, each from its number alone."""
+
+    def __len__(self) -> int:
+        return SETTINGS["iterations"] * SETTINGS["batch_size"]
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(3, generator=torch.Generator().manual_seed(number))
+        return x, x.sum()[None]
+
+
+def train(output: Path, *, resume=False, stop_after=None, on_step=None, validation=None, **overrides) -> torch.Tensor:
+    """Weights after a run; ``validation`` is a list of the values that validation gives."""
+    settings = SETTINGS | overrides
+    accelerator = training.start(settings, output)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.0 if settings["accumulation"] > 1 else 0.2))
+    values = iter(validation or [])
+
+    def losses(network, batch, step):
+        if on_step:
+            on_step(step)
+        x, y = batch
+        return {"loss": (network(x) - y).square().mean()}
+
+    task = training.Task(
+        model,
+        training.build_optimizer(model, settings),
+        batches=lambda first: training.load_batches(Lines(), settings, accelerator, first),
+        losses=losses,
+        validate=(lambda: {"score": next(values), "weight": float(model[0].weight.sum())}) if validation else None,
+    )
+    training.run(task, settings, accelerator, output, resume, stop_after)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def log(output: Path, key: str) -> list[float]:
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [record[key] for record in records if key in record]
+
+
+def newest(output: Path) -> Path:
+    return max((output / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_run_killed_in_the_middle_of_an_iteration_ends_with_the_same_weights(tmp_path, decay):
+    whole = train(tmp_path / "whole", ema_decay=decay)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step):
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", on_step=kill, ema_decay=decay)
+    assert newest(tmp_path / "cut").name == "step_00000004" and log(tmp_path / "cut", "step") == [1, 2, 3, 4, 5]
+    resumed = train(tmp_path / "cut", resume=True, ema_decay=decay)
+    assert torch.equal(resumed, whole)
+    # What was logged past the checkpoint is not there twice.
+    for key in ("step", "loss"):
+        assert log(tmp_path / "cut", key) == log(tmp_path / "whole", key)
+    assert [p.name for p in sorted((tmp_path / "cut" / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unfinished"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, harm):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", stop_after=6)
+    victim = next(p for p in sorted(newest(tmp_path / "cut").iterdir()) if p.name.startswith("model"))
+    content = victim.read_bytes()
+    if harm == "truncate":
+        victim.write_bytes(content[:-5])
+    elif harm == "flip":
+        victim.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    elif harm == "remove":
+        victim.unlink()
+    else:
+        (victim.parent / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"step_00000006 is damaged \(.*(model|files\.json).*taking the one before"):
+        resumed = train(tmp_path / "cut", resume=True)
+    assert torch.equal(resumed, whole)
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
+    def die(self, folder):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    train(tmp_path, stop_after=2)
+    monkeypatch.setattr("accelerate.Accelerator.save_state", die)
+    with pytest.raises(OSError, match="disk full"):
+        train(tmp_path, resume=True)
+    assert (tmp_path / "checkpoints" / "step_00000004.partial").is_dir()
+    monkeypatch.undo()
+    assert [p.name for p in Checkpoints(None, tmp_path, 2).newest_first()] == ["step_00000002"]
+    train(tmp_path, resume=True)
+    assert log(tmp_path, "step") == list(range(1, 9)) and not find_damage(newest(tmp_path))
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="start without --resume"):
+        train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_saved_and_can_go_on(tmp_path, number, capsys):
+    whole = train(tmp_path / "whole")
+    before = signal.getsignal(number)
+    with pytest.raises(typer.Exit) as exit_:
+        train(tmp_path / "cut", on_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    assert exit_.value.exit_code == 130 and signal.getsignal(number) is before
+    assert "interrupted after iteration 5, which is saved: go on with --resume" in capsys.readouterr().err
+    assert newest(tmp_path / "cut").name == "step_00000005"
+    assert torch.equal(train(tmp_path / "cut", resume=True), whole)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def twice(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, on_step=twice)
+    assert newest(tmp_path).name == "step_00000002"
+
+
+def test_accumulated_batches_are_the_whole_batch(tmp_path):
+    # The smallest share of a batch; without dropout all are the same sums.
+    one = train(tmp_path / "one", accumulation=4)
+    settings_two = train(tmp_path / "two", accumulation=2)
+    torch.testing.assert_close(one, settings_two)
+    assert log(tmp_path / "one", "loss") == pytest.approx(log(tmp_path / "two", "loss"))
+    with pytest.raises(
+        typer.BadParameter, match="batch_size 4 must be divisible by the 1 processes times accumulation 3"
+    ):
+        train(tmp_path / "three", accumulation=3)
+
+
+def test_averages_follow_the_weights(tmp_path):
+    last, averaged = train(tmp_path / "last"), train(tmp_path / "averaged", ema_decay=0.9)
+    start = train(tmp_path / "start", stop_after=1, warmup_start=0.0)
+    assert not torch.equal(last, averaged)
+    assert torch.dist(averaged, start) < torch.dist(last, start)
+
+
+@pytest.mark.parametrize("best_by, chosen", [("score", 2), ("-score", 1), (None, 3)])
+def test_the_best_weights_by_validation_are_kept(tmp_path, best_by, chosen):
+    weights = train(tmp_path, validate_every=2, best_by=best_by, validation=[0.5, 0.1, 0.9, 0.2])
+    sums = log(tmp_path, "weight")
+    assert len(sums) == 4 and len(set(sums)) == 4 and log(tmp_path, "score") == [0.5, 0.1, 0.9, 0.2]
+    assert float(weights[:3].sum()) == pytest.approx(sums[chosen], abs=1e-6)
+
+
+def test_the_best_so_far_survives_a_restart(tmp_path):
+    train(tmp_path, validate_every=2, best_by="score", validation=[0.9, 0.1], stop_after=4)
+    best = load_file(tmp_path / training.BEST_WEIGHTS)
+    weights = train(tmp_path, validate_every=2, best_by="score", validation=[0.5, 0.2], resume=True)
+    assert torch.equal(weights[:3], best["0.weight"].flatten())
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(typer.BadParameter, match="best_by is 'dice'; validation gives score, weight"):
+        train(tmp_path, validate_every=2, best_by="dice", validation=[0.5])
+    with pytest.raises(typer.BadParameter, match="tracker nonsense is not installed; here are"):
+        train(tmp_path, trackers=["nonsense"])
+
+
+def test_trackers_get_the_records(tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tmp_path, trackers=["tensorboard"])
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_alike(tmp_path):
+    eager, compiled = train(tmp_path / "eager", accumulation=2), train(tmp_path / "c", accumulation=2, compile=True)
+    torch.testing.assert_close(eager, compiled)
+
+
+def test_frozen_queries_and_keys_stay_and_the_rest_learns():
+    config = bf.BinaryFormerConfig(
+        token_type="pixel", image_size=4, num_channels=1, hidden_size=16, num_heads=2, num_hidden_layers=2,
+        value_head_dim=4, class_token=False, num_labels=3, attention_type="softmax",
+    )  # fmt: skip
+    model = bf.BinaryFormerForImageClassification(config)
+    optimizer = training.build_optimizer(model, SETTINGS | {"weight_decay": 0.5, "freeze_query_key": True})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        model(torch.randn(5, 1, 4, 4), labels=torch.tensor([0, 1, 2, 0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        if ".qkv." in name:
+            assert torch.equal(parameter[:32], before[name][:32]) and not torch.equal(parameter[32:], before[name][32:])
+        else:
+            assert not torch.equal(parameter, before[name]), name
