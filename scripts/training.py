@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "accumulation": 1,  # batches of batch_size / accumulation whose gradients are added up
     "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last ones are
     "compile": False,
+    "gradient_checkpointing": False,
     "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
     "validate_every": None,  # iterations; None: never
     "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
