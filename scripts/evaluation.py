@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from rich.console import Console
@@ -29,7 +28,7 @@ class PriorAtlas:
     """
 
     def __init__(self, cases: list[Case], labels: list[int]) -> None:
-        shapes = [nib.as_closest_canonical(nib.load(case.label)).shape for case in cases]
+        shapes = [read_label_array(case.label).shape for case in cases]
         shape = np.mean(shapes, axis=0).round().astype(int)
         votes = np.zeros((max(labels) + 1, *shape), dtype=np.uint16)
         for case in cases:

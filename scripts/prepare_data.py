@@ -1,32 +1,29 @@
-"""python scripts/prepare_data.py synth-brain --labels brain_label_maps --out data/brain --workers 2
+"""python scripts/prepare_data.py amos --source amos22 --out data/amos --shards
 
-Writes a data folder that `scripts/finetune.py` reads: images/CASE.nii.gz and labels/CASE.nii.gz on one grid in RAS
-order, manifest.json (split by group, file hashes, settings, command) and qc/*.png. Sources: `synth-brain` (images
-synthesised from label maps) and `hippocampus` (any folder in the layout of the Medical Segmentation Decathlon).
+Writes a data folder that `scripts/finetune.py` and `scripts/train_vqae.py` read: images/CASE.nii.gz and labels/CASE.nii.gz
+on one grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
+`amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; scripts/data_sets/*.yaml), `hippocampus` (any folder
+in the layout of the Medical Segmentation Decathlon) and `synth-brain` (images synthesised from label maps).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import multiprocessing
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import nibabel as nib
 import numpy as np
 import torch
 import typer
-from PIL import Image
-from rich.progress import track
 
+from integrity import check_decathlon
+from leakage import check_leakage, file_hash
+from prepared_folder import Case, fail, show_leakage, split_groups, write_case, write_dataset
+from public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from synth_brain import LABEL_NAMES, SynthSettings, read_anatomy, synthesize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
@@ -49,100 +46,6 @@ class Skull(StrEnum):
 class GroupRule(StrEnum):
     none = "none"
     pairs = "pairs"
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One row of the manifest before its files exist; `inputs` is what its builder needs."""
-
-    case: str
-    group: str
-    split: str
-    inputs: tuple[Any, ...]
-
-
-def write_case(out: Path, case: Case, image: nib.Nifti1Image, labels: nib.Nifti1Image, drawn: dict) -> dict:
-    """Save both volumes and return the manifest's row."""
-    row: dict[str, Any] = {"case": case.case, "group": case.group, "split": case.split}
-    for kind, volume in (("image", image), ("label", labels)):
-        path = Path(f"{kind}s") / f"{case.case}.nii.gz"
-        nib.save(volume, out / path)
-        row[kind] = path.as_posix()
-        row[f"{kind}_sha256"] = hashlib.sha256((out / path).read_bytes()).hexdigest()
-    spacing = [round(float(size), 6) for size in image.header.get_zooms()[:3]]
-    return row | {"shape": list(image.shape), "spacing": spacing} | drawn
-
-
-def write_dataset(
-    out: Path, cases: list[Case], build: Callable[[Path, Case], dict], manifest: dict, workers: int, qc_every: int
-) -> None:
-    """Build every case, in `workers` processes; manifest.json comes last, so that it exists only when all is done."""
-    if out.exists() and any(out.iterdir()):
-        fail(f"{out} is not empty; give --out a new folder, so that no old case stays in it")
-    for folder in ("images", "labels", "qc"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    counts = {split: sum(case.split == split for case in cases) for split in ("train", "validation", "test")}
-    typer.echo(f"{len(cases)} volumes -> {out}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
-    folders = [out] * len(cases)
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows = list(progress(pool.map(build, folders, cases), len(cases)))
-    else:
-        rows = list(progress(map(build, folders, cases), len(cases)))
-    for row in rows[::qc_every] if qc_every else []:
-        write_qc(out, row)
-    command = shlex.join(["python", *sys.argv])
-    text = json.dumps(manifest | {"command": command, "cases": rows}, indent=1)
-    (out / "manifest.json").write_text(text + "\n")
-
-
-def progress(rows: Iterable[dict], total: int) -> Iterable[dict]:
-    return track(rows, description="Preparing", total=total)
-
-
-def fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def write_qc(out: Path, row: dict) -> None:
-    """qc/CASE.png: sagittal, coronal and axial slice through the labels' centre; above the image, below with labels."""
-    image = np.asanyarray(nib.Nifti1Image.from_filename(out / row["image"]).dataobj).astype(np.float32)
-    labels = np.asanyarray(nib.Nifti1Image.from_filename(out / row["label"]).dataobj)
-    low, high = np.percentile(image, (0.5, 99.5))
-    gray = (np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255)[..., None].repeat(3, axis=-1)
-    # Golden-angle hues: neighbouring label values get colours far apart.
-    colours = np.array(
-        [
-            Image.new("HSV", (1, 1), (int(i * 97.4) % 256, 200, 255)).convert("RGB").getpixel((0, 0))
-            for i in range(int(labels.max()) + 1)
-        ]
-    )
-    overlay = np.where((labels > 0)[..., None], 0.55 * gray + 0.45 * colours[labels], gray)
-    where = np.argwhere(labels > 0)
-    centre = where.mean(axis=0).round().astype(int) if len(where) else np.array(labels.shape) // 2
-    size = max(image.shape)
-    sheet = np.zeros((2 * size, 3 * size, 3), np.uint8)
-    for line, volume in enumerate((gray, overlay)):
-        for axis in range(3):
-            # Last remaining axis upwards (superior or anterior), first one to the right.
-            panel = np.take(volume, centre[axis], axis).swapaxes(0, 1)[::-1]
-            sheet[line * size :, axis * size :][: panel.shape[0], : panel.shape[1]] = panel
-    zoom = max(1, 192 // size)
-    Image.fromarray(sheet).resize((3 * size * zoom, 2 * size * zoom), Image.Resampling.NEAREST).save(
-        out / "qc" / f"{row['case']}.png"
-    )
-
-
-def parse_numbers(text: str) -> list[int]:
-    """'1-3,7' -> [1, 2, 3, 7]; '' -> []."""
-    numbers: list[int] = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        if not re.fullmatch(r"\d+(-\d+)?", part):
-            raise typer.BadParameter(f"expected numbers like 1-16 or 1,4,7, not {text!r}")
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def build_brain(out: Path, case: Case) -> dict:
@@ -200,45 +103,6 @@ def synth_brain(
     write_dataset(out, cases, build_brain, manifest, workers, qc_every)
 
 
-def check_decathlon(source: Path, names: dict[int, str]) -> list[Path]:
-    """Images of a Decathlon folder, every one with a good label file.
-
-    Raises:
-        ValueError: lists all problems of all files at once.
-    """
-    images = sorted(path for path in (source / "imagesTr").glob("*.nii.gz") if not path.name.startswith("."))
-    if not images:
-        raise ValueError(f"{source} holds no imagesTr/*.nii.gz; expected the Decathlon layout imagesTr/, labelsTr/")
-    problems = []
-    for path in images:
-        label_path = source / "labelsTr" / path.name
-        if not label_path.is_file():
-            problems.append(f"{path.name}: no labelsTr/{path.name}")
-            continue
-        try:
-            image, label = nib.Nifti1Image.from_filename(path), nib.Nifti1Image.from_filename(label_path)
-            voxels, classes = np.asanyarray(image.dataobj), np.asanyarray(label.dataobj)
-        except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-            problems.append(f"{path.name}: unreadable image or label ({error})")
-            continue
-        if voxels.ndim != 3:
-            problems.append(f"{path.name}: expected 3 axes, found shape {voxels.shape}")
-        if voxels.shape != classes.shape:
-            problems.append(f"{path.name}: image shape {voxels.shape}, label shape {classes.shape}")
-        if not np.allclose(image.affine, label.affine, atol=1e-3):
-            problems.append(f"{path.name}: image and label have different affines")
-        if bad := int((~np.isfinite(voxels)).sum()):
-            problems.append(f"{path.name}: {bad} voxels are NaN or infinite")
-        if unexpected := sorted(set(np.unique(classes).tolist()) - set(names)):
-            problems.append(f"{path.name}: unexpected label values {unexpected[:8]}; known are {sorted(names)}")
-    images_names = {path.name for path in images}
-    lonely = [path.name for path in (source / "labelsTr").glob("*.nii.gz") if path.name not in images_names]
-    problems += [f"labelsTr/{name}: no imagesTr/{name}" for name in sorted(lonely) if not name.startswith(".")]
-    if problems:
-        raise ValueError(f"{len(problems)} problems in {source}; repair or remove these files:\n" + "\n".join(problems))
-    return images
-
-
 def group_of(path: Path, rule: GroupRule) -> str:
     """`pairs`: files 2k-1 and 2k are one subject (Hippocampus: most likely left and right side of one person)."""
     stem = path.name.removesuffix(".nii.gz")
@@ -248,24 +112,6 @@ def group_of(path: Path, rule: GroupRule) -> str:
     if number is None:
         raise ValueError(f"{path.name}: --group-rule pairs needs a number at the end of the name; use none")
     return f"pair_{(int(number[1]) + 1) // 2:04d}"
-
-
-def split_groups(groups: list[str], test_fraction: float, validation_fraction: float, seed: int) -> dict[str, str]:
-    """Split of every group: shuffled, then whole groups to test until `test_fraction` of all cases is reached, then to
-    validation until `validation_fraction` of the remaining cases is.
-    """
-    sizes = {group: groups.count(group) for group in sorted(set(groups))}
-    order = [list(sizes)[index] for index in np.random.default_rng(seed).permutation(len(sizes))]
-    test_size = round(test_fraction * len(groups))
-    targets = {"test": test_size, "validation": round(validation_fraction * (len(groups) - test_size))}
-    splits: dict[str, str] = {}
-    for split, target in targets.items():
-        taken = 0
-        for group in order:
-            if taken < target and group not in splits:
-                splits[group] = split
-                taken += sizes[group]
-    return {group: splits.get(group, "train") for group in order}
 
 
 def build_decathlon(out: Path, case: Case) -> dict:
@@ -315,6 +161,54 @@ def hippocampus(
         },
     }
     write_dataset(out, cases, build_decathlon, manifest, 1, qc_every)
+
+
+def add_public(name: str) -> None:
+    """Register the command of a public data set, which its YAML file describes."""
+    file = DATA_SETS / f"{name}.yaml"
+
+    def command(
+        source: Annotated[Path, typer.Option(help="Folder of the download, in its public layout.")],
+        out: Annotated[Path, typer.Option(help="New folder to write.")],
+        config: Annotated[
+            Path, typer.Option(help="Label map, size, spacing.", show_default="scripts/data_sets/…")
+        ] = file,
+        seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+        workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+        qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 10,
+        shards: Annotated[bool, typer.Option(help="Also write Parquet shards that stream.")] = False,
+        shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 500,
+    ) -> None:
+        try:
+            data_set = load_data_set(config)
+            prepare_public(data_set, source, out, seed, workers, qc_every, shard_mb if shards else None)
+        except (ValueError, ImportError) as error:
+            fail(str(error))
+
+    app.command(name, help=f"{load_data_set(file).source}: public layout to a prepared folder.")(command)
+
+
+for public_name in ("amos", "crossmoda", "oasis", "spider"):
+    add_public(public_name)
+
+
+@app.command("check-leakage")
+def check_folder(folder: Annotated[Path, typer.Argument(help="Prepared folder.")]) -> None:
+    """Look for leaks between the splits of a prepared folder, and for files that are not what the manifest says."""
+    described = folder / "manifest.json"
+    if not described.is_file():
+        fail(f"{folder} has no manifest.json: write it with scripts/prepare_data.py")
+    rows = json.loads(described.read_text())["cases"]
+    files = [(folder / row[kind], row[f"{kind}_sha256"]) for row in rows for kind in ("image", "label") if kind in row]
+    if missing := [path.name for path, _ in files if not path.is_file()]:
+        fail(f"{folder} lacks {', '.join(missing[:8])} ({len(missing)} files): prepare the data anew")
+    if changed := [path.relative_to(folder).as_posix() for path, value in files if file_hash(path) != value]:
+        fail(f"{', '.join(changed[:8])} ({len(changed)} files) changed since {described}: prepare the data anew")
+    report = check_leakage(folder, rows)
+    show_leakage(report)
+    if report.errors:
+        fail(f"{len(report.errors)} leaks in {folder}: prepare the data anew")
+    typer.echo(f"No leak in {len(rows)} volumes, {len(report.warnings)} warnings")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Case:
     group: str
     split: str
     image: Path
-    label: Path
+    # None in a folder of images alone, which the autoencoder's scripts take.
+    label: Path | None
 
 
 class PreparedFolder:
@@ -44,7 +45,13 @@ class PreparedFolder:
         self.manifest = json.loads(manifest.read_text())
         self.label_names = {int(k): str(v) for k, v in self.manifest["label_names"].items()}
         self.cases = [
-            Case(c["case"], str(c["group"]), c["split"], folder / c["image"], folder / c["label"])
+            Case(
+                c["case"],
+                str(c["group"]),
+                c["split"],
+                folder / c["image"],
+                folder / c["label"] if "label" in c else None,
+            )
             for c in self.manifest["cases"]
         ]
 
@@ -64,8 +71,14 @@ class PreparedFolder:
         return chosen
 
 
-def read_label_array(path: Path) -> np.ndarray:
-    """Labels (I, J, K) int64 in RAS order."""
+def read_label_array(path: Path | None) -> np.ndarray:
+    """Labels (I, J, K) int64 in RAS order.
+
+    Raises:
+        ValueError: the case has none.
+    """
+    if path is None:
+        raise ValueError("the folder holds images without labels: prepare it from a source with labels")
     return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.int64)
 
 

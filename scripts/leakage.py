@@ -1,0 +1,118 @@
+"""Does a split leak? Patients and files that stand in two splits, and volumes across splits that look the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_binaryformer.pipelines.volumes import read_volume
+
+# Volumes are compared as GRID³ block means. Unlike subjects stay below this correlation, even in one registered space.
+GRID = 32
+SAME_CORRELATION = 0.99
+# All of mean, deviation and quantiles within this share of the volume's range (5 % to 95 %): the same voxels, moved.
+SAME_STATISTICS = 1e-3
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+HASHES = ("image_sha256", "label_sha256", "source_image_sha256", "source_label_sha256")
+
+
+@dataclass(frozen=True)
+class LeakageReport:
+    """What :func:`check_leakage` found.
+
+    Args:
+        errors: patients, or files with one content, that stand in two splits.
+        warnings: pairs of volumes across splits that are nearly the same.
+        statistics: for each split, number of volumes, and mean and deviation over them of their mean intensity and of
+            their standard deviation.
+    """
+
+    errors: list[str]
+    warnings: list[str]
+    statistics: dict[str, dict[str, float]]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:
+    """Compare the splits of a prepared folder.
+
+    Nearly the same means: block means correlate by at least 0.99, which finds copies with another gain or noise, or
+    mean, deviation and quantiles agree within 0.1 % of the range, which finds turned, mirrored and padded copies.
+
+    Args:
+        folder: that ``rows`` speak of.
+        rows: cases of its manifest.
+    """
+    splits = np.array([row["split"] for row in rows])
+    errors = [
+        f"{name} {value[:16]} stands in {' and '.join(sorted(set(splits[where])))}: "
+        f"{', '.join(rows[index]['case'] for index in where[:6])}"
+        for name, value, where in shared_values(folder, rows)
+        if len(set(splits[where])) > 1
+    ]
+    small, statistics = (np.stack(part) for part in zip(*(fingerprint(folder / r["image"]) for r in rows), strict=True))
+    across = np.triu(splits[:, None] != splits[None], 1)
+    correlation = small @ small.T
+    scale = np.maximum(np.ptp(statistics[:, 2:], axis=1), 1e-12)
+    warnings = []
+    for a, b in np.argwhere(across):
+        apart = np.abs(statistics[a] - statistics[b]).max() / max(scale[a], scale[b])
+        if correlation[a, b] >= SAME_CORRELATION or apart <= SAME_STATISTICS:
+            warnings.append(
+                f"{rows[a]['case']} ({splits[a]}) and {rows[b]['case']} ({splits[b]}) are nearly the same: correlation "
+                f"{correlation[a, b]:.4f}, intensity statistics {100 * apart:.2g} % of the range apart"
+            )
+    return LeakageReport(errors, warnings, {str(s): summary(statistics[splits == s]) for s in sorted(set(splits))})
+
+
+def shared_values(folder: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Every group and every file hash that several rows share: what it is, its value, indices of the rows."""
+    for key in ("group", *HASHES):
+        values = np.array([str(row.get(key, "")) for row in rows])
+        for value in sorted(set(values) - {""}):
+            where = np.flatnonzero(values == value)
+            # Two label maps without any label are alike and say nothing.
+            if len(where) > 1 and not (
+                key in HASHES and "label" in key and _is_empty(folder / rows[where[0]]["label"])
+            ):
+                yield key.removesuffix("_sha256").replace("_", " ") + ("" if key == "group" else " file"), value, where
+
+
+def _is_empty(label: Path) -> bool:
+    return not read_volume(label, labels=True).array.any()
+
+
+def fingerprint(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A volume's block means (GRID³,), of mean 0 and norm 1, and mean, deviation and quantiles of its foreground.
+
+    The foreground is all that is brighter than the minimum, so that padding changes nothing.
+    """
+    array = read_volume(path).array
+    small = torch.nn.functional.adaptive_avg_pool3d(torch.from_numpy(array)[None], GRID).flatten().double().numpy()
+    small = small - small.mean()
+    inside = array[array > array.min()].astype(np.float64)
+    statistics = np.array([inside.mean(), inside.std(), *np.quantile(inside, QUANTILES)])
+    return small / max(np.linalg.norm(small), 1e-12), statistics
+
+
+def summary(statistics: np.ndarray) -> dict[str, float]:
+    """The figures of one split for the report, from (volumes, 7) statistics."""
+    mean, deviation = statistics[:, 0], statistics[:, 1]
+    figures = {
+        "mean": mean.mean(),
+        "mean_sd": mean.std(),
+        "deviation": deviation.mean(),
+        "deviation_sd": deviation.std(),
+    }
+    return {"volumes": len(statistics)} | {name: float(f"{value:.6g}") for name, value in figures.items()}
