@@ -7,6 +7,7 @@ each volume: the first as inference would place it on the grid, the others mirro
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,11 @@ def main(
         shown = tqdm(paths, desc=split)
         tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
         save_file({"tokens": torch.cat(tokens)}, output / f"{split}.safetensors")
+    if (data / "manifest.json").is_file():
+        # What a card of networks trained on these tokens has to name.
+        stated = json.loads((data / "manifest.json").read_text())
+        source = {key: stated[key] for key in ("name", "source", "licence") if key in stated}
+        (output / "manifest.json").write_text(json.dumps(source, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hf_binaryformer as bf
 from evaluation import evaluate_split, mean_validation_dice
+from publish import check_target, publish
 from slices import PreparedFolder, SliceSamples
 from training import Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
 
@@ -83,12 +84,18 @@ def main(
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     evaluate: Annotated[str, typer.Option(help="Split to segment at the end: validation, test or none.")] = "test",
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="namespace/name on the Hub that gets model, processor and card.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [])
     folder = PreparedFolder(data)
     accelerator = start(settings["train"], output)
+    if accelerator.is_main_process:
+        check_target(push_to_hub, private)
     task, processor = build_task(settings, folder, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
@@ -100,9 +107,12 @@ def main(
     model.save_pretrained(output / "model", state_dict=rounded)
     processor.save_pretrained(output / "model")
     write_summary(settings, "train", output)
+    results = None
     if evaluate != "none":
         results = evaluate_split(output / "model", folder, evaluate, baseline=True)
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if push_to_hub:
+        publish("segmentation", output / "model", push_to_hub, output, recipe, [data], results)
 
 
 if __name__ == "__main__":

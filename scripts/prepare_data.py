@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import typer
+import yaml
 
 from integrity import check_decathlon
 from leakage import check_leakage, file_hash
@@ -59,6 +60,15 @@ def build_brain(out: Path, case: Case) -> dict:
     return write_case(out, case, image, labels, {"skull": skull} | volume.drawn)
 
 
+def read_settings(path: Path | None) -> SynthSettings:
+    """The generator's ranges: its defaults, and what a .yaml file says otherwise."""
+    changes = yaml.safe_load(path.read_text()) if path else {}
+    known = {field.name for field in dataclasses.fields(SynthSettings)}
+    if unknown := sorted(set(changes) - known):
+        fail(f"{path} has {', '.join(unknown)}; SynthSettings knows {', '.join(sorted(known))}")
+    return SynthSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()})
+
+
 @app.command("synth-brain")
 def synth_brain(
     labels: Annotated[Path, typer.Option(help="Folder of training_seg_NN.nii.gz (FreeSurfer label values, 1 mm).")],
@@ -67,6 +77,10 @@ def synth_brain(
     eval_variants: Annotated[int, typer.Option(min=1, help="Volumes per validation or test anatomy.")] = 2,
     contrast: Annotated[Contrast, typer.Option(help="Of the training volumes; the others are T1-like.")] = Contrast.t1,
     skull: Annotated[Skull, typer.Option(help="both: every second variant without.")] = Skull.both,
+    ranges: Annotated[
+        Path | None,
+        typer.Option("--settings", help=".yaml with fields of SynthSettings that differ from its defaults."),
+    ] = None,
     train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = "1-16",
     validation: Annotated[str, typer.Option()] = "17-18",
     test: Annotated[str, typer.Option()] = "19-20",
@@ -82,7 +96,7 @@ def synth_brain(
     paths = {number: labels / f"training_seg_{number:02d}.nii.gz" for number in numbers}
     if missing := [path.name for path in paths.values() if not path.is_file()]:
         fail(f"{labels} lacks {', '.join(missing)}; narrow --train, --validation, --test or fetch them")
-    settings = SynthSettings()
+    settings = read_settings(ranges)
     cases = []
     for split, anatomies in splits.items():
         for number in anatomies:

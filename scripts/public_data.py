@@ -200,6 +200,7 @@ def fit_grid(
     # In MONAI, -1 keeps an axis.
     fit = ResizeWithPadOrCrop([wanted or -1 for wanted in data_set.size], mode="constant", value=padding)
     fitted = fit(MetaTensor(torch.from_numpy(np.ascontiguousarray(array))[None], torch.from_numpy(affine)))
+    assert isinstance(fitted, MetaTensor)
     return fitted[0].numpy(), fitted.affine.numpy()
 
 

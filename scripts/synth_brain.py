@@ -66,6 +66,7 @@ class SynthSettings:
     flip_probability: float = 0.5
     mild_factor: float = 0.3  # all deformation of validation and test volumes is multiplied by this; no flip there
     gray_white_contrast: tuple[float, float] = (0.7, 1.3)
+    fluid_shift: tuple[float, float] = (-0.1, 0.1)
     mean_jitter: float = 0.04
     label_std: tuple[float, float] = (0.02, 0.05)
     extracerebral_mean: tuple[float, float] = (0.05, 1.2)
@@ -198,7 +199,7 @@ def draw_means(contrast: str, settings: SynthSettings, rng: np.random.Generator,
         means = rng.uniform(*settings.unlisted_mean, size)
         means[LAST_BRAIN_VALUE + 1 :] = rng.uniform(*settings.extracerebral_mean, size - LAST_BRAIN_VALUE - 1)
     white = CLASSES[1][2]
-    gray_white, fluid_shift = rng.uniform(*settings.gray_white_contrast), rng.uniform(-0.1, 0.1)
+    gray_white, fluid_shift = rng.uniform(*settings.gray_white_contrast), rng.uniform(*settings.fluid_shift)
     tissues: list[tuple[tuple[int, ...], float | None, bool]] = [
         (values, mean, index in FLUID_CLASSES) for index, (_, values, mean) in CLASSES.items()
     ]

@@ -24,6 +24,7 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
+from publish import check_target, publish
 from training import VQ_RECIPES, Task, build_optimizer, load_recipe, run, start, write_summary
 
 
@@ -149,11 +150,20 @@ def main(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            help="namespace/name on the Hub that gets the transformer, or with --vqmodel the whole pipeline, and its card."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train and save."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
     accelerator = start(settings["sampler"], output)
+    if accelerator.is_main_process:
+        check_target(push_to_hub, private)
     task, scheduler = build_task(settings, tokens, accelerator)
     run(task, settings["sampler"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
@@ -169,6 +179,9 @@ def main(
         autoencoder.register_to_config(_name_or_path="")
         BinaryVQInpaintPipeline(autoencoder, transformer, scheduler).save_pretrained(output / "pipeline")
     write_summary(settings, "sampler", output)
+    if push_to_hub:
+        kind = "transformer" if vqmodel is None else "pipeline"
+        publish(kind, output / kind, push_to_hub, output, recipe, [tokens])
 
 
 if __name__ == "__main__":

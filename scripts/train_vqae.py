@@ -24,6 +24,7 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from patches import PatchSamples, image_paths, load_all
+from publish import check_target, publish
 from training import VQ_RECIPES, Task, load_batches, load_recipe, run, start, write_summary
 
 
@@ -115,11 +116,17 @@ def main(
     output: Annotated[Path, typer.Option(help="Where checkpoints, log, model and results go.")],
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="namespace/name on the Hub that gets the autoencoder and its card.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
     accelerator = start(settings["vqae"], output)
+    if accelerator.is_main_process:
+        check_target(push_to_hub, private)
     task = build_task(settings, data, accelerator)
     run(task, settings["vqae"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
@@ -133,6 +140,8 @@ def main(
     results = evaluate(saved, held_out, settings)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results))
+    if push_to_hub:
+        publish("autoencoder", output / "vqmodel", push_to_hub, output, recipe, data, results)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import toys
 import typer
 import yaml
 from killing import kill_in_training
@@ -29,54 +30,12 @@ RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A folder in prepare_data.py's layout: a bright ball (label 1) with a brighter core (label 2) in noise."""
-    folder = tmp_path_factory.mktemp("prepared")
-    (folder / "images").mkdir()
-    (folder / "labels").mkdir()
-    rng = np.random.default_rng(0)
-    cases = []
-    for number, split in enumerate(["train"] * 4 + ["validation", "test"]):
-        shape = (20, 22, 24)
-        centre = np.array(shape) / 2 + rng.uniform(-2, 2, 3)
-        distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - centre, axis=-1)
-        label = (distance < 8).astype(np.uint8) + (distance < 4)
-        image = (label * 80 + rng.normal(20, 5, shape)).astype(np.float32)
-        case = {"case": f"c{number}", "group": f"g{number}", "split": split}
-        for kind, array in (("image", image), ("label", label)):
-            case[kind] = f"{kind}s/c{number}.nii.gz"
-            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / case[kind])
-        cases.append(case)
-    names = {"0": "background", "1": "shell", "2": "core"}
-    (folder / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
-    return folder
+    return toys.write_segmentation_data(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """The hippocampus recipe at toy size."""
-    settings = yaml.safe_load((ROOT / "scripts" / "recipes" / "hippocampus.yaml").read_text())
-    settings["model"] |= {
-        "hidden_size": 24,
-        "num_heads": 2,
-        "num_hidden_layers": 2,
-        "value_head_dim": 4,
-        "decoder_hidden_size": 32,
-    }
-    settings["processor"] |= {"image_size": [24, 24], "spacing": None}
-    settings["augment"]["max_shift"] = 2
-    settings["train"] |= {
-        "iterations": 6,
-        "batch_size": 4,
-        "workers": 0,
-        "checkpoint_every": 3,
-        "log_every": 1,
-        "warmup": 2,
-        "mixed_precision": "no",
-        "save_dtype": "float32",
-    }
-    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return toys.write_segmentation_recipe(tmp_path_factory.mktemp("recipe") / "toy.yaml")
 
 
 def run(recipe: Path, prepared: Path, output: Path, **options) -> dict[str, torch.Tensor]:

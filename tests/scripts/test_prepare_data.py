@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import typer
 from scipy import ndimage
 from typer.testing import CliRunner
 
@@ -217,6 +218,21 @@ def test_synth_brain_command(brain_arguments: list[object], tmp_path: Path, work
 
     again = invoke(*brain_arguments, "--out", tmp_path / "new", *options)
     assert again.exit_code == 2 and "not empty" in again.output
+
+
+def test_settings_of_the_generator_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.yaml"
+    path.write_text("noise_std: [0.0, 0.001]\nlog_gamma: 0.5\n")
+    changed, usual = prepare_data.read_settings(path), prepare_data.read_settings(None)
+    assert (
+        changed == dataclasses.replace(SynthSettings(), noise_std=(0.0, 0.001), log_gamma=0.5)
+        and usual == SynthSettings()
+    )
+    path.write_text("noise: 1\n")
+    with pytest.raises(typer.Exit):
+        prepare_data.read_settings(path)
+    for shipped in sorted((Path(prepare_data.__file__).parent / "recipes" / "synth").glob("*.yaml")):
+        assert prepare_data.read_settings(shipped) != SynthSettings()
 
 
 def test_synth_brain_rejects_leaks_and_missing_maps(brain_arguments: list[object], tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toys
 import typer
 import yaml
 from killing import kill_in_training
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import hf_binaryformer as bf
 import train_sampler
@@ -25,48 +26,16 @@ from training import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes" / "vq").glob("*.yaml"))
-GRID = (2, 3, 2)
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    """Tokens in encode_tokens.py's layout: each sample is one of two patterns, so that one known token tells all."""
-    folder = tmp_path_factory.mktemp("tokens")
-    patterns = torch.randint(6, (2, 2, *GRID), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for split, count in (("train", 12), ("validation", 4)):
-        save_file({"tokens": patterns[torch.arange(count) % 2]}, folder / f"{split}.safetensors")
-    return folder
+    return toys.write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """The brain-small recipe at toy size."""
-    settings = yaml.safe_load((ROOT / "scripts" / "recipes" / "vq" / "brain-small.yaml").read_text())
-    settings["transformer"] |= {
-        "grid_size": list(GRID),
-        "num_codebooks": 2,
-        "codebook_size": 6,
-        "embedding_dim": 8,
-        "num_layers": 2,
-        "num_heads": 2,
-        "value_head_dim": 4,
-        "dropout": 0.1,
-    }
-    settings["scheduler"] |= {"num_codebooks": 2, "mask_token_id": 6, "num_train_timesteps": 16}
-    settings["sampler"] |= {
-        "iterations": 6,
-        "batch_size": 4,
-        "warmup": 2,
-        "log_every": 1,
-        "validate_every": 3,
-        "checkpoint_every": 3,
-        "mixed_precision": "no",
-        "save_dtype": "float32",
-        "learning_rate": 3e-3,
-    }
-    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return toys.write_sampler_recipe(tmp_path_factory.mktemp("recipe") / "toy.yaml")
 
 
 def run(recipe, tokens, output, overrides=(), **options) -> dict[str, torch.Tensor]:
@@ -143,15 +112,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, tokens
 
 
 def test_with_its_autoencoder_it_is_saved_as_one_checkpoint(recipe, tokens, tmp_path):
-    # Two stages of stride 2, so that a token is 4 voxels wide.
-    autoencoder = bf.BinaryVQModel(
-        num_codebooks=2,
-        codebook_size=6,
-        codebook_dim=4,
-        encoder_channels=[8, 8],
-        decoder_channels=[16, 16, 8],
-    )
-    autoencoder.save_pretrained(tmp_path / "vqmodel")
+    toys.write_autoencoder(tmp_path / "vqmodel")
     run(recipe, tokens, tmp_path, ["sampler.iterations=1"], vqmodel=str(tmp_path / "vqmodel"))
     pipeline = bf.BinaryVQPipeline.from_pretrained(tmp_path / "pipeline")
     saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")

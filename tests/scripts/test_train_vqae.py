@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import toys
 import typer
 import yaml
 from killing import kill_in_training
@@ -27,56 +27,14 @@ ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(VQ_RECIPES.glob("*.yaml"))
 
 
-def write_ball(path: Path, rng: np.random.Generator, spacing: float = 1.0) -> None:
-    """A ball with two shades in a black background."""
-    shape = (26, 30, 28)
-    distance = np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - (13, 15, 14) + rng.uniform(-1, 1, 3), axis=-1)
-    image = (distance < 11) * 60.0 + (distance < 6) * 40 + rng.normal(0, 1, shape) * (distance < 11)
-    nib.save(nib.Nifti1Image(image.astype(np.float32), np.diag([spacing] * 3 + [1])), path)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A folder in prepare_data.py's layout."""
-    folder = tmp_path_factory.mktemp("prepared")
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    cases = []
-    for number, split in enumerate(["train"] * 3 + ["validation", "test"]):
-        write_ball(folder / "images" / f"c{number}.nii.gz", rng)
-        files = {"image": f"images/c{number}.nii.gz", "label": f"labels/c{number}.nii.gz"}
-        cases.append({"case": f"c{number}", "group": f"g{number}", "split": split, **files})
-    (folder / "manifest.json").write_text(json.dumps({"label_names": {"0": "background"}, "cases": cases}))
-    return folder
+    return toys.write_balls(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """The small recipe at toy size."""
-    settings = yaml.safe_load((VQ_RECIPES / "brain-small.yaml").read_text())
-    settings["data"] |= {"volume_shape": [24, 32, 24], "crop": [16, 16, 16], "token_copies": 3, "token_max_shift": 2}
-    settings["data"]["sources"] = [{"share": 0.75, "margin": 4}, {"share": 0.25, "margin": 0}]
-    settings["vqmodel"] |= {
-        "num_codebooks": 2,
-        "codebook_size": 8,
-        "codebook_dim": 4,
-        "encoder_channels": [8, 8, 16],
-        "decoder_channels": [16, 16, 16, 8],
-        "spacing": [1.0, 1.0, 1.0],
-        "tile_size": 2,
-    }
-    settings["vqae"] |= {
-        "iterations": 6,
-        "batch_size": 4,
-        "quantize_after": 2,
-        "warmup": 2,
-        "log_every": 1,
-        "checkpoint_every": 3,
-        "mixed_precision": "no",
-    }
-    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return toys.write_autoencoder_recipe(tmp_path_factory.mktemp("recipe") / "toy.yaml")
 
 
 def run(recipe: Path, data: list[Path], output: Path, **options) -> dict[str, torch.Tensor]:
@@ -239,7 +197,7 @@ def test_windows_and_mirrors():
 
 
 def test_volumes_are_resampled_scaled_and_cut(recipe, tmp_path):
-    write_ball(tmp_path / "ball.nii.gz", np.random.default_rng(0), spacing=0.5)
+    toys.write_ball(tmp_path / "ball.nii.gz", np.random.default_rng(0), spacing=0.5)
     settings = yaml.safe_load(recipe.read_text())["vqmodel"]
     scaled = load_scaled(tmp_path / "ball.nii.gz", settings)
     assert scaled.dtype == np.float16
@@ -273,7 +231,7 @@ def test_wrong_options_say_what_is_expected(recipe, prepared, tmp_path):
 def test_tokens_of_every_split(recipe, prepared, tmp_path):
     run(recipe, [prepared], tmp_path)
     encode_tokens.main(str(recipe), tmp_path / "vqmodel", prepared, tmp_path / "tokens", "cpu", [])
-    tokens = {path.stem: load_file(path)["tokens"] for path in (tmp_path / "tokens").iterdir()}
+    tokens = {path.stem: load_file(path)["tokens"] for path in (tmp_path / "tokens").glob("*.safetensors")}
     assert {split: tuple(t.shape) for split, t in tokens.items()} == {
         "train": (9, 2, 3, 4, 3),
         "validation": (1, 2, 3, 4, 3),
