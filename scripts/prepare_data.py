@@ -13,7 +13,7 @@ import json
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
@@ -62,11 +62,12 @@ def build_brain(out: Path, case: Case) -> dict:
 
 def read_settings(path: Path | None) -> SynthSettings:
     """The generator's ranges: its defaults, and what a .yaml file says otherwise."""
-    changes = yaml.safe_load(path.read_text()) if path else {}
+    changes: dict[str, Any] = yaml.safe_load(path.read_text()) if path else {}
     known = {field.name for field in dataclasses.fields(SynthSettings)}
     if unknown := sorted(set(changes) - known):
         fail(f"{path} has {', '.join(unknown)}; SynthSettings knows {', '.join(sorted(known))}")
-    return SynthSettings(**{key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()})
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
+    return SynthSettings(**fields)
 
 
 @app.command("synth-brain")
