@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,8 +13,6 @@ import pytest
 import SimpleITK as sitk
 import yaml
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import prepare_data
 from leakage import check_leakage
