@@ -59,9 +59,11 @@ def train(output: Path, *, resume=False, stop_after=None, on_step=None, validati
         x, y = batch
         return {"loss": (network(x) - y).square().mean()}
 
+    # Adam would hide gradients that are too large by a factor.
+    plain = torch.optim.SGD(model.parameters(), settings["learning_rate"]) if settings["accumulation"] > 1 else None
     task = training.Task(
         model,
-        training.build_optimizer(model, settings),
+        plain or training.build_optimizer(model, settings),
         batches=lambda first: training.load_batches(Lines(), settings, accelerator, first),
         losses=losses,
         validate=(lambda: {"score": next(values), "weight": float(model[0].weight.sum())}) if validation else None,
@@ -165,15 +167,34 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
 
 
 def test_accumulated_batches_are_the_whole_batch(tmp_path):
-    # The smallest share of a batch; without dropout all are the same sums.
-    one = train(tmp_path / "one", accumulation=4)
-    settings_two = train(tmp_path / "two", accumulation=2)
-    torch.testing.assert_close(one, settings_two)
-    assert log(tmp_path / "one", "loss") == pytest.approx(log(tmp_path / "two", "loss"))
+    # The gradients of the samples one by one, against those of their halves.
+    four = train(tmp_path / "four", accumulation=4, max_grad_norm=1e9)
+    two = train(tmp_path / "two", accumulation=2, max_grad_norm=1e9)
+    torch.testing.assert_close(four, two)
+    assert log(tmp_path / "four", "loss") == pytest.approx(log(tmp_path / "two", "loss"))
+    weight, bias = (p.detach().clone() for p in start_weights())
+    for step in range(SETTINGS["iterations"]):
+        x = torch.stack([Lines()[4 * step + n][0] for n in range(4)])
+        error = x @ weight.T + bias - x.sum(1, keepdim=True)
+        rate = SETTINGS["learning_rate"] * training.rate_factor(step, SETTINGS)
+        weight, bias = weight - rate * 2 * (error * x).mean(0), bias - rate * 2 * error.mean(0)
+    torch.testing.assert_close(four, torch.cat([weight.flatten(), bias]))
     with pytest.raises(
         typer.BadParameter, match="batch_size 4 must be divisible by the 1 processes times accumulation 3"
     ):
         train(tmp_path / "three", accumulation=3)
+
+
+def start_weights() -> list[torch.Tensor]:
+    """Of the line before its first step."""
+    torch.manual_seed(SETTINGS["seed"])
+    return list(nn.Linear(3, 1).parameters())
+
+
+def test_validation_leaves_the_training_as_it_was(tmp_path):
+    without = train(tmp_path / "without", ema_decay=0.9)
+    with_ = train(tmp_path / "with", ema_decay=0.9, validate_every=2, validation=[0.0] * 4)
+    assert torch.equal(without, with_) and log(tmp_path / "without", "loss") == log(tmp_path / "with", "loss")
 
 
 def test_averages_follow_the_weights(tmp_path):
