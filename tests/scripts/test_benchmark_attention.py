@@ -39,6 +39,7 @@ TOY = {
     "threads": 1,
     "backend": "reference",
     "rounds": 2,
+    "seconds": 0.0,
     "turn": 0.0,
     "encoder_blocks": 1,
     "sampler_blocks": 1,
