@@ -13,7 +13,6 @@ import typer
 
 import benchmark_attention
 import benchmark_check
-import benchmark_measure
 from benchmark_check import exact_attention, tolerance_of
 from benchmark_encoder import image_of
 from benchmark_figures import block_costs, figure_2b
@@ -219,9 +218,11 @@ def test_rounds_are_interleaved():
 
 
 def test_rounds_go_on_until_the_wanted_time_has_passed():
-    results = time_interleaved([noted("a"), noted("b")], rounds=2, turn_seconds=0, label="", least_seconds=0.5)
+    started = time.perf_counter()
+    results = time_interleaved([noted("a"), noted("b")], rounds=2, turn_seconds=0, label="", least_seconds=0.2)
+    assert 0.2 <= time.perf_counter() - started < 5
     counts = [len(result.samples) for result in results]
-    assert counts[0] == counts[1] > 2 and counts[0] <= 1 + 0.5 / (2 * benchmark_measure.REST_SECONDS)
+    assert counts[0] == counts[1] > 2
 
 
 def test_short_calls_fill_their_turn(monkeypatch):
