@@ -13,6 +13,7 @@ import typer
 
 import benchmark_attention
 import benchmark_check
+import benchmark_measure
 from benchmark_check import exact_attention, tolerance_of
 from benchmark_encoder import image_of
 from benchmark_figures import block_costs, figure_2b
