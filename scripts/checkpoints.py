@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+
+from hashing import file_hash
 
 # Written last: names every file of a checkpoint with its hash.
 MANIFEST = "files.json"
@@ -62,7 +63,7 @@ class Checkpoints:
         self._accelerator.save_state(str(partial))
         self._accelerator.wait_for_everyone()
         if main:
-            hashes = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            hashes = {str(p.relative_to(partial)): file_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
@@ -90,12 +91,6 @@ class Checkpoints:
         raise FileNotFoundError(f"{self._folder} has no checkpoint to go on from: start without --resume")
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, in words; empty if they are as they were written."""
     try:
@@ -106,7 +101,7 @@ def find_damage(checkpoint: Path) -> str:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if sha256(path) != expected:
+        if file_hash(path) != expected:
             return f"{name} has changed"
     return ""
 

@@ -61,9 +61,7 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     cases = folder.split(split)
     for case in cases:
         truth = read_label_array(case.label)
-        with torch.inference_mode():
-            pred = pipeline(case.image).labels
-        rows["network"].append(dice_by_label(pred, truth, labels))
+        rows["network"].append(network_dice(pipeline, case, truth, labels))
         if atlas is not None:
             rows.setdefault("prior atlas", []).append(dice_by_label(atlas.predict(truth.shape), truth, labels))
     summary = {name: summarise(np.array(dice), labels, folder.label_names) for name, dice in rows.items()}
@@ -83,10 +81,16 @@ def mean_validation_dice(pipeline: bf.VolumeSegmentationPipeline, folder: Prepar
     labels = sorted(label for label in folder.label_names if label != 0)
     dice = []
     for case in folder.split("validation")[:volumes]:
-        with torch.inference_mode():
-            pred = pipeline(case.image).labels
-        dice.append(dice_by_label(pred, read_label_array(case.label), labels))
+        dice.append(network_dice(pipeline, case, read_label_array(case.label), labels))
     return float(np.nanmean(dice))
+
+
+def network_dice(
+    pipeline: bf.VolumeSegmentationPipeline, case: Case, truth: np.ndarray, labels: list[int]
+) -> list[float]:
+    """Dice of each label on one volume."""
+    with torch.inference_mode():
+        return dice_by_label(pipeline(case.image).labels, truth, labels)
 
 
 def summarise(dice: np.ndarray, labels: list[int], names: dict[int, str]) -> dict[str, Any]:

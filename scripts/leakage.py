@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,6 @@ class LeakageReport:
     errors: list[str]
     warnings: list[str]
     statistics: dict[str, dict[str, float]]
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:

@@ -21,8 +21,9 @@ import torch
 import typer
 import yaml
 
+from hashing import file_hash
 from integrity import check_decathlon
-from leakage import check_leakage, file_hash
+from leakage import check_leakage
 from prepared_folder import Case, fail, show_leakage, split_groups, write_case, write_dataset
 from public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from synth_brain import LABEL_NAMES, SynthSettings, read_anatomy, synthesize

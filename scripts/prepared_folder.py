@@ -26,7 +26,8 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from leakage import LeakageReport, check_leakage, file_hash
+from hashing import file_hash
+from leakage import LeakageReport, check_leakage
 from shards import SPLITS, write_shards
 
 # So many warnings are printed; the manifest has them all.

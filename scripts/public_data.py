@@ -20,10 +20,10 @@ import yaml
 from monai.data import MetaTensor
 from monai.transforms import ResizeWithPadOrCrop
 
+from hashing import file_hash
 from hf_binaryformer.pipelines.grids import affine_spacing, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 from integrity import pair_problems, raise_problems
-from leakage import file_hash
 from prepared_folder import Case, run_all, split_groups, write_case, write_dataset
 
 DATA_SETS = Path(__file__).parent / "data_sets"

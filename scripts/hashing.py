@@ -1,0 +1,12 @@
+"""The hash that manifests of data and of checkpoints name files by."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
