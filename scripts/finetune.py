@@ -17,8 +17,10 @@ import typer
 from accelerate import Accelerator
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import hf_binaryformer as bf
+from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
 from evaluation import evaluate_split, mean_validation_dice
 from publish import check_target, publish
 from slices import PreparedFolder, SliceSamples
@@ -35,21 +37,28 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
         "label2id": {name: label for label, name in label_names.items()},
         **recipe["model"],
     }
-    timm_name = fields.pop("from_timm", None)
+    timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
     if timm_name:
-        checkpoint = fields.pop("timm_checkpoint", None)
         model = bf.BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
     else:
         model = bf.BinaryFormerForSemanticSegmentation(bf.BinaryFormerConfig(**fields))
     return model, processor
 
 
-def build_task(recipe: dict[str, Any], folder: PreparedFolder, accelerator: Accelerator) -> tuple[Task, Any]:
-    """What is trained, and the image processor that belongs to it."""
+def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerator: Accelerator) -> tuple[Task, Any]:
+    """What is trained, and the image processor that belongs to it; without a folder on random windows, for a dry run."""
     train = recipe["train"]
-    model, processor = build_model(recipe, folder.label_names)
     count = train["iterations"] * train["batch_size"]
-    samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
+    samples: Dataset
+    if folder is None:
+        classes = recipe["data"]["classes"]
+        recipe["model"]["timm_checkpoint"] = False
+        model, processor = build_model(recipe, {label: str(label) for label in range(classes)})
+        size = tuple(processor.image_size)
+        samples = RandomSamples((processor.num_channels, *size), size, classes, count)
+    else:
+        model, processor = build_model(recipe, folder.label_names)
+        samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
     criterion = DiceCELoss(
         include_background=False,
         to_onehot_y=True,
@@ -64,6 +73,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder, accelerator: Acce
         return {"loss": criterion(logits.float(), batch["labels"][:, None])}
 
     def validate() -> dict[str, float]:
+        assert folder is not None
         pipeline = bf.VolumeSegmentationPipeline(model, processor)
         return {"validation_dice": mean_validation_dice(pipeline, folder, train["validate_volumes"])}
 
@@ -79,11 +89,12 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder, accelerator: Acce
 
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes, or the path of a .yaml file.")],
-    data: Annotated[Path, typer.Option(help="Folder written by prepare_data.py.")],
-    output: Annotated[Path, typer.Option(help="Where checkpoints, log, model and results go.")],
+    data: Annotated[Path | None, typer.Option(help="Folder written by prepare_data.py.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     evaluate: Annotated[str, typer.Option(help="Split to segment at the end: validation, test or none.")] = "test",
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="namespace/name on the Hub that gets model, processor and card.")
     ] = None,
@@ -92,6 +103,10 @@ def main(
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [])
+    if dry_run:
+        return rehearse(settings["train"], lambda accelerator: build_task(settings, None, accelerator)[0])
+    if data is None or output is None:
+        raise typer.BadParameter(DATA_NEEDED)
     folder = PreparedFolder(data)
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:

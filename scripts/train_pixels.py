@@ -18,8 +18,10 @@ import torch.nn.functional as F
 import typer
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import hf_binaryformer as bf
+from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
 from pixels import PixelSamples, load_splits, scale
 from training import RECIPES, Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
 
@@ -41,42 +43,60 @@ def accuracy(
 
 
 def build_task(
-    recipe: dict[str, Any], splits: dict[str, tuple[np.ndarray, np.ndarray]], accelerator: Accelerator
+    recipe: dict[str, Any], splits: dict[str, tuple[np.ndarray, np.ndarray]] | None, accelerator: Accelerator
 ) -> Task:
-    """What is trained."""
-    train = recipe["train"]
-    images, labels = splits["train"]
-    channels, height, width = images.shape[1:]
-    fields = {"image_size": [height, width], "num_channels": channels, "num_labels": recipe["data"]["classes"]}
+    """What is trained; without splits on random images, for a dry run."""
+    train, data = recipe["train"], recipe["data"]
+    count = train["iterations"] * train["batch_size"]
+    samples: Dataset
+    if splits is None:
+        shape = tuple(data["image_shape"])
+        samples = RandomSamples(shape, (), data["classes"], count)
+    else:
+        images, labels = splits["train"]
+        shape = images.shape[1:]
+        samples = PixelSamples(images, labels, data, train["seed"], count)
+    channels, height, width = shape
+    fields = {"image_size": [height, width], "num_channels": channels, "num_labels": data["classes"]}
     model = bf.BinaryFormerForImageClassification(bf.BinaryFormerConfig(**fields, **recipe["model"]))
-    samples = PixelSamples(images, labels, recipe["data"], train["seed"], train["iterations"] * train["batch_size"])
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with accelerator.autocast():
             logits = network(batch["pixel_values"]).logits
         return {"loss": F.cross_entropy(logits.float(), batch["labels"])}
 
-    held_images, held_labels = (part[: train["validate_images"]] for part in splits["validation"])
+    def validate() -> dict[str, float]:
+        assert splits is not None
+        held_images, held_labels = (part[: train["validate_images"]] for part in splits["validation"])
+        return {"validation_accuracy": accuracy(model, held_images, held_labels, recipe, accelerator)}
+
     return Task(
         model,
         build_optimizer(model, train),
         batches=lambda first: load_batches(samples, train, accelerator, first),
         losses=losses,
-        validate=lambda: {"validation_accuracy": accuracy(model, held_images, held_labels, recipe, accelerator)},
+        validate=validate,
     )
 
 
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/pixels, or the path of a .yaml file.")],
-    data: Annotated[Path, typer.Option(help="Folder with the published files of MNIST, Fashion-MNIST or CIFAR-10.")],
-    output: Annotated[Path, typer.Option(help="Where checkpoints, log, model and results go.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the published files of MNIST, Fashion-MNIST or CIFAR-10.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     evaluate: Annotated[str, typer.Option(help="Split to classify at the end: validation, test or none.")] = "test",
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    dry_run: DryRun = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], PIXEL_RECIPES)
+    if dry_run:
+        return rehearse(settings["train"], lambda accelerator: build_task(settings, None, accelerator))
+    if data is None or output is None:
+        raise typer.BadParameter(DATA_NEEDED)
     splits = load_splits(data, settings["data"])
     accelerator = start(settings["train"], output)
     task = build_task(settings, splits, accelerator)

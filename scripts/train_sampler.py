@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dry_run import DATA_NEEDED, DryRun, rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
@@ -109,13 +110,24 @@ def validate(
     return {"validation_bits_per_token": per_token, "validation_accuracy": right / max(seen, 1)}
 
 
-def build_task(recipe: dict[str, Any], folder: Path, accelerator: Accelerator) -> tuple[Task, AbsorbingScheduler]:
-    """What is trained, and the scheduler that belongs to it."""
+def random_tokens(count: int, transformer: BinaryVQTransformer3DModel) -> Tensor:
+    """Tokens without any structure, as :func:`load_tokens` gives them."""
+    config = transformer.config
+    return torch.randint(config.codebook_size, (count, config.num_codebooks, *config.grid_size), dtype=torch.uint8)
+
+
+def build_task(
+    recipe: dict[str, Any], folder: Path | None, accelerator: Accelerator
+) -> tuple[Task, AbsorbingScheduler]:
+    """What is trained, and the scheduler that belongs to it; without a folder on random tokens, for a dry run."""
     settings = recipe["sampler"]
     transformer = BinaryVQTransformer3DModel(**recipe["transformer"], train_block_sizes=settings["block_sizes"])
     scheduler = AbsorbingScheduler(**recipe["scheduler"])
     scheduler.check_compatible(transformer.config)
-    tokens, held_out = (load_tokens(folder, split, transformer) for split in ("train", "validation"))
+    if folder is None:
+        tokens = held_out = random_tokens(settings["batch_size"], transformer)
+    else:
+        tokens, held_out = (load_tokens(folder, split, transformer) for split in ("train", "validation"))
     total = scheduler.config.num_train_timesteps
 
     def batches(first: int) -> Iterator[list[Tensor]]:
@@ -143,13 +155,14 @@ def build_task(recipe: dict[str, Any], folder: Path, accelerator: Accelerator) -
 
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/vq, or the path of a .yaml file.")],
-    tokens: Annotated[Path, typer.Option(help="Folder written by encode_tokens.py.")],
-    output: Annotated[Path, typer.Option(help="Where checkpoints, log, transformer and scheduler go.")],
+    tokens: Annotated[Path | None, typer.Option(help="Folder written by encode_tokens.py.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, transformer and scheduler go.")] = None,
     vqmodel: Annotated[
         str | None, typer.Option(help="Autoencoder, to save all as one checkpoint: output/pipeline.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -161,6 +174,10 @@ def main(
 ) -> None:
     """Train and save."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    if dry_run:
+        return rehearse(settings["sampler"], lambda accelerator: build_task(settings, None, accelerator)[0])
+    if tokens is None or output is None:
+        raise typer.BadParameter(DATA_NEEDED.replace("--data", "--tokens"))
     accelerator = start(settings["sampler"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)

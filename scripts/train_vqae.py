@@ -20,6 +20,7 @@ import typer
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dry_run import DATA_NEEDED, DryRun, rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
@@ -47,7 +48,7 @@ def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: 
 
 
 def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Accelerator) -> Task:
-    """What is trained."""
+    """What is trained; without folders on a volume of noise, for a dry run."""
     train = recipe["vqae"]
     model = BinaryVQModel(**recipe["vqmodel"])
     perceptual = None
@@ -56,7 +57,11 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
     optimizer = torch.optim.AdamW(
         model.parameters(), train["learning_rate"], weight_decay=train["weight_decay"], betas=train["betas"]
     )
-    sources = load_sources(recipe, folders, "train", accelerator.is_main_process)
+    if folders:
+        sources = load_sources(recipe, folders, "train", accelerator.is_main_process)
+    else:
+        noise = np.random.default_rng(train["seed"]).random(recipe["data"]["volume_shape"], np.float32)
+        sources = [[noise.astype(np.float16)]]
     count, ceiling = train["iterations"] * train["batch_size"], recipe["vqmodel"]["intensity_ceiling"]
     samples = PatchSamples(sources, recipe["data"], ceiling, train["seed"], count)
 
@@ -112,10 +117,13 @@ def evaluate(model: BinaryVQModel, volumes: list[np.ndarray], recipe: dict[str, 
 
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/vq, or the path of a .yaml file.")],
-    data: Annotated[list[Path], typer.Option(help="Folder of prepare_data.py or of NIfTI files; may be repeated.")],
-    output: Annotated[Path, typer.Option(help="Where checkpoints, log, model and results go.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folder of prepare_data.py or of NIfTI files; may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="namespace/name on the Hub that gets the autoencoder and its card.")
     ] = None,
@@ -124,6 +132,10 @@ def main(
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    if dry_run:
+        return rehearse(settings["vqae"], lambda accelerator: build_task(settings, [], accelerator))
+    if not data or output is None:
+        raise typer.BadParameter(DATA_NEEDED)
     accelerator = start(settings["vqae"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)

@@ -60,6 +60,8 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES) -> dict
         typer.BadParameter: no such recipe or section; says which there are.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not path.is_file() and name.endswith(("-vqae", "-sampler")):  # both trainings stand in one file
+        path = folder / f"{name.rpartition('-')[0]}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
@@ -132,7 +134,7 @@ class Task:
     measures: Callable[[], dict[str, float]] | None = None
 
 
-def start(train: dict[str, Any], output: Path) -> Accelerator:
+def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     """Fill in a recipe's defaults, seed, and set up Accelerate.
 
     Raises:
@@ -140,12 +142,13 @@ def start(train: dict[str, Any], output: Path) -> Accelerator:
     """
     for key, value in DEFAULTS.items():
         train.setdefault(key, value)
+    train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
     installed = [tracker.value if hasattr(tracker, "value") else str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in train["trackers"] if name not in installed]
     if missing:
         raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
     accelerator = Accelerator(
-        mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=str(output)
+        mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
     )
     parts = accelerator.num_processes * train["accumulation"]
     if train["batch_size"] % parts:

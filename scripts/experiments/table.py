@@ -8,8 +8,9 @@ finished is not run again, what was interrupted goes on from its checkpoint.
 A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
 ``settings`` of every run and ``forms`` with those of each form (``section.key: value``); ``reference`` (the form that others
 are compared with) and ``controls`` (which must do worse than it, or the table is no evidence); ``seeds``; ``measures``
-(``name: {file, key, better}``); ``rates``: learning rates that every form tries on ``tuning_seed``, the same number for all;
-``scales``: settings of each ``--scale``.
+(``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the same for all, the ``seed`` of these
+trials, and ``settings`` and ``arguments`` of theirs (shorter, judged on the validation split); ``scales``: settings of each
+``--scale``.
 """
 
 from __future__ import annotations
@@ -63,15 +64,17 @@ class Table:
         self.words = words
         self.forms: dict[str, dict[str, Any]] = words["forms"]
         self.seeds: list[int] = words["seeds"]
-        self.rates: list[float] = words["rates"]
+        self.tuning: dict[str, Any] = words["tuning"]
         self.section: str = words["section"]
         for name in (words["reference"], *words["controls"]):
             if name not in self.forms:
                 raise typer.BadParameter(f"{path.name} names {name}, but its forms are {', '.join(self.forms)}")
 
     def run(self, form: str, seed: int, rate: float) -> Run:
-        """The settings of a training: common ones, the scale's, the form's, rate and seed."""
+        """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
         settings = {**self.words["settings"], **self.words["scales"][self.scale], **self.forms[form]}
+        if seed == self.tuning["seed"]:
+            settings |= self.tuning["settings"]
         settings |= {f"{self.section}.learning_rate": rate, f"{self.section}.seed": seed}
         return Run(form, seed, rate, tuple(settings.items()))
 
@@ -88,14 +91,23 @@ class Table:
         return a > b if self.words["measures"][name]["better"] == "higher" else a < b
 
 
-def train(table: Table, run: Run, runs: Path, threads: int) -> Path:
+def filled(words: list[str], runs: Path, data: Path | None) -> list[str]:
+    """A command's words with the places of {runs} and {data}."""
+    if data is None and any("{data}" in word for word in words):
+        raise typer.BadParameter("this table reads a folder of data: give --data")
+    return [word.format(runs=runs, data=data) for word in words]
+
+
+def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -> Path:
     """Train in a process of its own, or go on with it; returns the run's folder."""
     folder = runs / table.name / table.scale / run.name
     if (folder / FINISHED).is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "scripts" / table.words["script"])]
-    command += [word.format(runs=runs) for word in table.words["arguments"]]
+    command += filled(table.words["arguments"], runs, data)
+    if run.seed == table.tuning["seed"]:
+        command += table.tuning["arguments"]
     command += ["--output", str(folder)]
     for key, value in run.settings:
         command += ["--set", f"{key}={json.dumps(value)}"]
@@ -110,22 +122,23 @@ def train(table: Table, run: Run, runs: Path, threads: int) -> Path:
     return folder
 
 
-def train_all(table: Table, wanted: list[Run], runs: Path, workers: int) -> dict[Run, Path]:
+def train_all(table: Table, wanted: list[Run], runs: Path, data: Path | None, workers: int) -> dict[Run, Path]:
     """All of these trainings, ``workers`` at a time."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     with ThreadPoolExecutor(workers) as pool:
-        folders = pool.map(lambda run: train(table, run, runs, threads), wanted)
+        folders = pool.map(lambda run: train(table, run, runs, data, threads), wanted)
         return dict(zip(wanted, folders, strict=True))
 
 
-def choose_rates(table: Table, runs: Path, workers: int) -> dict[str, float]:
-    """The rate of each form: the best of ``rates`` by the first measure, on a seed that the table does not count."""
-    if len(table.rates) == 1:
-        return dict.fromkeys(table.forms, table.rates[0])
-    tried = [table.run(form, table.words["tuning_seed"], rate) for form in table.forms for rate in table.rates]
+def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> dict[str, float]:
+    """The rate of each form: the best by the first measure, on a seed that the table does not count."""
+    rates = table.tuning["rates"]
+    if len(rates) == 1:
+        return dict.fromkeys(table.forms, rates[0])
+    tried = [table.run(form, table.tuning["seed"], rate) for form in table.forms for rate in rates]
     first = next(iter(table.words["measures"]))
     best: dict[str, tuple[float, float]] = {}
-    for run, folder in train_all(table, tried, runs, workers).items():
+    for run, folder in train_all(table, tried, runs, data, workers).items():
         value = table.measure(first, folder)
         if run.form not in best or table.better(first, value, best[run.form][0]):
             best[run.form] = value, run.rate
@@ -164,10 +177,10 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
             "",
         ]
     lines += [table.words["question"].strip(), ""]
-    seeds = ", ".join(map(str, table.seeds))
+    seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
     lines += [
         f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences from {reference} are paired by "
-        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {', '.join(map(str, table.rates))}.",
+        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {tried}.",
         "",
     ]
     for name, per_form in figures.items():
@@ -207,21 +220,21 @@ def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -
 def main(
     path: Annotated[Path, typer.Argument(help="The table's .yaml file.")],
     runs: Annotated[Path, typer.Option(help="Folder for data and trainings.")],
+    data: Annotated[Path | None, typer.Option(help="The folder that the table's commands call {data}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trainings at one time.")] = 1,
     scale: Annotated[str, typer.Option(help="One of the table's scales.")] = "small",
     evidence: Annotated[Path, typer.Option(help="Where the table goes, in a folder of its name.")] = EVIDENCE,
 ) -> None:
     """Run a table."""
     table = Table(path, scale)
-    runs = runs.resolve()
+    runs, data = runs.resolve(), data and data.resolve()
     for step in table.words.get("prepare", []):
         place = runs / step["makes"]
         if not place.exists():
-            words = [sys.executable, *(word.format(runs=runs) for word in step["command"])]
-            subprocess.run(words, cwd=ROOT, check=True)
-    rates = choose_rates(table, runs, workers)
+            subprocess.run([sys.executable, *filled(step["command"], runs, data)], cwd=ROOT, check=True)
+    rates = choose_rates(table, runs, data, workers)
     wanted = [table.run(form, seed, rates[form]) for seed in table.seeds for form in table.forms]
-    folders = train_all(table, wanted, runs, workers)
+    folders = train_all(table, wanted, runs, data, workers)
     figures = {
         name: {
             form: [table.measure(name, folders[table.run(form, seed, rates[form])]) for seed in table.seeds]
@@ -239,6 +252,8 @@ def main(
                 row = [figures[name][form][place] for name in figures]
                 writer.writerow([form, seed, rates[form], scale, *row])
     command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
+    if data is not None:
+        command += f" --data data/{data.name}"
     (target / "README.md").write_text(markdown(table, figures, rates, command))
     draw(table, figures, target / "table.png")
     print(f"wrote {target}")

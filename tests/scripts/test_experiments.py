@@ -21,9 +21,11 @@ import argparse, json, pathlib
 parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=pathlib.Path)
 parser.add_argument("--resume", action="store_true")
+parser.add_argument("--evaluate", default="test")
 parser.add_argument("--set", action="append")
 a = parser.parse_args()
 s = {k: json.loads(v) for k, v in (x.split("=", 1) for x in a.set)}
+assert (a.evaluate == "validation") == s.get("train.tried", False) == (s["train.seed"] == 9)
 with (a.output / "calls").open("a") as calls:
     calls.write("resumed\\n" if a.resume else "started\\n")
 if s.get("train.dies") and not a.resume:
@@ -56,8 +58,12 @@ def table(tmp_path, monkeypatch):
             "uniform": {"model.level": 1.0},
         },
         "seeds": [0, 1, 2],
-        "tuning_seed": 9,
-        "rates": [0.1, 0.2],
+        "tuning": {
+            "seed": 9,
+            "rates": [0.1, 0.2],
+            "settings": {"train.tried": True},
+            "arguments": ["--evaluate", "validation"],
+        },
         "measures": {"dice": {"file": "results.json", "key": "rows/dice", "better": "higher"}},
     }
 
@@ -133,8 +139,8 @@ def test_every_table_in_the_repository_is_complete(path):
     for scale in words["scales"]:
         table = tables.Table(path, scale)
         for form in table.forms:
-            assert dict(table.run(form, 0, table.rates[0]).settings)
-    assert len(words["seeds"]) >= 3 and words["tuning_seed"] not in words["seeds"]
+            assert dict(table.run(form, 0, table.tuning["rates"][0]).settings)
+    assert len(words["seeds"]) >= 3 and words["tuning"]["seed"] not in words["seeds"]
     assert {"uniform", "frozen"} <= set(words["controls"])
 
 

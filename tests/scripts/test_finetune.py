@@ -52,6 +52,7 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_builds_and_trains_a_step(path):
     settings = yaml.safe_load(path.read_text())
+    settings["model"]["timm_checkpoint"] = False  # no download
     model, processor = finetune.build_model(settings, {0: "background", 1: "a"})
     x = torch.randn(1, processor.num_channels, *processor.image_size)
     loss = model(x, labels=torch.zeros(1, *processor.image_size, dtype=torch.long)).loss
@@ -64,7 +65,7 @@ def test_every_recipe_builds_and_trains_a_step(path):
 
 
 def test_the_weight_networks_learn_at_their_own_rate():
-    settings = yaml.safe_load(RECIPES[0].read_text())
+    settings = load_recipe("hippocampus", [])
     settings["model"] |= {"attention_type": "hamming", "bit_gradient": None}
     model, _ = finetune.build_model(settings, {0: "background", 1: "a"})
     rates = {id(p): g["lr"] for g in build_optimizer(model, settings["train"]).param_groups for p in g["params"]}

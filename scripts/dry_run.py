@@ -1,0 +1,89 @@
+"""``--dry-run`` of the training scripts: two steps on random data of the recipe's size, to see that it runs here and its cost."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from training import Task, run, start
+
+# The first step also sets things up: the second one's time is what a step costs.
+STEPS = 2
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        "--dry_run",
+        help="Train two steps on random data of the recipe's size, print what a step costs, save nothing; needs no data.",
+    ),
+]
+DATA_NEEDED = "--data and --output are needed, except with --dry-run"
+
+
+class RandomSamples(Dataset):
+    """Images of noise with random labels.
+
+    Args:
+        image_shape: of "pixel_values", (C, H, W) float32, about normal.
+        label_shape: of "labels", int64; () for one label an image.
+        classes: labels are 0 ... classes - 1.
+        length: number of samples.
+    """
+
+    def __init__(self, image_shape: tuple[int, ...], label_shape: tuple[int, ...], classes: int, length: int) -> None:
+        self._image_shape, self._label_shape, self._classes, self._length = image_shape, label_shape, classes, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        return {
+            "pixel_values": torch.randn(self._image_shape, generator=generator),
+            "labels": torch.randint(self._classes, self._label_shape, generator=generator),
+        }
+
+
+def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> None:
+    """Train :data:`STEPS` steps in a temporary folder and print a line of JSON.
+
+    Its keys: parameters, batch_size, processes, device, mixed_precision, losses (one a step), seconds_per_step,
+    peak_gib (of this process: on the GPU if there is one, else all of its memory).
+
+    Args:
+        train: the recipe's section; it is shortened in place.
+        build: makes the task, on random data.
+    """
+    train |= {"iterations": STEPS, "log_every": 1, "validate_every": None, "best_by": None, "trackers": []}
+    accelerator = start(train, None)
+    with TemporaryDirectory() as own:
+        folder = Path(broadcast_object_list([own])[0])
+        task = build(accelerator)
+        run(task, train, accelerator, folder, resume=False, stop_after=None)
+        if not accelerator.is_main_process:
+            return
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    on_gpu = accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "batch_size": train["batch_size"],
+        "processes": accelerator.num_processes,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "mixed_precision": accelerator.mixed_precision,
+        "losses": [round(record["loss"], 4) for record in records],
+        "seconds_per_step": round(records[-1]["seconds"] - records[-2]["seconds"], 1),
+        "peak_gib": round(peak / 2**30, 2),
+    }
+    print(json.dumps(report))

@@ -1,0 +1,133 @@
+"""--dry-run: every recipe that is shipped takes two steps at its true size, and says what they cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toys
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import finetune
+import train_pixels
+import train_sampler
+import train_vqae
+from dry_run import RandomSamples
+from training import RECIPES, VQ_RECIPES, load_recipe
+
+ROOT = Path(__file__).parents[2]
+TINY_PIXELS = ["model.hidden_size=16", "model.num_heads=2", "model.num_hidden_layers=1", "train.mixed_precision=no"]
+KEYS = {
+    "parameters",
+    "batch_size",
+    "processes",
+    "device",
+    "mixed_precision",
+    "losses",
+    "seconds_per_step",
+    "peak_gib",
+}
+PAPER = {"vit": (26e6, 29e6), "pixels": (12e6, 15e6), "decoder": (11e6, 25e6), "sampler": (12e6, 16e6)}
+
+
+def invoke(script, *arguments) -> str:
+    app = typer.Typer()
+    app.command()(script.main)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def toy(script, folder: Path) -> tuple[str | Path, list[str]]:
+    """A recipe at toy size, and overrides."""
+    path = folder / "toy.yaml"
+    if script is train_pixels:
+        return "mnist-pixels", [*TINY_PIXELS, "train.batch_size=2"]
+    write = {
+        finetune: toys.write_segmentation_recipe,
+        train_vqae: toys.write_autoencoder_recipe,
+        train_sampler: toys.write_sampler_recipe,
+    }
+    return write[script](path), []
+
+
+@pytest.mark.parametrize("script", [finetune, train_pixels, train_vqae, train_sampler], ids=lambda s: s.__name__)
+def test_two_steps_without_data(script, tmp_path, monkeypatch):
+    recipe, overrides = toy(script, tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    printed = invoke(script, "--recipe", recipe, "--dry_run", *(w for o in overrides for w in ("--set", o)))
+    report = json.loads(printed.strip().splitlines()[-1])
+    assert set(report) == KEYS
+    assert len(report["losses"]) == 2 and all(math.isfinite(loss) for loss in report["losses"])
+    assert report["losses"][0] != report["losses"][1]
+    assert report["parameters"] > 1000 and report["peak_gib"] > 0
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("script", [finetune, train_pixels, train_vqae, train_sampler], ids=lambda s: s.__name__)
+def test_without_data_and_dry_run_says_what_is_missing(script, tmp_path):
+    recipe, _ = toy(script, tmp_path)
+    option = "--tokens" if script is train_sampler else "--data"
+    arguments = {"recipe": str(recipe), "output": tmp_path / "out"}
+    with pytest.raises(typer.BadParameter, match=f"{option} and --output are needed"):
+        script.main(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_samples_have_all_labels_and_repeat():
+    samples = RandomSamples((2, 3, 4), (3, 4), 3, 50)
+    assert len(samples) == 50 and samples[7]["pixel_values"].shape == (2, 3, 4)
+    assert {int(v) for n in range(50) for v in samples[n]["labels"].unique()} == {0, 1, 2}
+    assert (samples[7]["pixel_values"] == samples[7]["pixel_values"]).all()
+    assert (samples[7]["pixel_values"] != samples[8]["pixel_values"]).any()
+
+
+@pytest.mark.parametrize("section", ["vqae", "sampler"])
+def test_both_trainings_of_a_recipe_have_a_name(section):
+    assert load_recipe(f"oasis-{section}", [], VQ_RECIPES) == load_recipe("oasis", [], VQ_RECIPES)
+
+
+@pytest.mark.parametrize("name", ["amos", "spine", "crossmoda"])
+def test_labels_of_a_dry_run_are_those_that_prepare_data_writes(name):
+    data_set = {"spine": "spider"}.get(name, name)
+    words = yaml.safe_load((RECIPES.parent / "data_sets" / f"{data_set}.yaml").read_text())
+    recipe = load_recipe(name, [])
+    assert recipe["data"]["classes"] == len(words["labels"])
+    plane = [s for s in words["size"] if s is not None]
+    assert recipe["processor"]["image_size"] == plane
+    assert words["size"][recipe["processor"]["slice_axis"]] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "recipe", "size", "overrides"),
+    [
+        ("finetune", "amos", "vit", ["train.batch_size=2"]),
+        ("finetune", "spine", "vit", ["train.batch_size=2"]),
+        ("finetune", "crossmoda", "vit", ["train.batch_size=2"]),
+        ("train_pixels", "cifar10-pixels", "pixels", ["train.batch_size=2"]),
+        ("train_pixels", "mnist-pixels", "pixels", ["train.batch_size=2"]),
+        # The weights of the recipe's perceptual loss are not in the package.
+        ("train_vqae", "oasis-vqae", "decoder", ["vqae.batch_size=2", "vqae.perceptual_loss=none"]),
+        ("train_sampler", "oasis-sampler", "sampler", ["sampler.batch_size=2"]),
+    ],
+)
+def test_recipes_with_the_papers_figures_take_two_steps(script, recipe, size, overrides):
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--recipe", recipe, "--dry-run"]
+    command += [word for override in overrides for word in ("--set", override)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    low, high = PAPER[size]
+    assert low < report["parameters"] < high
+    assert all(math.isfinite(loss) for loss in report["losses"])
