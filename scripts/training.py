@@ -6,6 +6,7 @@ resuming, trackers and interruptions are here.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -21,10 +22,11 @@ import typer
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -138,7 +140,8 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     """Fill in a recipe's defaults, seed, and set up Accelerate.
 
     Raises:
-        typer.BadParameter: a batch that the processes and accumulation do not divide, or a tracker that is not installed.
+        typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, or
+            weights split over processes (FSDP) with what needs them whole.
     """
     for key, value in DEFAULTS.items():
         train.setdefault(key, value)
@@ -150,6 +153,9 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
     )
+    split = accelerator.distributed_type == DistributedType.FSDP
+    if split and (train["ema_decay"] or train["validate_every"]):
+        raise typer.BadParameter("with FSDP no process has all weights: set ema_decay to 0 and validate_every to null")
     parts = accelerator.num_processes * train["accumulation"]
     if train["batch_size"] % parts:
         raise typer.BadParameter(
@@ -219,6 +225,7 @@ def run(
         average = EMAModel(task.model.parameters(), train["ema_decay"], use_ema_warmup=True, power=3 / 4)
         average.to(accelerator.device)
     progress = Progress()
+    whole = copy.deepcopy(task.model) if accelerator.distributed_type == DistributedType.FSDP else None
     accelerator.register_for_checkpointing(progress, schedule, *([average] if average else []))
     model, optimizer = accelerator.prepare(task.model, task.optimizer)
     if train["compile"]:
@@ -280,6 +287,8 @@ def run(
             if asked:
                 break
     bar.close()
+    if whole is not None:
+        task.model = gather(model, whole)
     # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -290,6 +299,14 @@ def run(
         average.copy_to(task.model.parameters())
     if train["best_by"]:
         load_model(task.model, output / BEST_WEIGHTS, device=str(accelerator.device))
+
+
+def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
+    """The weights of a network that is split over processes (FSDP), in ``whole`` on the main process; all must call this."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights:
+        whole.load_state_dict(weights)
+    return whole
 
 
 def validate(

@@ -94,6 +94,10 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What makes tokens of pixels; tools of transformers and Accelerate ask for it."""
+        return self.encoder.patch_embed
+
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Normalised tokens.
 
