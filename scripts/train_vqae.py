@@ -67,7 +67,7 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
 
     def losses(network: nn.Module, batch: Tensor, step: int) -> dict[str, Tensor]:
         with accelerator.autocast():
-            result = network(batch, quantize=step >= train["quantize_after"])
+            result = network(batch, step >= train["quantize_after"], train["nested_dropout"])
         parts = {
             "reconstruction": reconstruction_loss(result.sample, batch, train["reconstruction_loss"]),
             "commitment": train["commitment_weight"] * result.commitment_loss.float(),

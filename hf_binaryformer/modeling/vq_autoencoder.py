@@ -8,6 +8,7 @@ from itertools import product
 from math import ceil
 from typing import cast
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
@@ -145,21 +146,33 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         half, full = self.config.decoder_num_convs
         return 2 * half + full
 
-    def forward(self, x: Tensor, quantize: bool = True) -> BinaryVQModelOutput:
+    def forward(self, x: Tensor, quantize: bool = True, nested_dropout: float = 0.0) -> BinaryVQModelOutput:
         """Reconstruct; in training mode the codebooks follow the latents.
 
         Args:
             x: (B, in_channels, D, H, W), sizes as for :meth:`encode`.
             quantize: False reconstructs from the continuous latents, to train the convolutions before the codebooks.
+            nested_dropout: share of the samples, 0 to 1, that are decoded from their first sub-codebooks alone, zeros in the
+                place of the others, so that the first ones learn what matters most and the last ones detail; in training
+                mode only (Rippel et al., ICML 2014; not in the paper).
 
         Raises:
             ValueError: as :meth:`encode`.
         """
         latents = self._encode(x)
         if not quantize:
-            return BinaryVQModelOutput(self._decode(latents), None, latents.new_zeros(()))
+            return BinaryVQModelOutput(self._decode(self._drop(latents, nested_dropout)), None, latents.new_zeros(()))
         quantized, tokens, commitment = self.quantizer(latents)
-        return BinaryVQModelOutput(self._decode(quantized), tokens, commitment)
+        return BinaryVQModelOutput(self._decode(self._drop(quantized, nested_dropout)), tokens, commitment)
+
+    def _drop(self, latents: Tensor, share: float) -> Tensor:
+        """Latents with zeros from a random sub-codebook on, never the first, in a share of the samples."""
+        count, books = len(latents), self.config.num_codebooks
+        if not self.training or share == 0 or books == 1:
+            return latents
+        kept = torch.where(torch.rand(count) < share, torch.randint(1, books, (count,)), books).to(latents.device)
+        mask = torch.arange(books, device=latents.device) < kept[:, None]
+        return latents * mask.repeat_interleave(self.config.codebook_dim, 1)[:, :, None, None, None]
 
     def encode(self, x: Tensor) -> BinaryVQEncoderOutput:
         """Volume to tokens.

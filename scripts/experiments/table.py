@@ -10,7 +10,8 @@ A table's file says: ``title``; ``prepare`` (commands that make the data, once);
 are compared with) and ``controls`` (which must do worse than it, or the table is no evidence); ``seeds``; ``measures``
 (``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the same for all, the ``seed`` of these
 trials, and ``settings`` and ``arguments`` of theirs (shorter, judged on the validation split); ``scales``: settings of each
-``--scale``.
+``--scale``; ``curves``: keys of ``log.jsonl`` to draw over the training, as ``curves.png``. ``like`` names another table, whose
+words count where the file has none.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Table:
     def __init__(self, path: Path, scale: str) -> None:
         self.name, self.path, self.scale = path.stem, path, scale
         words: dict[str, Any] = yaml.safe_load(path.read_text())
+        if "like" in words:
+            words = yaml.safe_load(path.with_name(f"{words['like']}.yaml").read_text()) | words
         if scale not in words["scales"]:
             raise typer.BadParameter(f"--scale {scale}: {path.name} has {', '.join(words['scales'])}")
         self.words = words
@@ -167,6 +170,12 @@ def ties(table: Table, figures: dict[str, dict[str, list[float]]]) -> list[str]:
     return tied
 
 
+def titled(table: Table, name: str) -> str:
+    """A measure with the direction that is better, if one is."""
+    better = table.words["measures"][name].get("better")
+    return f"{name} ({better} is better)" if better else name
+
+
 def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: dict[str, float], command: str) -> str:
     """The table in words: ``figures`` are measure -> form -> one value a seed."""
     reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
@@ -184,9 +193,8 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
         "",
     ]
     for name, per_form in figures.items():
-        better = table.words["measures"][name]["better"]
         lines += [
-            f"## {name} ({better} is better)",
+            f"## {titled(table, name)}",
             "",
             f"| form | rate | mean ± sd | less {reference} |",
             "| --- | ---: | ---: | ---: |",
@@ -212,8 +220,30 @@ def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -
             axes.plot([statistics.mean(values)], [row], "|", color="black", markersize=14)
         axes.set_yticks(range(len(per_form)), list(per_form))
         axes.invert_yaxis()
-        axes.set_xlabel(f"{name} ({table.words['measures'][name]['better']} is better)")
+        axes.set_xlabel(titled(table, name))
         axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(table: Table, folders: dict[str, list[Path]], path: Path) -> None:
+    """One panel a key of the logs: the mean over seeds of each form, over the iterations."""
+    from matplotlib.figure import Figure
+
+    keys = table.words["curves"]
+    figure = Figure(figsize=(4.5 * len(keys), 4), layout="constrained")
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
+    for number, (form, places) in enumerate(folders.items()):
+        logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in places]
+        for axes, key in zip(panels, keys, strict=True):
+            means = [statistics.mean(record[key] for record in records) for records in zip(*logs, strict=True)]
+            style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+            axes.plot([record["step"] for record in logs[0]], means, label=form, **style)
+    for axes, key in zip(panels, keys, strict=True):
+        axes.set_xlabel("iteration")
+        axes.set_title(key)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -256,6 +286,9 @@ def main(
         command += f" --data data/{data.name}"
     (target / "README.md").write_text(markdown(table, figures, rates, command))
     draw(table, figures, target / "table.png")
+    if "curves" in table.words:
+        places = {form: [folders[table.run(form, s, rates[form])] for s in table.seeds] for form in table.forms}
+        draw_curves(table, places, target / "curves.png")
     print(f"wrote {target}")
 
 

@@ -133,6 +133,26 @@ def test_without_quantisation_the_codebooks_stay_and_every_weight_learns():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+def test_nested_dropout_keeps_the_first_codebooks(quantize, monkeypatch):
+    model = tiny(num_codebooks=3).train()
+    x = torch.rand(400, 1, *[model.downsample] * 3)
+    seen = []
+    monkeypatch.setattr(model, "_decode", lambda latents: seen.append(latents) or latents)
+    torch.manual_seed(0)
+    model(x, quantize, 0.5)
+    present = seen[-1].unflatten(1, (3, -1)).flatten(2).ne(0).any(2)
+    kept = present.sum(1)
+    assert (present == (torch.arange(3) < kept[:, None])).all()
+    # Half of them lose some, and keep 1 or 2.
+    shares = torch.bincount(kept, minlength=4) / len(kept)
+    torch.testing.assert_close(shares, torch.tensor([0, 0.25, 0.25, 0.5]), atol=0.06, rtol=0)
+    model(x, quantize)
+    assert seen[-1].unflatten(1, (3, -1)).flatten(2).ne(0).any(2).all()
+    model.eval()(x, quantize, 1.0)
+    assert seen[-1].unflatten(1, (3, -1)).flatten(2).ne(0).any(2).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_it_does_the_same(tmp_path, dtype):
     model = tiny(spacing=None).train()

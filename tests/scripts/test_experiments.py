@@ -9,12 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import table as tables
+import torch
+import train_probed
 import typer
 import yaml
 from make_twins import Kind, twins
 from make_twins import main as make_twins
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from toys import write_sampler_recipe, write_tokens
+
+import train_sampler
+from hf_binaryformer.modeling.attention import BinaryAttention
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 
 TRAINER = """
 import argparse, json, pathlib
@@ -32,8 +39,12 @@ if s.get("train.dies") and not a.resume:
     (a.output / "checkpoints" / "step_00000001").mkdir(parents=True)
     raise SystemExit(3)
 value = s["model.level"] + 0.1 * s["train.seed"] - abs(s["train.learning_rate"] - s["model.likes"])
+(a.output / "log.jsonl").write_text(json.dumps({"step": 1, "level": s["model.level"]}))
 (a.output / "results.json").write_text(json.dumps({"rows": {"dice": value}}))
 """
+
+ANY = {"file": "results.json", "key": "rows/dice"}
+MEASURE = ANY | {"better": "higher"}
 
 
 @pytest.fixture
@@ -64,7 +75,7 @@ def table(tmp_path, monkeypatch):
             "settings": {"train.tried": True},
             "arguments": ["--evaluate", "validation"],
         },
-        "measures": {"dice": {"file": "results.json", "key": "rows/dice", "better": "higher"}},
+        "measures": {"dice": MEASURE},
     }
 
     def write(**changes) -> Path:
@@ -135,7 +146,7 @@ def test_names_that_do_not_fit(table, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((Path(tables.__file__).parent).glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_table_in_the_repository_is_complete(path):
-    words = yaml.safe_load(path.read_text())
+    words = tables.Table(path, "small").words
     for scale in words["scales"]:
         table = tables.Table(path, scale)
         for form in table.forms:
@@ -157,3 +168,48 @@ def test_twins_are_where_they_should_be_and_nothing_else_is_known(kind, tmp_path
     assert saved["train"].shape == (20, 1, 1, 2, 8) and saved["validation"].shape == (6, 1, 1, 2, 8)
     rows = {json.dumps(row.tolist()) for split in saved.values() for row in split[:, 0, 0, 0]}
     assert len(rows) == 26
+
+
+@pytest.mark.parametrize("kind", ["softmax", "uniform", "sign", "sign_stopgrad", "hamming", "hamming_grouped"])
+def test_probed_scores_are_those_that_attention_uses(kind):
+    torch.manual_seed(0)
+    config = BinaryFormerConfig(attention_type=kind, value_head_dim=4, hidden_size=16, num_heads=2)
+    attention = BinaryAttention(16, 2, config=config)
+    x = torch.randn(3, 7, 16)
+    score, weights = train_probed.scores(attention, x)
+    value = attention._project(x)[2]
+    expected = attention.proj((score.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+    assert (weights.numel() > 1) == kind.startswith("hamming")
+
+
+def test_a_probed_training_is_the_training(tmp_path):
+    (tmp_path / "tokens").mkdir()
+    tokens, recipe = write_tokens(tmp_path / "tokens"), write_sampler_recipe(tmp_path / "toy.yaml")
+    last_weights = ["sampler.ema_decay=0", "transformer.dropout=0"]
+    train_sampler.main(str(recipe), tokens, tmp_path / "plain", overrides=last_weights)
+    train_probed.main(str(recipe), tokens, tmp_path / "probed", probed=4, overrides=last_weights)
+    losses, probed = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("plain", "probed")
+    )
+    assert [r["loss"] for r in losses] == [r["loss"] for r in probed]
+    figures = json.loads((tmp_path / "probed" / "probe.json").read_text())
+    assert figures["end"] == {key: probed[-1][key] for key in figures["end"]} and figures["start"] != figures["end"]
+    assert (
+        0 < figures["end"]["entropy"] < np.log(12)
+        and figures["end"]["weight"] == 1
+        and figures["start"]["gradient"] > 0
+    )
+    assert figures["same_tokens"] == 1 and figures["logit_difference"] < 1e-4
+
+
+def test_a_table_like_another_and_its_curves(table, tmp_path):
+    table()
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({"like": "toy", "title": "Other", "curves": ["level"], "measures": {"dice": MEASURE, "x": ANY}})
+    )
+    tables.main(tmp_path / "other.yaml", tmp_path / "runs", workers=2, scale="small", evidence=tmp_path / "evidence")
+    text = (tmp_path / "evidence" / "other" / "README.md").read_text()
+    assert text.startswith("# Other") and "## x\n" in text and "## dice (higher is better)" in text
+    assert (tmp_path / "evidence" / "other" / "curves.png").stat().st_size > 1000

@@ -1,0 +1,120 @@
+"""python scripts/experiments/train_probed.py --recipe R --tokens T --output O: train_sampler.py with a look inside.
+
+Every time the log is written, a fixed batch shows how attention stands: ``gradient`` (norm of the loss's gradient to the
+projections of queries and keys) and ``entropy`` (of the rows of attention, in nats), means over blocks; ``weight`` (largest
+absolute token weight w_q or w_k, 1 without) and ``logit`` (largest absolute score). In the end ``probe.json`` holds the first and
+the last of them, and how far the compiled kernel and the float reference agree on that batch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
+from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from train_sampler import build_task, load_tokens
+from training import VQ_RECIPES, load_recipe, run, start, write_summary
+
+
+def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All scores (B, H, N, N) before the softmax, and all token weights, in floating point."""
+    query, key, _ = attention._project(x)
+    one = torch.ones((), device=x.device)
+    kind = attention.config.attention_type
+    if kind == "uniform":
+        return x.new_zeros(x.shape[0], attention.num_heads, x.shape[1], x.shape[1]), one
+    if kind == "softmax":
+        return attention.scale * query @ key.mT, one
+    if kind == "hamming_bernoulli":
+        raise typer.BadParameter("hamming_bernoulli draws its signs: it has no scores to look at")
+    signs = [torch.where(t >= 0, 1.0, -1.0) for t in (query, key)]
+    product = attention.scale * signs[0] @ signs[1].mT
+    if kind in ("sign", "sign_stopgrad"):
+        return product, one
+    weights = attention.query_theta(query), attention.key_theta(key)
+    return product * weights[0][..., None] * weights[1][..., None, :], torch.cat(weights)
+
+
+class Probe:
+    """A fixed batch of tokens, half of them masked, and what attention does with it."""
+
+    def __init__(self, model: BinaryVQTransformer3DModel, scheduler: AbsorbingScheduler, tokens: Tensor) -> None:
+        self._model, self._total = model, scheduler.config.num_train_timesteps
+        self._truth = tokens.long()
+        self._times = torch.full((len(tokens),), self._total // 2)
+        generator = torch.Generator().manual_seed(0)
+        self._noisy, self._masked = scheduler.add_noise(self._truth, self._times, generator)
+
+    def __call__(self) -> dict[str, float]:
+        """Figures of the network as it stands; neither its gradients nor the random state change."""
+        inputs: list[tuple[BinaryAttention, Tensor]] = []
+        modules = attention_modules(self._model)
+        hooks = [m.register_forward_hook(lambda m, x, _: inputs.append((m, x[0].detach()))) for m in modules]
+        device = self._model.device
+        truth, noisy, masked, times = (t.to(device) for t in (self._truth, self._noisy, self._masked, self._times))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # ternary gradients draw
+            loss = elbo_loss(self._model(noisy).logits, truth, masked, times, self._total, "elbo")
+            for hook in hooks:
+                hook.remove()
+            learning = [m for m in modules if m.query_key_dim]
+            gradients = torch.autograd.grad(loss, [m.qkv.weight for m in learning]) if learning else ()
+        norms = [g[: 2 * m.query_key_dim].norm().item() for m, g in zip(learning, gradients, strict=True)]
+        entropies, weights, logits = [], [], []
+        with torch.no_grad():
+            for module, x in inputs:
+                score, weight = scores(module, x)
+                log = score.log_softmax(-1)
+                entropies.append(-(log.exp() * log).sum(-1).mean().item())
+                weights.append(weight.abs().max().item())
+                logits.append(score.abs().max().item())
+        return {
+            "gradient": sum(norms) / max(len(norms), 1),
+            "entropy": sum(entropies) / len(entropies),
+            "weight": max(weights),
+            "logit": max(logits),
+        }
+
+    @torch.no_grad()
+    def agreement(self) -> dict[str, float]:
+        """Largest difference of logits between the chosen kernel and the float reference, and the share of equal tokens."""
+        self._model.eval()
+        chosen = self._model(self._noisy.to(self._model.device)).logits
+        for module in attention_modules(self._model):
+            module.backend = "reference"
+        reference = self._model(self._noisy.to(self._model.device)).logits
+        same = (chosen.argmax(2) == reference.argmax(2)).float().mean().item()
+        return {"logit_difference": (chosen - reference).abs().max().item(), "same_tokens": same}
+
+
+def main(
+    recipe: Annotated[str, typer.Option(help="As for train_sampler.py.")],
+    tokens: Annotated[Path, typer.Option(help="Folder written by encode_tokens.py.")],
+    output: Annotated[Path, typer.Option(help="Where checkpoints, log and probe.json go.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
+    probed: Annotated[int, typer.Option(min=1, help="Samples of the fixed batch.")] = 16,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+) -> None:
+    """Train and watch."""
+    settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    accelerator = start(settings["sampler"], output)
+    task, scheduler = build_task(settings, tokens, accelerator)
+    probe = Probe(task.model, scheduler, load_tokens(tokens, "validation", task.model)[:probed])
+    before = probe()
+    task.measures = probe
+    run(task, settings["sampler"], accelerator, output, resume, None)
+    if accelerator.is_main_process:
+        write_summary(settings, "sampler", output)
+        figures = {"start": before, "end": probe(), **probe.agreement()}
+        (output / "probe.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
