@@ -45,6 +45,17 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
     return model, processor
 
 
+def build_criterion(train: dict[str, Any]) -> DiceCELoss:
+    """Dice and cross-entropy of logits (B, labels, H, W) and labels (B, 1, H, W)."""
+    return DiceCELoss(
+        include_background=False,
+        to_onehot_y=True,
+        softmax=True,
+        batch=train["batch_dice"],
+        lambda_dice=train["dice_weight"],
+    )
+
+
 def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerator: Accelerator) -> tuple[Task, Any]:
     """What is trained, and the image processor that belongs to it; without a folder on random windows, for a dry run."""
     train = recipe["train"]
@@ -59,13 +70,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     else:
         model, processor = build_model(recipe, folder.label_names)
         samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
-    criterion = DiceCELoss(
-        include_background=False,
-        to_onehot_y=True,
-        softmax=True,
-        batch=train["batch_dice"],
-        lambda_dice=train["dice_weight"],
-    )
+    criterion = build_criterion(train)
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with accelerator.autocast():

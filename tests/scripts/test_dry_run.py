@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+import benchmark_training
 import finetune
 import train_pixels
 import train_sampler
@@ -132,3 +134,13 @@ def test_recipes_with_the_papers_figures_take_two_steps(script, recipe, size, ov
     low, high = PAPER[size]
     assert low < report["parameters"] < high
     assert all(math.isfinite(loss) for loss in report["losses"])
+
+
+@pytest.mark.slow
+def test_timed_training_steps_train():
+    """Every variant of benchmark_training.py, on 16 x 16 pixels: the same batch again costs less after some steps."""
+    for subject in benchmark_training.subjects("amos", 1):
+        assert subject.tokens == 1601 and subject.dtype == "bfloat16" and subject.step
+        step = dataclasses.replace(subject, tokens=5).prepare()
+        losses = [step() for _ in range(4)]
+        assert losses[-1] < losses[0], subject.name
