@@ -6,7 +6,8 @@ seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a fol
 finished is not run again, what was interrupted goes on from its checkpoint.
 
 A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
-``settings`` of every run and ``forms`` with those of each form (``section.key: value``); ``reference`` (the form that others
+``settings`` of every run and ``forms`` with those of each form (``section.key: value``), or ``standard``: all types, the attention
+fields being in the section ``network``; ``reference`` (the form that others
 are compared with) and ``controls`` (which must do worse than it, or the table is no evidence); ``seeds``; ``measures``
 (``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the same for all, the ``seed`` of these
 trials, and ``settings`` and ``arguments`` of theirs (shorter, judged on the validation split); ``scales``: settings of each
@@ -37,6 +38,19 @@ EVIDENCE = ROOT / "model_cards" / "evidence"
 # Differences are given with their interval at this confidence.
 CONFIDENCE = 0.95
 FINISHED = "finished.json"
+# forms: standard. attention_type and bit_gradient of each; "frozen" keeps the projections to queries and keys as drawn.
+STANDARD_FORMS: dict[str, tuple[str, str | None]] = {
+    "softmax": ("softmax", None),
+    "uniform": ("uniform", None),
+    "frozen": ("softmax", None),
+    "sign-ste": ("sign", "ste"),
+    "sign-ternary": ("sign", "ternary"),
+    "sign-stopgrad": ("sign_stopgrad", None),
+    "hamming": ("hamming", None),
+    "hamming-ternary": ("hamming", "ternary"),
+    "hamming-grouped": ("hamming_grouped", None),
+    "hamming-bernoulli": ("hamming_bernoulli", None),
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +79,20 @@ class Table:
         if scale not in words["scales"]:
             raise typer.BadParameter(f"--scale {scale}: {path.name} has {', '.join(words['scales'])}")
         self.words = words
-        self.forms: dict[str, dict[str, Any]] = words["forms"]
         self.seeds: list[int] = words["seeds"]
         self.tuning: dict[str, Any] = words["tuning"]
         self.section: str = words["section"]
+        self.forms: dict[str, dict[str, Any]] = words["forms"]
+        if words["forms"] == "standard":
+            self.forms = {name: self._standard(name) for name in STANDARD_FORMS}
         for name in (words["reference"], *words["controls"]):
             if name not in self.forms:
                 raise typer.BadParameter(f"{path.name} names {name}, but its forms are {', '.join(self.forms)}")
+
+    def _standard(self, name: str) -> dict[str, Any]:
+        network, (attention_type, bit_gradient) = self.words["network"], STANDARD_FORMS[name]
+        settings = {f"{network}.attention_type": attention_type, f"{network}.bit_gradient": bit_gradient}
+        return settings | ({f"{self.section}.freeze_query_key": True} if name == "frozen" else {})
 
     def run(self, form: str, seed: int, rate: float) -> Run:
         """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
