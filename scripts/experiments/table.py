@@ -6,13 +6,12 @@ seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a fol
 finished is not run again, what was interrupted goes on from its checkpoint.
 
 A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
-``settings`` of every run and ``forms`` with those of each form (``section.key: value``), or ``standard``: all types, the attention
-fields being in the section ``network``; ``reference`` (the form that others
-are compared with) and ``controls`` (which must do worse than it, or the table is no evidence); ``seeds``; ``measures``
-(``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the same for all, the ``seed`` of these
-trials, and ``settings`` and ``arguments`` of theirs (shorter, judged on the validation split); ``scales``: settings of each
-``--scale``; ``curves``: keys of ``log.jsonl`` to draw over the training, as ``curves.png``. ``like`` names another table, whose
-words count where the file has none.
+``settings`` of every run and ``forms`` with those of each form (``section.key: value``), or ``standard`` for all attention types,
+whose fields are in the section ``network``; ``reference`` (the form that others are compared with) and ``controls`` (which must
+do worse than it, or the table is no evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning
+``rates`` that every form tries, the same for all, the ``seed`` of these trials, and ``settings`` and ``arguments`` of theirs
+(shorter, judged on the validation split); ``scales``: settings of each ``--scale``; ``curves``: keys of ``log.jsonl``, drawn
+over the training into ``curves.png``. ``like`` names another table, whose words count where the file has none.
 """
 
 from __future__ import annotations
