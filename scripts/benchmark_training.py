@@ -22,6 +22,7 @@ from benchmark_measure import Subject, describe_device, measure_peaks, memory_me
 from hf_binaryformer import __version__
 from training import load_recipe
 
+COMMAND = "python scripts/benchmark_training.py"
 # Name, attention_type, bit_gradient, whether the values are reduced; the first is what the others are compared with.
 VARIANTS = (
     ("softmax", "softmax", None, False),
@@ -120,7 +121,7 @@ def main(
     results = time_interleaved(subjects(recipe, batch), rounds, 0.0, "training step")
     measure_peaks(results, used)
     size = results[0].subject.tokens
-    table = Table("attention", "d_v", "ms", "x softmax", "peak GiB", title=f"Training step, {batch} images, N = {size}")
+    table = Table("attention", "d_v", "ms", "speed-up", "peak GiB", title=f"Training step, {batch} images, N = {size}")
     for r in results:
         memory = "-" if r.peak_bytes is None else f"{r.peak_bytes / 2**30:.2f}"
         cells = (str(r.subject.value_dim), f"{r.milliseconds:.0f}", f"{r.ratio_to_sdpa:.2f}", memory)
@@ -130,7 +131,7 @@ def main(
         "device": describe_device(),
         "threads": used,
         "versions": {"torch": torch.__version__, "hf_binaryformer": __version__},
-        "command": f"python scripts/benchmark_training.py --recipe {recipe} --batch {batch} --rounds {rounds}",
+        "command": f"{COMMAND} --recipe {recipe} --batch {batch} --rounds {rounds} --threads {used}",
         "memory_method": memory_method(),
         "batch": batch,
         "rows": [r.row() for r in results],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -65,25 +65,28 @@ def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> Non
         train: the recipe's section; it is shortened in place.
         build: makes the task, on random data.
     """
-    train |= {"iterations": STEPS, "log_every": 1, "validate_every": None, "best_by": None, "trackers": []}
+    train |= {"iterations": STEPS, "log_every": 1, "trackers": []}
+    train |= dict.fromkeys(("validate_every", "best_by", "checkpoint_every"))
     accelerator = start(train, None)
     with TemporaryDirectory() as own:
-        folder = Path(broadcast_object_list([own])[0])
+        folder = Path(own)
         task = build(accelerator)
         run(task, train, accelerator, folder, resume=False, stop_after=None)
         if not accelerator.is_main_process:
             return
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     on_gpu = accelerator.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    whole = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if on_gpu else whole
     report = {
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "batch_size": train["batch_size"],
         "processes": accelerator.num_processes,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
         "losses": [round(record["loss"], 4) for record in records],
-        "seconds_per_step": round(records[-1]["seconds"] - records[-2]["seconds"], 1),
+        "seconds_per_step": round(records[-1]["seconds"] - records[-2]["seconds"], 3),
         "peak_gib": round(peak / 2**30, 2),
     }
     print(json.dumps(report))

@@ -58,7 +58,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Encode every split."""
-    settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
     model = BinaryVQModel.from_pretrained(vqmodel).eval().to(device)
     if model.config.codebook_size > 2**8:
         raise typer.BadParameter(f"codebook_size is {model.config.codebook_size}; uint8 holds tokens of at most 256")

@@ -26,7 +26,7 @@ from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, 
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
 from publish import check_target, publish
-from training import VQ_RECIPES, Task, build_optimizer, load_recipe, run, start, write_summary
+from training import SEED_STRIDE, VQ_RECIPES, Task, build_optimizer, load_recipe, run, start, write_summary
 
 
 def load_tokens(folder: Path, split: str, transformer: BinaryVQTransformer3DModel) -> Tensor:
@@ -60,7 +60,7 @@ def draw_holes(count: int, grid: Sequence[int], settings: dict[str, Any], genera
         box = torch.rand((), generator=generator) < settings["hole_share"]
         for axis, positions in enumerate(grid, start=1):
             side = int(torch.randint(least, largest + 1, (), generator=generator))
-            start = int(torch.randint(1 - side // 2, positions - side // 2, (), generator=generator))
+            start = int(torch.randint(1 - side // 2, max(positions, 2) - side // 2, (), generator=generator))
             inside = torch.arange(positions) - start
             if box:
                 view = [positions if a == axis else 1 for a in range(4)]
@@ -72,7 +72,7 @@ def training_batch(
     tokens: Tensor, scheduler: AbsorbingScheduler, settings: dict[str, Any], step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(truth, masked input, masked, times, holes) of a step; they depend on the seed and the step alone."""
-    generator = torch.Generator().manual_seed(settings["seed"] + 1_000_003 * step)
+    generator = torch.Generator().manual_seed(settings["seed"] + SEED_STRIDE * step)
     count = settings["batch_size"]
     truth = tokens[torch.randint(len(tokens), (count,), generator=generator)].long()
     times = draw_times(count, scheduler.config.num_train_timesteps, generator)
@@ -173,7 +173,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train and save."""
-    settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")
     if dry_run:
         return rehearse(settings["sampler"], lambda accelerator: build_task(settings, None, accelerator)[0])
     if tokens is None or output is None:

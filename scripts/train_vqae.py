@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dry_run import DATA_NEEDED, DryRun, rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
-from hf_binaryformer.modeling.vq_losses import PerceptualLoss, reconstruction_loss
+from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from patches import PatchSamples, image_paths, load_all
 from publish import check_target, publish
@@ -47,13 +47,29 @@ def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: 
     return sources
 
 
+def untrained_slice_loss() -> SliceLoss:
+    """A perceptual loss of VGG16's size that has learned nothing."""
+    from torchvision.models import vgg16
+
+    features = vgg16(weights=None).features
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        network = features.to(prediction.device)
+        a, b = (network(t.expand(-1, 3, -1, -1)) for t in (prediction, target))
+        return (a - b).square().mean()
+
+    return loss
+
+
 def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Accelerator) -> Task:
     """What is trained; without folders on a volume of noise, for a dry run."""
     train = recipe["vqae"]
     model = BinaryVQModel(**recipe["vqmodel"])
     perceptual = None
     if train["perceptual_loss"] != "none":
-        perceptual = PerceptualLoss(train["perceptual_loss"]).to(accelerator.device)
+        # Untrained weights, as large as the paper's, serve a dry run.
+        kind = train["perceptual_loss"] if folders else untrained_slice_loss()
+        perceptual = PerceptualLoss(kind).to(accelerator.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), train["learning_rate"], weight_decay=train["weight_decay"], betas=train["betas"]
     )
@@ -67,7 +83,7 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
 
     def losses(network: nn.Module, batch: Tensor, step: int) -> dict[str, Tensor]:
         with accelerator.autocast():
-            result = network(batch, step >= train["quantize_after"], train["nested_dropout"])
+            result = network(batch, step >= train["quantize_after"], train.get("nested_dropout", 0.0))
         parts = {
             "reconstruction": reconstruction_loss(result.sample, batch, train["reconstruction_loss"]),
             "commitment": train["commitment_weight"] * result.commitment_loss.float(),
@@ -131,8 +147,9 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train, save, evaluate."""
-    settings = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
     if dry_run:
+        settings["vqae"]["quantize_after"] = 0
         return rehearse(settings["vqae"], lambda accelerator: build_task(settings, [], accelerator))
     if not data or output is None:
         raise typer.BadParameter(DATA_NEEDED)

@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
     "validate_every": None,  # iterations; None: never
     "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
+    "checkpoint_every": None,  # iterations, and in the end; None: never
     "checkpoints_kept": 2,
     "workers": 0,
     "freeze_query_key": False,
@@ -55,19 +56,30 @@ INTERRUPTED = 130
 BEST_WEIGHTS = "best.safetensors"
 
 
-def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES) -> dict[str, Any]:
+def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
     """A recipe by name or path, with ``section.key=value`` overrides (values as YAML).
+
+    A file with ``like: other`` takes from that recipe, in its folder, what it does not say itself.
+
+    Args:
+        name: of a file in ``folder``, or a path that ends in .yaml.
+        overrides: what stands after --set.
+        folder: where recipes are.
+        part: one of several trainings that stand in a file: its name may be added, as in "oasis-vqae".
 
     Raises:
         typer.BadParameter: no such recipe or section; says which there are.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not path.is_file() and name.endswith(("-vqae", "-sampler")):  # both trainings stand in one file
-        path = folder / f"{name.rpartition('-')[0]}.yaml"
+    if not path.is_file() and part:
+        path = folder / f"{name.removesuffix(f'-{part}')}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
     recipe: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "like" in recipe:
+        base = load_recipe(recipe.pop("like"), [], path.parent)
+        recipe = {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
     for override in overrides:
         key, _, value = override.partition("=")
         section, _, field = key.partition(".")
@@ -141,7 +153,7 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
 
     Raises:
         typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, or
-            weights split over processes (FSDP) with what needs them whole.
+            weights split over processes (FSDP) with what needs them whole, or best weights without validation.
     """
     for key, value in DEFAULTS.items():
         train.setdefault(key, value)
@@ -154,8 +166,14 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
     )
     split = accelerator.distributed_type == DistributedType.FSDP
-    if split and (train["ema_decay"] or train["validate_every"]):
-        raise typer.BadParameter("with FSDP no process has all weights: set ema_decay to 0 and validate_every to null")
+    if split and (train["ema_decay"] or train["validate_every"] or train["freeze_query_key"]):
+        raise typer.BadParameter(
+            "with FSDP no process has all weights: set ema_decay to 0, validate_every to null and freeze_query_key to false"
+        )
+    if train["best_by"] and not train["validate_every"]:
+        raise typer.BadParameter(
+            f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
+        )
     parts = accelerator.num_processes * train["accumulation"]
     if train["batch_size"] % parts:
         raise typer.BadParameter(
@@ -192,7 +210,7 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record with the seconds since this start of the run."""
-        record["seconds"] = round(time.perf_counter() - self._started, 1)
+        record["seconds"] = round(time.perf_counter() - self._started, 3)
         if self._accelerator.is_main_process:
             with self._path.open("a") as log:
                 log.write(json.dumps(record) + "\n")
@@ -213,6 +231,7 @@ def run(
         stop_after: end after this iteration, as an interruption would.
 
     Raises:
+        typer.BadParameter: not resumed, but ``output`` holds checkpoints.
         typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
     """
     if train["gradient_checkpointing"]:
@@ -233,6 +252,8 @@ def run(
     checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"])
     if resume:
         checkpoints.restore()
+    elif checkpoints.newest_first():
+        raise typer.BadParameter(f"{output} holds checkpoints of another run: --resume it, or give another folder")
     log = Log(accelerator, output, progress.step)
     if train["trackers"]:
         accelerator.init_trackers(
@@ -282,13 +303,13 @@ def run(
                     record |= validate(task, train, average, accelerator, output, progress)
                 bar.set_postfix(loss=f"{record['loss']:.5f}")
                 log.write(record)
-            if progress.step % train["checkpoint_every"] == 0 or ends:
+            if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
                 checkpoints.save(progress.step)
             if asked:
                 break
     bar.close()
     if whole is not None:
-        task.model = gather(model, whole)
+        task.model = gather(model, whole).to(accelerator.device)
     # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -9,8 +9,9 @@ A table's file says: ``title``; ``prepare`` (commands that make the data, once);
 ``settings`` of every run and ``forms`` with those of each form (``section.key: value``), or ``standard`` for all attention types,
 whose fields are in the section ``network``; ``reference`` (the form that others are compared with) and ``controls`` (which must
 do worse than it, or the table is no evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning
-``rates`` that every form tries, the same for all, the ``seed`` of these trials, and ``settings`` and ``arguments`` of theirs
-(shorter, judged on the validation split); ``scales``: settings of each ``--scale``; ``curves``: keys of ``log.jsonl``, drawn
+``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of
+the warm-up, and ``arguments`` that have them judged on other data than the table; ``scales``: settings of each ``--scale``,
+iterations and warm-up among them; ``curves``: keys of ``log.jsonl``, drawn
 over the training into ``curves.png``. ``like`` names another table, whose words count where the file has none.
 """
 
@@ -24,7 +25,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,10 +34,13 @@ import yaml
 from scipy import stats
 
 ROOT = Path(__file__).parent.parent.parent
+# Other scales have folders of their own.
+DEFAULT_SCALE = "small"
 EVIDENCE = ROOT / "model_cards" / "evidence"
 # Differences are given with their interval at this confidence.
 CONFIDENCE = 0.95
-FINISHED = "finished.json"
+# In the folder of a run: what was asked for, and that it is done.
+SETTINGS, FINISHED = "settings.json", "finished"
 # forms: standard. attention_type and bit_gradient of each; "frozen" keeps the projections to queries and keys as drawn.
 STANDARD_FORMS: dict[str, tuple[str, str | None]] = {
     "softmax": ("softmax", None),
@@ -59,7 +63,7 @@ class Run:
     form: str
     seed: int
     rate: float
-    settings: tuple[tuple[str, Any], ...]
+    settings: dict[str, Any] = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -97,9 +101,10 @@ class Table:
         """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
         settings = {**self.words["settings"], **self.words["scales"][self.scale], **self.forms[form]}
         if seed == self.tuning["seed"]:
-            settings |= self.tuning["settings"]
+            for key in (f"{self.section}.iterations", f"{self.section}.warmup"):
+                settings[key] = math.ceil(self.tuning["share"] * settings[key])
         settings |= {f"{self.section}.learning_rate": rate, f"{self.section}.seed": seed}
-        return Run(form, seed, rate, tuple(settings.items()))
+        return Run(form, seed, rate, settings)
 
     def measure(self, name: str, folder: Path) -> float:
         """A figure of a finished run."""
@@ -122,26 +127,37 @@ def filled(words: list[str], runs: Path, data: Path | None) -> list[str]:
 
 
 def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -> Path:
-    """Train in a process of its own, or go on with it; returns the run's folder."""
+    """Train in a process of its own, or go on with it; returns the run's folder.
+
+    Raises:
+        RuntimeError: the training failed, or the folder holds one with other settings.
+    """
     folder = runs / table.name / table.scale / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    words = table.words["arguments"] + (table.tuning["arguments"] if run.seed == table.tuning["seed"] else [])
+    asked = {"script": table.words["script"], "arguments": words, "settings": run.settings}
+    written = folder / SETTINGS
+    if written.is_file() and json.loads(written.read_text()) != asked:
+        raise RuntimeError(f"{folder} holds a training with other settings: remove it, or give other --runs")
+    written.write_text(json.dumps(asked, indent=2))
     if (folder / FINISHED).is_file():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "scripts" / table.words["script"])]
-    command += filled(table.words["arguments"], runs, data)
-    if run.seed == table.tuning["seed"]:
-        command += table.tuning["arguments"]
+    command = [sys.executable, str(ROOT / "scripts" / table.words["script"]), *filled(words, runs, data)]
     command += ["--output", str(folder)]
-    for key, value in run.settings:
+    for key, value in run.settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if any((folder / "checkpoints").glob("step_????????")):
         command.append("--resume")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
+    }
     with (folder / "output.txt").open("a") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"{run.name} ended with status {done.returncode}: see {folder / 'output.txt'}")
-    (folder / FINISHED).write_text(json.dumps({"command": command[1:], "threads": threads}))
+    (folder / FINISHED).touch()
     return folder
 
 
@@ -201,15 +217,14 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
     reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
     tied = ties(table, figures)
     if tied:
-        lines += [
-            f"**No evidence about attention: {' and '.join(tied)} {'ties' if len(tied) == 1 else 'tie'} with {reference}.**",
-            "",
-        ]
+        they = f"{' and '.join(tied)} {'is' if len(tied) == 1 else 'are'}"
+        lines += [f"**No evidence about attention: {they} not worse than {reference}.**", ""]
     lines += [table.words["question"].strip(), ""]
     seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
     lines += [
         f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences from {reference} are paired by "
-        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {tried}.",
+        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {tried}, in trials of "
+        f"{table.tuning['share']:.0%} of the iterations with another seed and other data; * is the end of the range.",
         "",
     ]
     for name, per_form in figures.items():
@@ -222,9 +237,11 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
         for form, values in per_form.items():
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
             difference, width = paired(values, per_form[reference])
-            cell = "" if form == reference else f"{difference:+.4f} ± {width:.4f}"
+            cell = "" if form == reference else f"{difference:+.4g} ± {width:.2g}"
+            tried_rates = table.tuning["rates"]
+            ends = "*" if len(tried_rates) > 1 and rates[form] in (min(tried_rates), max(tried_rates)) else ""
             label = f"{form} (control)" if form in table.words["controls"] else form
-            lines.append(f"| {label} | {rates[form]:g} | {statistics.mean(values):.4f} ± {spread:.4f} | {cell} |")
+            lines.append(f"| {label} | {rates[form]:g}{ends} | {statistics.mean(values):.4g} ± {spread:.2g} | {cell} |")
         lines.append("")
     return "\n".join([*lines, "```", command, "```", ""])
 
@@ -272,7 +289,7 @@ def main(
     runs: Annotated[Path, typer.Option(help="Folder for data and trainings.")],
     data: Annotated[Path | None, typer.Option(help="The folder that the table's commands call {data}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trainings at one time.")] = 1,
-    scale: Annotated[str, typer.Option(help="One of the table's scales.")] = "small",
+    scale: Annotated[str, typer.Option(help="One of the table's scales.")] = DEFAULT_SCALE,
     evidence: Annotated[Path, typer.Option(help="Where the table goes, in a folder of its name.")] = EVIDENCE,
 ) -> None:
     """Run a table."""
@@ -292,7 +309,7 @@ def main(
         }
         for name in table.words["measures"]
     }
-    target = evidence / table.name
+    target = evidence / (table.name if scale == DEFAULT_SCALE else f"{table.name}-{scale}")
     target.mkdir(parents=True, exist_ok=True)
     with (target / "runs.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -103,7 +103,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train and watch."""
-    settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES)
+    settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")
     accelerator = start(settings["sampler"], output)
     task, scheduler = build_task(settings, tokens, accelerator)
     probe = Probe(task.model, scheduler, load_tokens(tokens, "validation", task.model)[:probed])

@@ -23,6 +23,7 @@ import train_sampler
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 
+ROOT = Path(__file__).parents[2]
 TRAINER = """
 import argparse, json, pathlib
 parser = argparse.ArgumentParser()
@@ -32,7 +33,8 @@ parser.add_argument("--evaluate", default="test")
 parser.add_argument("--set", action="append")
 a = parser.parse_args()
 s = {k: json.loads(v) for k, v in (x.split("=", 1) for x in a.set)}
-assert (a.evaluate == "validation") == s.get("train.tried", False) == (s["train.seed"] == 9)
+assert (a.evaluate == "validation") == (s["train.iterations"] == 5) == (s["train.seed"] == 9)
+assert s["train.warmup"] == (1 if s["train.seed"] == 9 else 2) and s["model.grid"] == [1, 2]
 with (a.output / "calls").open("a") as calls:
     calls.write("resumed\\n" if a.resume else "started\\n")
 if s.get("train.dies") and not a.resume:
@@ -43,6 +45,7 @@ value = s["model.level"] + 0.1 * s["train.seed"] - abs(s["train.learning_rate"] 
 (a.output / "results.json").write_text(json.dumps({"rows": {"dice": value}}))
 """
 
+TINY = {"train.iterations": 10, "train.warmup": 2}
 ANY = {"file": "results.json", "key": "rows/dice"}
 MEASURE = ANY | {"better": "higher"}
 
@@ -59,8 +62,8 @@ def table(tmp_path, monkeypatch):
         "script": "toy.py",
         "arguments": [],
         "section": "train",
-        "settings": {"model.likes": 0.1},
-        "scales": {"small": {}},
+        "settings": {"model.likes": 0.1, "model.grid": [1, 2]},
+        "scales": {"small": TINY, "smoke": TINY},
         "reference": "softmax",
         "controls": ["uniform"],
         "forms": {
@@ -72,7 +75,7 @@ def table(tmp_path, monkeypatch):
         "tuning": {
             "seed": 9,
             "rates": [0.1, 0.2],
-            "settings": {"train.tried": True},
+            "share": 0.5,
             "arguments": ["--evaluate", "validation"],
         },
         "measures": {"dice": MEASURE},
@@ -100,8 +103,8 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
     for form, level, rate in (("softmax", 5.0, 0.1), ("hamming", 4.0, 0.2), ("uniform", 1.0, 0.1)):
         for seed in range(3):
             assert got[form, seed] == (rate, pytest.approx(level + seed / 10))
-    assert "| softmax | 0.1 | 5.1000 ± 0.1000 |  |" in text
-    assert "| hamming | 0.2 | 4.1000 ± 0.1000 | -1.0000 ± 0.0000 |" in text
+    assert "| softmax | 0.1* | 5.1 ± 0.1 |  |" in text
+    assert "| hamming | 0.2* | 4.1 ± 0.1 | -1 ± " in text
     assert "uniform (control)" in text and "No evidence" not in text
     assert (tmp_path / "evidence" / "toy" / "table.png").stat().st_size > 1000
     assert str(tmp_path) not in text
@@ -110,23 +113,34 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
 def test_a_control_that_ties_is_said_first(table, tmp_path):
     forms = {"softmax": {"model.level": 5.0}, "uniform": {"model.level": 5.0}}
     text = run(table(forms=forms), tmp_path)
-    assert text.split("\n")[2] == "**No evidence about attention: uniform ties with softmax.**"
+    assert text.split("\n")[2] == "**No evidence about attention: uniform is not worse than softmax.**"
     forms["uniform"] = {"model.level": 6.0}
-    assert "uniform ties with softmax" in run(table(forms=forms, seeds=[3, 4]), tmp_path)
+    assert "uniform is not worse than softmax" in run(table(forms=forms, seeds=[3, 4]), tmp_path / "other")
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_cut_goes_on(table, tmp_path):
     with pytest.raises(RuntimeError, match=r"ended with status 3: see .*output.txt"):
-        run(table(scales={"small": {"train.dies": True}}), tmp_path)
+        run(table(scales={"small": TINY | {"train.dies": True}}), tmp_path)
     for _ in range(2):
         for _ in range(20):
             try:
-                run(table(scales={"small": {"train.dies": True}}), tmp_path)
+                run(table(scales={"small": TINY | {"train.dies": True}}), tmp_path)
                 break
             except RuntimeError:
                 continue
     calls = [path.read_text().split() for path in (tmp_path / "runs").rglob("calls")]
     assert len(calls) == 9 + 6 and all(call == ["started", "resumed"] for call in calls)
+
+
+def test_a_training_with_other_settings_is_not_taken_for_the_tables(table, tmp_path):
+    run(table(), tmp_path)
+    with pytest.raises(RuntimeError, match="holds a training with other settings"):
+        run(table(settings={"model.likes": 0.1, "model.grid": [1, 2], "model.new": 1}), tmp_path)
+    # Another scale has folders of its own, and leaves the table in the repository as it is.
+    before = (tmp_path / "evidence" / "toy" / "README.md").read_text()
+    tables.main(table(), tmp_path / "runs", workers=2, scale="smoke", evidence=tmp_path / "evidence")
+    assert (tmp_path / "evidence" / "toy" / "README.md").read_text() == before
+    assert "scale `smoke`" in (tmp_path / "evidence" / "toy-smoke" / "README.md").read_text()
 
 
 def test_paired_interval_is_the_t_tests():
@@ -140,17 +154,22 @@ def test_paired_interval_is_the_t_tests():
 def test_names_that_do_not_fit(table, tmp_path):
     with pytest.raises(typer.BadParameter, match="names nobody, but its forms are"):
         tables.Table(table(controls=["nobody"]), "small")
-    with pytest.raises(typer.BadParameter, match="has small"):
+    with pytest.raises(typer.BadParameter, match="has small, smoke"):
         tables.Table(table(), "paper")
 
 
 @pytest.mark.parametrize("path", sorted((Path(tables.__file__).parent).glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_table_in_the_repository_is_complete(path):
     words = tables.Table(path, "small").words
+    assert (ROOT / "scripts" / words["script"]).is_file()
+    assert 0 < words["tuning"]["share"] <= 1
     for scale in words["scales"]:
         table = tables.Table(path, scale)
         for form in table.forms:
-            assert dict(table.run(form, 0, table.tuning["rates"][0]).settings)
+            run, trial = (table.run(form, seed, 1e-3) for seed in (0, words["tuning"]["seed"]))
+            assert {run: 1}[run]
+            steps = [r.settings[f"{table.section}.{k}"] for r in (run, trial) for k in ("iterations", "warmup")]
+            assert steps[0] >= steps[2] >= steps[3] <= steps[1] < steps[0]
     assert len(words["seeds"]) >= 3 and words["tuning"]["seed"] not in words["seeds"]
     assert {"uniform", "frozen"} <= set(words["controls"])
 
@@ -181,6 +200,14 @@ def test_probed_scores_are_those_that_attention_uses(kind):
     expected = attention.proj((score.softmax(-1) @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x), expected)
     assert (weights.numel() > 1) == kind.startswith("hamming")
+
+
+def test_the_probed_training_starts_as_tables_start_it(tmp_path):
+    growth = tables.Table(ROOT / "scripts" / "experiments" / "growth.yaml", "smoke")
+    growth.forms = {"hamming": growth.forms["hamming"]}
+    make_twins(tmp_path / "data" / "mirror", Kind.mirror, 64, 16, 8, 4, 0)
+    folder = tables.train(growth, growth.run("hamming", 0, 1e-3), tmp_path, None, 1)
+    assert {"start", "end", "same_tokens"} <= set(json.loads((folder / "probe.json").read_text()))
 
 
 def test_a_probed_training_is_the_training(tmp_path):

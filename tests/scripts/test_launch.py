@@ -13,6 +13,7 @@ import pytest
 import toys
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 import training
 
@@ -103,6 +104,8 @@ def test_launch_files_hold_nothing_that_accelerate_does_not_know(path):
     known = load_config_from_file(str(path)).to_dict()
     assert {key: known[key] for key in words} == words
     assert words["mixed_precision"] == "no"
+    options = {word for action in launch_command_parser()._actions for word in action.option_strings}
+    assert {f"--{key}" for key in words.get("fsdp_config", {})} <= options
 
 
 @pytest.mark.slow
@@ -141,6 +144,7 @@ def test_split_weights_refuse_what_needs_them_whole(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "Accelerator", Split)
     train = yaml.safe_load(toy[0].read_text())["train"]
-    with pytest.raises(training.typer.BadParameter, match="no process has all weights"):
-        training.start(train | {"ema_decay": 0.9}, tmp_path)
+    for change in ({"ema_decay": 0.9}, {"validate_every": 3}, {"freeze_query_key": True}):
+        with pytest.raises(training.typer.BadParameter, match="no process has all weights"):
+            training.start(train | change, tmp_path)
     assert training.start(train, tmp_path).num_processes == 2

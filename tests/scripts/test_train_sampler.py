@@ -174,6 +174,8 @@ def test_holes_are_boxes_of_the_wanted_sides_and_reach_everywhere():
     assert {tuple((h.nonzero().amax(0) + 1 - h.nonzero().amin(0)).tolist()) for h in holes[~whole]} >= {
         sides for sides in itertools.product((2, 3, 4), repeat=3)
     }
+    flat = train_sampler.draw_holes(50, (1, 2, 9), settings | {"hole_sides": [1, 4]}, torch.Generator().manual_seed(0))
+    assert flat.flatten(1).any(1).all() and not flat.all()
 
 
 def test_tokens_that_do_not_fit(recipe, tokens, tmp_path):

@@ -1,0 +1,19 @@
+"""The timed training steps train."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import benchmark_training
+
+
+@pytest.mark.slow
+def test_timed_training_steps_train():
+    """Every variant of benchmark_training.py, on 16 x 16 pixels: the same batch again costs less after some steps."""
+    for subject in benchmark_training.subjects("amos", 1):
+        assert subject.tokens == 1601 and subject.dtype == "bfloat16" and subject.step
+        step = dataclasses.replace(subject, tokens=5).prepare()
+        losses = [step() for _ in range(4)]
+        assert losses[-1] < losses[0], subject.name
