@@ -60,7 +60,8 @@ def draw_holes(count: int, grid: Sequence[int], settings: dict[str, Any], genera
         box = torch.rand((), generator=generator) < settings["hole_share"]
         for axis, positions in enumerate(grid, start=1):
             side = int(torch.randint(least, largest + 1, (), generator=generator))
-            start = int(torch.randint(1 - side // 2, max(positions, 2) - side // 2, (), generator=generator))
+            first = 1 - (side + 1) // 2
+            start = int(torch.randint(first, max(positions - side // 2, first + 1), (), generator=generator))
             inside = torch.arange(positions) - start
             if box:
                 view = [positions if a == axis else 1 for a in range(4)]

@@ -157,6 +157,10 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     """
     for key, value in DEFAULTS.items():
         train.setdefault(key, value)
+    if train["best_by"] and not train["validate_every"]:
+        raise typer.BadParameter(
+            f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
+        )
     train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
     installed = [tracker.value if hasattr(tracker, "value") else str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in train["trackers"] if name not in installed]
@@ -169,10 +173,6 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     if split and (train["ema_decay"] or train["validate_every"] or train["freeze_query_key"]):
         raise typer.BadParameter(
             "with FSDP no process has all weights: set ema_decay to 0, validate_every to null and freeze_query_key to false"
-        )
-    if train["best_by"] and not train["validate_every"]:
-        raise typer.BadParameter(
-            f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
         )
     parts = accelerator.num_processes * train["accumulation"]
     if train["batch_size"] % parts:

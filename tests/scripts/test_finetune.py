@@ -51,7 +51,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_builds_and_trains_a_step(path):
-    settings = yaml.safe_load(path.read_text())
+    settings = load_recipe(path.stem, [])
     settings["model"]["timm_checkpoint"] = False  # no download
     model, processor = finetune.build_model(settings, {0: "background", 1: "a"})
     x = torch.randn(1, processor.num_channels, *processor.image_size)
