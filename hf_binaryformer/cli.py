@@ -43,6 +43,15 @@ class DType(str, Enum):
     float16 = "float16"
 
 
+class Selection(str, Enum):
+    """Orders in which tokens are drawn."""
+
+    random = "random"
+    halton = "halton"
+    confidence = "confidence"
+    raster = "raster"
+
+
 # Options that mean the same in several commands.
 Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
@@ -137,6 +146,9 @@ def inpaint(
     steps: Steps = generation_jobs.DEFAULT_STEPS,
     temperature: Temperature = generation_jobs.DEFAULT_TEMPERATURE,
     feather: Annotated[int, typer.Option(min=0, help="Voxels inside the hole over which a seam is faded.")] = 0,
+    selection: Annotated[
+        Selection | None, typer.Option(help="Order in which tokens are drawn.  [default: the checkpoint's]")
+    ] = None,
     model: Model = generation_jobs.DEFAULT_MODEL,
     backend: Backend = None,
     dtype: NumberFormat = DType.float32,
@@ -156,6 +168,7 @@ def inpaint(
             steps=steps,
             temperature=temperature,
             feather=feather,
+            selection=selection.value if selection else None,
             model=model,
             backend=backend,
             dtype=dtype.value,

@@ -18,7 +18,7 @@ TISSUES: dict[str, tuple[int, ...]] = {
 # A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that what is
 # missing on one side is missing on the other too.
 HOLE_MM = 45.0
-SAMPLES, STEPS, TEMPERATURE, FEATHER = 4, 50, 0.5, 8
+SAMPLES, STEPS, TEMPERATURE, FEATHER, SELECTION = 4, 50, 0.2, 8, "confidence"
 
 
 def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
@@ -97,6 +97,7 @@ def inpainting_job(folder: Path, brain: Path, progress: jobs.Progress | bool = F
         steps=STEPS,
         temperature=TEMPERATURE,
         feather=FEATHER,
+        selection=SELECTION,
         title=f"MNI152 T1 template, {HOLE_MM:.0f} mm of it unknown",
         progress=progress,
     )

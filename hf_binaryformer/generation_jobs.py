@@ -36,6 +36,7 @@ def inpaint_file(
     steps: int = DEFAULT_STEPS,
     temperature: float = DEFAULT_TEMPERATURE,
     feather: int = 0,
+    selection: str | None = None,
     model: str = DEFAULT_MODEL,
     backend: str | None = None,
     dtype: str = "float32",
@@ -55,7 +56,7 @@ def inpaint_file(
         report: JSON to write, the same as what is returned.
         samples: number of results.
         seed: of all that is random; the same seed gives the same bytes.
-        steps, temperature, feather: see ``BinaryVQInpaintPipeline``.
+        steps, temperature, feather, selection: see ``BinaryVQInpaintPipeline``.
         model: short name, folder or Hub id.
         backend: who computes Hamming attention; None chooses.
         dtype: "float32", "bfloat16" or "float16".
@@ -101,9 +102,11 @@ def inpaint_file(
             output_type="np",
             callback_on_step_end=callback,
             feather=feather,
+            selection=selection,
         )
     settings = _settings(pipeline, model, dtype, seed, steps, temperature)
-    content = {**result.report, "feather": feather, **settings}
+    chosen = selection or pipeline.scheduler.config.selection
+    content = {**result.report, "feather": feather, "selection": chosen, **settings}
     with all_or_nothing(targets) as temporary:
         result.save(temporary[output])
         if std_map is not None:

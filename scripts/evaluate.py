@@ -57,6 +57,7 @@ def inpainting(
     steps: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0)] = 0.8,
     feather: Annotated[int, typer.Option(min=0)] = 0,
+    selection: Annotated[str | None, typer.Option(help="Order of the tokens; else the checkpoint's.")] = None,
     atlas: Annotated[Path | None, typer.Option(help="Folder whose training volumes are averaged for a fill.")] = None,
     report: Annotated[Path | None, typer.Option(help="All figures to write: .json.")] = None,
     table: Annotated[Path | None, typer.Option(help="The tables to write: .md.")] = None,
@@ -72,7 +73,7 @@ def inpainting(
     for name, volume in volumes(data, split):
         hole = hole_of(volume, mask, hole_size, hole_kind)
         start = time.perf_counter()
-        samples = fill(pipeline, volume, hole, seeds, steps, temperature, feather)
+        samples = fill(pipeline, volume, hole, seeds, steps, temperature, feather, selection)
         seconds.append((time.perf_counter() - start) / seeds)
         scores = score_case(pipeline, volume, hole, samples, mean_volume)
         for reference, found in scores.items():
@@ -90,6 +91,7 @@ def inpainting(
         "steps": steps,
         "temperature": temperature,
         "feather": feather,
+        "selection": selection or pipeline.scheduler.config.selection,
     }
     content = {
         "notice": NOTICE,
@@ -138,7 +140,14 @@ def hole_of(volume: Volume, mask: Path | None, size: float, kind: str) -> np.nda
 
 
 def fill(
-    pipeline: Any, volume: Volume, hole: np.ndarray, seeds: int, steps: int, temperature: float, feather: int
+    pipeline: Any,
+    volume: Volume,
+    hole: np.ndarray,
+    seeds: int,
+    steps: int,
+    temperature: float,
+    feather: int,
+    selection: str | None,
 ) -> np.ndarray:
     """The pipeline's results (seeds, I, J, K), seed n with a generator of its own."""
     results = [
@@ -150,6 +159,7 @@ def fill(
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
             feather=feather,
+            selection=selection,
         ).images[0, 0]
         for seed in range(seeds)
     ]

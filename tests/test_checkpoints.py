@@ -19,7 +19,7 @@ from hf_binaryformer.pipelines.metrics import mask_dice
 from write_card import CARDS, render
 
 ROOT = Path(__file__).parent.parent
-TINY_BRAIN = "binaryformer-tiny-brain"
+TINY_BRAIN, TINY_VQ = "binaryformer-tiny-brain", "binaryvq-tiny-brain"
 
 
 def test_tiny_brain_is_shipped():
@@ -81,7 +81,13 @@ def test_demo_repeats_the_card(tmp_path):
     from hf_binaryformer.demo import run_demo
 
     record = json.loads((CARDS / "evidence" / TINY_BRAIN / "mni152.json").read_text())
-    dice = run_demo(tmp_path)["segmentation"]["dice"]
+    report = run_demo(tmp_path)
+    psnr = report["inpainting"]["psnr_hole"]
+    filled = json.loads((CARDS / "evidence" / TINY_VQ / "mni152.json").read_text())["against"]["original"]
+    assert psnr["mean"] == pytest.approx(filled["mean fill"]["psnr_hole"]["mean"], abs=0.02)
+    assert psnr["model"] == pytest.approx(filled["model"]["psnr_hole"]["mean"], abs=0.3)
+    assert psnr["model"] > 1 + max(psnr[fill] for fill in ("random tokens", "zero", "mean", "mirror"))
+    dice = report["segmentation"]["dice"]
     for tissue, value in record["segmentation"]["dice"].items():
         assert dice[tissue] == pytest.approx(value, abs=0.002)
     assert dice["white matter"] >= 0.80 and dice["grey matter"] >= 0.75

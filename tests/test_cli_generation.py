@@ -17,6 +17,7 @@ from vq_cases import GRID, SHAPE, save_checkpoint
 
 from hf_binaryformer import cli
 from hf_binaryformer.kernels import available_backends
+from hf_binaryformer.pipelines.absorbing_scheduler import SELECTIONS
 
 
 def run(*arguments: Any) -> Result:
@@ -79,6 +80,7 @@ def test_inpaint_writes_everything(files, checkpoint):
     result = run(
         *("inpaint", source, "--mask", mask, "-o", out / "f.nii.gz", "--model", checkpoint, "--dtype", "bfloat16"),
         *("--samples", 3, "--steps", 4, "--seed", 7, "--temperature", 0.5, "--feather", 2),
+        *("--selection", "confidence"),
         *("--std-map", out / "s.nii.gz", "--overlay", out / "f.png", "--report", out / "f.json"),
     )
     assert result.exit_code == 0, result.output
@@ -100,6 +102,7 @@ def test_inpaint_writes_everything(files, checkpoint):
 
     report = json.loads((out / "f.json").read_text())
     fastest = "cpu" if "cpu" in available_backends() else "reference"
+    assert report["selection"] == "confidence" and {s.value for s in cli.Selection} == set(SELECTIONS)
     expected = {"model": "tiny-vq", "backend": fastest, "dtype": "bfloat16", "samples": 3, "seed": 7, "steps": 4}
     assert {key: report[key] for key in expected} == expected
     assert (report["temperature"], report["feather"], report["token_grid"]) == (0.5, 2, list(GRID))

@@ -71,7 +71,8 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         mask_token_id: the token that says "masked"; also the number of codebook entries.
         num_codebooks: tokens at each position.
         selection: order in which units are drawn: "random"; "halton" (spread evenly over the grid, Besnier 2025);
-            "confidence" (the likeliest first, Chang 2022); "raster" (one after another, C order).
+            "confidence" (the likeliest first, Chang 2022: for holes; from nothing it tends to draw background alone);
+            "raster" (one after another, C order).
         temperature: of the draws; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest tokens whose probabilities sum to this only.
@@ -110,12 +111,8 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         block_size: int = 1,
         mask_granularity: str = "position",
     ) -> None:
-        for name, value, known in (
-            ("selection", selection, SELECTIONS),
-            ("mask_granularity", mask_granularity, GRANULARITIES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is '{value}', expected one of {', '.join(known)}")
+        if mask_granularity not in GRANULARITIES:
+            raise ValueError(f"mask_granularity is '{mask_granularity}', expected one of {', '.join(GRANULARITIES)}")
         for name, number, low, high in (
             ("top_k", top_k, 1, math.inf),
             ("top_p", top_p, 0, 1),
@@ -129,7 +126,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self._request: tuple[int | None, int | None] | None = None
         self._run: _Run | None = None
-        self._set_temperature(None)
+        self._set_draws(None, None)
 
     def set_timesteps(
         self,
@@ -137,6 +134,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         *,
         tokens_per_step: int | None = None,
         temperature: float | None = None,
+        selection: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         """Choose the number of steps, before :meth:`prepare`.
@@ -147,18 +145,18 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: steps that share the masked units evenly.
             tokens_per_step: instead, units drawn at each step; 1 is the paper's wording.
-            temperature: of this run; None takes the configuration's.
+            temperature, selection: of this run; None takes the configuration's.
             device: of ``timesteps``.
 
         Raises:
-            ValueError: not exactly one of the two numbers, or one below 1, or a negative temperature.
+            ValueError: not exactly one of the two numbers, or one below 1, a negative temperature, or an unknown selection.
         """
         given = [n for n in (num_inference_steps, tokens_per_step) if n is not None]
         if len(given) != 1 or given[0] < 1:
             raise ValueError(
                 f"num_inference_steps is {num_inference_steps} and tokens_per_step {tokens_per_step}: give one, at least 1"
             )
-        self._set_temperature(temperature)
+        self._set_draws(temperature, selection)
         self._request, self._run = (num_inference_steps, tokens_per_step), None
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps or 0, 0, -1, device=device)
@@ -232,7 +230,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         predicted = before.masked_scatter(masked, drawn.to(before.dtype))
 
         certainty = torch.zeros(before.shape, dtype=torch.float64, device=before.device)
-        if config.selection == "confidence":
+        if self._selection == "confidence":
             certainty[masked] = rows.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
         reveal, remask = self._choose(run, int(self.num_inference_steps or 0) - int(timestep), masked, certainty)
         after = torch.where(reveal, predicted, before).masked_fill(remask, config.mask_token_id)
@@ -305,7 +303,10 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
                     f"the scheduler's {own_name} is {own!r}, the transformer's {name} is {other!r}: make them equal"
                 )
 
-    def _set_temperature(self, temperature: float | None) -> None:
+    def _set_draws(self, temperature: float | None, selection: str | None) -> None:
+        self._selection = self.config.selection if selection is None else selection
+        if self._selection not in SELECTIONS:
+            raise ValueError(f"selection is '{self._selection}', expected one of {', '.join(SELECTIONS)}")
         self._temperature = self.config.temperature if temperature is None else temperature
         if not 0 <= self._temperature < math.inf:
             raise ValueError(f"temperature is {self._temperature}, expected a finite number, 0 or above")
@@ -323,8 +324,8 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         """Fresh random numbers for every sample, each from its own generator."""
         size, device = run.hole.shape[1], run.hole.device
         # Halton's evenness lies in one sequence that is kept; in a kept random order the first would always be first.
-        if not run.order.numel() or self.config.selection != "halton":
-            run.order = torch.stack([run.units.order(self.config.selection, g) for g in run.generators]).to(device)
+        if not run.order.numel() or self._selection != "halton":
+            run.order = torch.stack([run.units.order(self._selection, g) for g in run.generators]).to(device)
         run.noise = torch.stack([gumbel_noise((size, self.config.mask_token_id), g) for g in run.generators]).to(device)
         if self.config.remask_eta:
             draws = [torch.rand(run.units.count, generator=g, dtype=torch.float64) for g in run.generators]
@@ -357,7 +358,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
             again = done & (run.remask < share.clamp_max(self.config.remask_eta)[:, None])
             again &= _smallest(run.remask.masked_fill(~again, math.inf), target)
         keys = run.order
-        if self.config.selection == "confidence":
+        if self._selection == "confidence":
             keys = -run.units.sum(certainty) / tokens.clamp_min(1)
         number = waiting.sum(1) + again.sum(1) - target
         chosen = _smallest(keys.masked_fill(~waiting, math.inf), number) & waiting

@@ -95,6 +95,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
         feather: int = 0,
+        selection: str | None = None,
         spacing: Sequence[float] | None = None,
         return_dict: bool = True,
     ) -> BinaryVQInpaintOutput | tuple[Any, ...]:
@@ -112,6 +113,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in ``BinaryVQPipeline``.
             feather: over so many voxels inwards from the hole's edge, the difference between the known image there and
                 its decoded form is added to the fill, fading, so that no seam shows; 0 is a hard edge.
+            selection: order in which tokens are drawn, "random", "halton", "confidence" or "raster"; None takes the scheduler's.
             spacing: voxel size of an array along I, J, K in mm; None takes it for the checkpoint's.
             return_dict: False returns the tuple (images, tokens, std, decoded).
 
@@ -145,6 +147,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             generator,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            selection,
         )
         sampling = time.perf_counter() - sampling
 

@@ -286,12 +286,13 @@ class VQSamplingPipeline(DiffusionPipeline):
         generator: Generators,
         callback: StepCallback | None = None,
         callback_tensor_inputs: Sequence[str] = ("tokens",),
+        selection: str | None = None,
     ) -> Tensor:
         """Draw the masked tokens, a share at each step; the network does not run for steps that change nothing.
 
         Args:
             tokens, masked: (B, K, d, h, w), int64 and bool.
-            num_inference_steps, temperature: see ``AbsorbingScheduler.set_timesteps``.
+            num_inference_steps, temperature, selection: see ``AbsorbingScheduler.set_timesteps``.
             generator: one (whose samples come out as in turn on their own), one a sample, or None.
             callback, callback_tensor_inputs: see :data:`StepCallback`.
 
@@ -299,7 +300,7 @@ class VQSamplingPipeline(DiffusionPipeline):
             (B, K, d, h, w) int64 without mask tokens, on the CPU.
         """
         self.check_callback_inputs(callback_tensor_inputs)
-        self.scheduler.set_timesteps(num_inference_steps, temperature=temperature)
+        self.scheduler.set_timesteps(num_inference_steps, temperature=temperature, selection=selection)
         self.scheduler.prepare(masked, generator)
         tokens = tokens.masked_fill(masked, self.scheduler.config.mask_token_id).to(self.device)
         self._num_timesteps = len(self.scheduler.timesteps)

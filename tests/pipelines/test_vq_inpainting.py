@@ -132,6 +132,27 @@ def test_full_mask_equals_synthesis(shape, pipeline):
         assert torch.equal(a[size], b[size])
 
 
+def test_order_is_the_schedulers_unless_given():
+    image, hole = head(), hole_in()
+
+    def tokens(pipeline, selection):
+        """After the first of five steps, which tells what was drawn first."""
+        seen = []
+        given = {"num_inference_steps": 5, "temperature": 1.0, "output_type": "tokens", "generator": seeded()}
+        tell = lambda _, step, timestep, tensors: seen.append(tensors["tokens"].clone()) or {}  # noqa: E731
+        pipeline(image, hole, selection=selection, callback_on_step_end=tell, **given)
+        return seen[0]
+
+    random, raster = inpainting(), inpainting(selection="raster")
+    assert torch.equal(tokens(random, "raster"), tokens(raster, None))
+    assert torch.equal(tokens(random, None), tokens(raster, "random"))
+    assert not torch.equal(tokens(random, None), tokens(raster, None))
+    confident = inpainting(selection="confidence")
+    assert torch.equal(tokens(random, "confidence"), tokens(confident, None))
+    with pytest.raises(ValueError, match="selection is 'best', expected one of random"):
+        tokens(random, "best")
+
+
 def test_empty_mask_returns_the_input_and_says_so(pipeline, monkeypatch):
     image = torch.rand(SHAPE)
     monkeypatch.setattr(pipeline.transformer, "forward", lambda *a, **o: pytest.fail("the network ran"))
