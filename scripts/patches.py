@@ -102,6 +102,29 @@ class PatchSamples(Dataset):
         return torch.from_numpy(np.clip(patch.astype(np.float32) * gain, 0, self.ceiling))[None]
 
 
+class NestedDropout(Dataset):
+    """Crops, each with the number of sub-codebooks that it is to be decoded from (see ``BinaryVQModel.forward``).
+
+    Args:
+        patches: the crops.
+        share: of the crops that lose at least one sub-codebook, never the first.
+        num_codebooks: how many there are.
+        seed: of the whole run.
+    """
+
+    def __init__(self, patches: PatchSamples, share: float, num_codebooks: int, seed: int) -> None:
+        self.patches, self.share, self.num_codebooks, self.seed = patches, share, num_codebooks, seed
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        """Crop ``number``, and 1 to ``num_codebooks``."""
+        rng = np.random.default_rng([self.seed, number, 1])  # apart from what the crop draws
+        loses = self.num_codebooks > 1 and rng.random() < self.share
+        return self.patches[number], int(rng.integers(1, self.num_codebooks)) if loses else self.num_codebooks
+
+
 def mirrored(volume: np.ndarray, shape: np.ndarray) -> np.ndarray:
     """A volume at least as large as ``shape``, mirrored outwards where it is smaller."""
     missing = np.maximum(shape - volume.shape, 0)

@@ -24,7 +24,7 @@ from dry_run import DATA_NEEDED, DryRun, rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
-from patches import PatchSamples, image_paths, load_all
+from patches import NestedDropout, PatchSamples, image_paths, load_all
 from publish import check_target, publish
 from training import VQ_RECIPES, Task, load_batches, load_recipe, run, start, write_summary
 
@@ -79,11 +79,13 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
         noise = np.random.default_rng(train["seed"]).random(recipe["data"]["volume_shape"], np.float32)
         sources = [[noise.astype(np.float16)]]
     count, ceiling = train["iterations"] * train["batch_size"], recipe["vqmodel"]["intensity_ceiling"]
-    samples = PatchSamples(sources, recipe["data"], ceiling, train["seed"], count)
+    patches = PatchSamples(sources, recipe["data"], ceiling, train["seed"], count)
+    samples = NestedDropout(patches, train.get("nested_dropout", 0.0), model.config.num_codebooks, train["seed"])
 
-    def losses(network: nn.Module, batch: Tensor, step: int) -> dict[str, Tensor]:
+    def losses(network: nn.Module, pair: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        batch, kept = pair
         with accelerator.autocast():
-            result = network(batch, step >= train["quantize_after"], train.get("nested_dropout", 0.0))
+            result = network(batch, step >= train["quantize_after"], kept)
         parts = {
             "reconstruction": reconstruction_loss(result.sample, batch, train["reconstruction_loss"]),
             "commitment": train["commitment_weight"] * result.commitment_loss.float(),

@@ -146,32 +146,30 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         half, full = self.config.decoder_num_convs
         return 2 * half + full
 
-    def forward(self, x: Tensor, quantize: bool = True, nested_dropout: float = 0.0) -> BinaryVQModelOutput:
+    def forward(self, x: Tensor, quantize: bool = True, kept_codebooks: Tensor | None = None) -> BinaryVQModelOutput:
         """Reconstruct; in training mode the codebooks follow the latents.
 
         Args:
             x: (B, in_channels, D, H, W), sizes as for :meth:`encode`.
             quantize: False reconstructs from the continuous latents, to train the convolutions before the codebooks.
-            nested_dropout: share of the samples, 0 to 1, that are decoded from their first sub-codebooks alone, zeros in the
-                place of the others, so that the first ones learn what matters most and the last ones detail; in training
-                mode only (Rippel et al., ICML 2014; not in the paper).
+            kept_codebooks: (B,) from 1 to num_codebooks: each sample is decoded from so many of its first sub-codebooks
+                alone, with zeros in the place of the others; None keeps all. Drawn at random in training (nested dropout,
+                Rippel et al., ICML 2014; not in the paper), the first ones learn what matters most and the last ones detail.
 
         Raises:
             ValueError: as :meth:`encode`.
         """
         latents = self._encode(x)
         if not quantize:
-            return BinaryVQModelOutput(self._decode(self._drop(latents, nested_dropout)), None, latents.new_zeros(()))
+            return BinaryVQModelOutput(self._decode(self._keep(latents, kept_codebooks)), None, latents.new_zeros(()))
         quantized, tokens, commitment = self.quantizer(latents)
-        return BinaryVQModelOutput(self._decode(self._drop(quantized, nested_dropout)), tokens, commitment)
+        return BinaryVQModelOutput(self._decode(self._keep(quantized, kept_codebooks)), tokens, commitment)
 
-    def _drop(self, latents: Tensor, share: float) -> Tensor:
-        """Latents with zeros from a random sub-codebook on, never the first, in a share of the samples."""
-        count, books = len(latents), self.config.num_codebooks
-        if not self.training or share == 0 or books == 1:
+    def _keep(self, latents: Tensor, kept: Tensor | None) -> Tensor:
+        """Latents with zeros in all sub-codebooks but the first ``kept`` of each sample."""
+        if kept is None:
             return latents
-        kept = torch.where(torch.rand(count) < share, torch.randint(1, books, (count,)), books).to(latents.device)
-        mask = torch.arange(books, device=latents.device) < kept[:, None]
+        mask = torch.arange(self.config.num_codebooks, device=latents.device) < kept[:, None]
         return latents * mask.repeat_interleave(self.config.codebook_dim, 1)[:, :, None, None, None]
 
     def encode(self, x: Tensor) -> BinaryVQEncoderOutput:

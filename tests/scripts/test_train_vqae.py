@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import encode_tokens
 import train_vqae
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
-from patches import PatchSamples, image_paths, load_scaled, mirrored, window
+from patches import NestedDropout, PatchSamples, image_paths, load_scaled, mirrored, window
 from training import VQ_RECIPES, load_recipe, start
 
 ROOT = Path(__file__).parent.parent.parent
@@ -104,6 +104,22 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepar
     resume = kill_in_training("train_vqae.py", arguments, tmp_path / "cut", 12)
     resumed = run(recipe, [prepared], tmp_path / "cut", overrides=overrides, resume=resume)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+
+
+def test_nested_dropout_depends_on_the_sample_alone():
+    class Crops:
+        def __len__(self):
+            return 3000
+
+        def __getitem__(self, number):
+            return number
+
+    samples = NestedDropout(Crops(), 0.5, 3, 0)
+    kept = [samples[n][1] for n in range(3000)]
+    assert len(samples) == 3000 and kept[:9] == [samples[n][1] for n in range(9)] and samples[7][0] == 7
+    np.testing.assert_allclose(np.bincount(kept, minlength=4) / 3000, [0, 0.25, 0.25, 0.5], atol=0.03)
+    assert {NestedDropout(Crops(), share, 3, 0)[n][1] for share in (0.0,) for n in range(50)} == {3}
+    assert {NestedDropout(Crops(), 1.0, 1, 0)[n][1] for n in range(50)} == {1}
 
 
 def test_two_processes_see_one_process_batches(recipe, prepared, tmp_path):
