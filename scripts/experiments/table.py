@@ -223,10 +223,15 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
     seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
     lines += [
         f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences from {reference} are paired by "
-        f"seed, with their {CONFIDENCE:.0%} t-interval. Each form tried the learning rates {tried}, in trials of "
-        f"{table.tuning['share']:.0%} of the iterations with another seed and other data; * is the end of the range.",
+        f"seed, with their {CONFIDENCE:.0%} t-interval.",
         "",
     ]
+    if len(table.tuning["rates"]) > 1:
+        lines[-1:] = [
+            f"Each form tried the learning rates {tried}, in trials of {table.tuning['share']:.0%} of the iterations with "
+            "another seed and other data; * is the end of the range.",
+            "",
+        ]
     for name, per_form in figures.items():
         lines += [
             f"## {titled(table, name)}",

@@ -13,6 +13,7 @@ import torch
 import yaml
 from killing import kill_in_training
 from safetensors.torch import load_file
+from toys import SHORT
 
 import hf_binaryformer as bf
 import train_pixels
@@ -48,15 +49,7 @@ def recipe(tmp_path_factory) -> Path:
     settings = yaml.safe_load((train_pixels.PIXEL_RECIPES / "mnist-pixels.yaml").read_text())
     settings["data"] |= {"classes": 4, "validation_images": 12}
     settings["model"] |= {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "value_head_dim": 4}
-    settings["train"] |= {
-        "iterations": 6,
-        "batch_size": 4,
-        "warmup": 2,
-        "log_every": 1,
-        "validate_every": 3,
-        "checkpoint_every": 3,
-        "mixed_precision": "no",
-    }
+    settings["train"] |= SHORT
     path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -146,8 +139,8 @@ def test_shifts_and_flips_move_pixels_alone():
 
 
 def test_it_learns_and_is_evaluated(recipe, mnist, tmp_path):
-    overrides = ["train.iterations=150", "train.learning_rate=0.01", "train.validate_every=50"]
-    overrides += ["train.checkpoint_every=150", "train.best_by=validation_accuracy"]
+    overrides = ["train.iterations=400", "train.learning_rate=0.005", "train.validate_every=50"]
+    overrides += ["train.checkpoint_every=400", "train.best_by=validation_accuracy"]
     run(recipe, mnist, tmp_path, overrides, evaluate="test")
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["images"] == 20 and results["accuracy"] > 0.8

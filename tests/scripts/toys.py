@@ -15,6 +15,16 @@ import hf_binaryformer as bf
 from training import RECIPES, VQ_RECIPES
 
 GRID = (2, 3, 2)
+# A training of six iterations that is validated and saved halfway.
+SHORT = {
+    "iterations": 6,
+    "batch_size": 4,
+    "warmup": 2,
+    "log_every": 1,
+    "validate_every": 3,
+    "checkpoint_every": 3,
+    "mixed_precision": "no",
+}
 DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -137,17 +147,7 @@ def write_sampler_recipe(path: Path) -> Path:
         "dropout": 0.1,
     }
     settings["scheduler"] |= {"num_codebooks": 2, "mask_token_id": 6, "num_train_timesteps": 16}
-    settings["sampler"] |= {
-        "iterations": 6,
-        "batch_size": 4,
-        "warmup": 2,
-        "log_every": 1,
-        "validate_every": 3,
-        "checkpoint_every": 3,
-        "mixed_precision": "no",
-        "save_dtype": "float32",
-        "learning_rate": 3e-3,
-    }
+    settings["sampler"] |= SHORT | {"save_dtype": "float32", "learning_rate": 3e-3}
     path.write_text(yaml.safe_dump(settings))
     return path
 
