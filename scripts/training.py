@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "checkpoints_kept": 2,
     "workers": 0,
     "freeze_query_key": False,
+    "epsilon": 1e-8,  # of AdamW
 }
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
@@ -104,7 +105,8 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
 
     With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
     """
-    frozen = train.get("freeze_query_key", False)
+    train = DEFAULTS | train
+    frozen = train["freeze_query_key"]
     if frozen:
         for attention in attention_modules(model):
             for parameter in attention.qkv.parameters():
@@ -116,7 +118,8 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
         decay = train["weight_decay"] if decays else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     rate = train["learning_rate"]
-    return torch.optim.AdamW([{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()])
+    per_group = [{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()]
+    return torch.optim.AdamW(per_group, eps=train["epsilon"])
 
 
 def _without_rows(gradient: Tensor, rows: int) -> Tensor:

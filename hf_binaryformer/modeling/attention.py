@@ -25,6 +25,8 @@ class BinaryAttention(nn.Module):
     | hamming_bernoulli | as hamming, with two random sign samples each for q and k and weights from their distances |
     | uniform | 0: the mean of the values, a control that ignores q and k |
 
+    With ``learned_logit_scale`` each head's scores are multiplied by exp(``log_scale``) as well, which starts at 1.
+
     Args:
         dim: token channels D.
         num_heads: heads H; query and key have d = D / H channels each.
@@ -74,6 +76,8 @@ class BinaryAttention(nn.Module):
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
         self.proj = nn.Linear(value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+        learns_scale = config.learned_logit_scale and config.attention_type != "uniform"
+        self.log_scale = nn.Parameter(torch.zeros(num_heads, **factory)) if learns_scale else None
         if config.attention_type in LEARNED_WEIGHT_TYPES:
             self.query_theta = TokenWeight(config, self.head_dim, num_heads, **factory)
             self.key_theta = TokenWeight(config, self.head_dim, num_heads, **factory)
@@ -104,11 +108,18 @@ class BinaryAttention(nn.Module):
         query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         return self.q_norm(query), self.k_norm(key), value
 
+    def _scale_heads(self, x: Tensor) -> Tensor:
+        """Queries or their weights (B, H, N, ...), in which scores are linear, times the learned factor of their head."""
+        if self.log_scale is None:
+            return x
+        return x * self.log_scale.exp().to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+
     def _attend_uniform(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return value.mean(2, keepdim=True).expand_as(value)
 
     def _attend_softmax(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
+        query = self._scale_heads(query)
         return F.scaled_dot_product_attention(query, key, value, scale=self.scale, dropout_p=dropout)
 
     def _attend_sign(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class BinaryAttention(nn.Module):
         return hamming_attention(
             query_bits,
             key_bits,
-            query_weight,
+            self._scale_heads(query_weight),
             key_weight,
             value,
             head_dim=self.head_dim,
@@ -142,7 +153,7 @@ class BinaryAttention(nn.Module):
         return hamming_attention(
             pack_sign_bits(query),
             pack_sign_bits(key),
-            ones if query_weight is None else query_weight,
+            self._scale_heads(ones if query_weight is None else query_weight),
             ones if key_weight is None else key_weight,
             value,
             head_dim=self.head_dim,

@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, SemanticSegmenterOutput
 
 from hf_binaryformer.kernels.backends import select_backend
-from hf_binaryformer.modeling.attention import TokenWeight, attention_modules
+from hf_binaryformer.modeling.attention import BinaryAttention, TokenWeight, attention_modules
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.decoder import SegmentationDecoder
 from hf_binaryformer.modeling.encoder import build_encoder, position_table
@@ -43,6 +43,8 @@ class BinaryFormerPreTrainedModel(CheckpointMixin, PreTrainedModel):  # type: ig
         std = self.config.initializer_range
         if isinstance(module, TokenWeight):
             module.reset_parameters()
+        elif isinstance(module, BinaryAttention) and module.log_scale is not None:
+            nn.init.zeros_(module.log_scale)
         elif isinstance(module, VisionTransformer):
             if module.cls_token is not None:
                 nn.init.trunc_normal_(module.cls_token, std=std)

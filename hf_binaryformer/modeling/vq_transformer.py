@@ -23,9 +23,9 @@ from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
 
 # Configuration fields that mean here what they mean in BinaryFormerConfig.
 ATTENTION_FIELDS = (
-    "num_heads", "value_head_dim", "attention_type", "bit_gradient", "logit_scale", "share_attention", "sigma_beta",
-    "sigma_cap", "weight_bias_init", "weight_activation", "weight_max", "weight_input_norm", "grouped_layout",
-    "bernoulli_transpose_heads", "initializer_range",
+    "num_heads", "value_head_dim", "attention_type", "bit_gradient", "logit_scale", "learned_logit_scale",
+    "share_attention", "sigma_beta", "sigma_cap", "weight_bias_init", "weight_activation", "weight_max",
+    "weight_input_norm", "grouped_layout", "bernoulli_transpose_heads", "initializer_range",
 )  # fmt: skip
 
 
@@ -58,8 +58,8 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
             both start as sines and cosines of the three coordinates.
         mask_granularity: what was masked together in training, the whole "position" or each "codebook" entry on its own.
         train_block_sizes: sides of the blocks of positions that were masked together in training.
-        num_heads, value_head_dim, attention_type, bit_gradient, logit_scale, share_attention, sigma_beta, sigma_cap,
-            weight_bias_init, weight_activation, weight_max, weight_input_norm, grouped_layout,
+        num_heads, value_head_dim, attention_type, bit_gradient, logit_scale, learned_logit_scale, share_attention,
+            sigma_beta, sigma_cap, weight_bias_init, weight_activation, weight_max, weight_input_norm, grouped_layout,
             bernoulli_transpose_heads, initializer_range: as in :class:`BinaryFormerConfig`.
 
     Raises:
@@ -95,6 +95,7 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         attention_type: str = "hamming",
         bit_gradient: str | None = None,
         logit_scale: float = 1.0,
+        learned_logit_scale: bool = False,
         share_attention: bool = False,
         sigma_beta: float = 0.5,
         sigma_cap: float = 0.75,

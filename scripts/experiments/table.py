@@ -6,13 +6,14 @@ seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a fol
 finished is not run again, what was interrupted goes on from its checkpoint.
 
 A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
-``settings`` of every run and ``forms`` with those of each form (``section.key: value``), or ``standard`` for all attention types,
-whose fields are in the section ``network``; ``reference`` (the form that others are compared with) and ``controls`` (which must
-do worse than it, or the table is no evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning
-``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of
-the warm-up, and ``arguments`` that have them judged on other data than the table; ``scales``: settings of each ``--scale``,
-iterations and warm-up among them; ``curves``: keys of ``log.jsonl``, drawn
-over the training into ``curves.png``. ``like`` names another table, whose words count where the file has none.
+``settings`` of every run (``section.key: value``); ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that
+name, or forms of its own, with attention's fields in the section ``network`` and those of the training in ``section``;
+``reference`` (the form that others are compared with) and ``controls`` (which must do worse than it, or the table is no
+evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the
+same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of the warm-up, and ``arguments`` that
+have them judged on other data than the table; ``scales``: settings of each ``--scale``, iterations and warm-up among them;
+``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``. ``like`` names another table, whose words count
+where the file has none; ``runs`` one whose folder of trainings it shares, as runs with the same settings are the same.
 """
 
 from __future__ import annotations
@@ -39,21 +40,11 @@ DEFAULT_SCALE = "small"
 EVIDENCE = ROOT / "model_cards" / "evidence"
 # Differences are given with their interval at this confidence.
 CONFIDENCE = 0.95
+# The setting that has a form trained by with_variant.py.
+VARIANT = "variant"
+FORMS = Path(__file__).with_name("forms.yaml")
 # In the folder of a run: what was asked for, and that it is done.
 SETTINGS, FINISHED = "settings.json", "finished"
-# forms: standard. attention_type and bit_gradient of each; "frozen" keeps the projections to queries and keys as drawn.
-STANDARD_FORMS: dict[str, tuple[str, str | None]] = {
-    "softmax": ("softmax", None),
-    "uniform": ("uniform", None),
-    "frozen": ("softmax", None),
-    "sign-ste": ("sign", "ste"),
-    "sign-ternary": ("sign", "ternary"),
-    "sign-stopgrad": ("sign_stopgrad", None),
-    "hamming": ("hamming", None),
-    "hamming-ternary": ("hamming", "ternary"),
-    "hamming-grouped": ("hamming_grouped", None),
-    "hamming-bernoulli": ("hamming_bernoulli", None),
-}
 
 
 @dataclass(frozen=True)
@@ -85,17 +76,25 @@ class Table:
         self.seeds: list[int] = words["seeds"]
         self.tuning: dict[str, Any] = words["tuning"]
         self.section: str = words["section"]
-        self.forms: dict[str, dict[str, Any]] = words["forms"]
-        if words["forms"] == "standard":
-            self.forms = {name: self._standard(name) for name in STANDARD_FORMS}
+        self.forms = self._forms()
         for name in (words["reference"], *words["controls"]):
             if name not in self.forms:
                 raise typer.BadParameter(f"{path.name} names {name}, but its forms are {', '.join(self.forms)}")
 
-    def _standard(self, name: str) -> dict[str, Any]:
-        network, (attention_type, bit_gradient) = self.words["network"], STANDARD_FORMS[name]
-        settings = {f"{network}.attention_type": attention_type, f"{network}.bit_gradient": bit_gradient}
-        return settings | ({f"{self.section}.freeze_query_key": True} if name == "frozen" else {})
+    def _forms(self) -> dict[str, dict[str, Any]]:
+        """Settings of each form, in the sections of this table."""
+        known = yaml.safe_load(FORMS.read_text())
+        names = known["standard"] if self.words["forms"] == "standard" else self.words["forms"]
+        if isinstance(names, dict):
+            known["forms"] |= names
+        sections = {"network": self.words["network"], "train": self.section}
+        forms = {}
+        for name in names:
+            if name not in known["forms"]:
+                raise typer.BadParameter(f"{self.path.name}: no form '{name}' in {FORMS.name}")
+            pairs = [(key.partition("."), value) for key, value in known["forms"][name].items()]
+            forms[name] = {sections.get(head, head) + dot + field: value for (head, dot, field), value in pairs}
+        return forms
 
     def run(self, form: str, seed: int, rate: float) -> Run:
         """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
@@ -132,7 +131,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     Raises:
         RuntimeError: the training failed, or the folder holds one with other settings.
     """
-    folder = runs / table.name / table.scale / run.name
+    folder = runs / table.words.get("runs", table.name) / table.scale / run.name
     folder.mkdir(parents=True, exist_ok=True)
     words = table.words["arguments"] + (table.tuning["arguments"] if run.seed == table.tuning["seed"] else [])
     asked = {"script": table.words["script"], "arguments": words, "settings": run.settings}
@@ -142,9 +141,17 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     written.write_text(json.dumps(asked, indent=2))
     if (folder / FINISHED).is_file():
         return folder
-    command = [sys.executable, str(ROOT / "scripts" / table.words["script"]), *filled(words, runs, data)]
-    command += ["--output", str(folder)]
-    for key, value in run.settings.items():
+    settings, scripts = dict(run.settings), ROOT / "scripts"
+    command = [
+        sys.executable,
+        str(scripts / table.words["script"]),
+        *filled(words, runs, data),
+        "--output",
+        str(folder),
+    ]
+    if variant := settings.pop(VARIANT, None):
+        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), variant.format(folder=folder.parent)]
+    for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if any((folder / "checkpoints").glob("step_????????")):
         command.append("--resume")

@@ -31,11 +31,11 @@ def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
     if kind == "uniform":
         return x.new_zeros(x.shape[0], attention.num_heads, x.shape[1], x.shape[1]), one
     if kind == "softmax":
-        return attention.scale * query @ key.mT, one
+        return attention._scale_heads(attention.scale * query @ key.mT), one
     if kind == "hamming_bernoulli":
         raise typer.BadParameter("hamming_bernoulli draws its signs: it has no scores to look at")
     signs = [torch.where(t >= 0, 1.0, -1.0) for t in (query, key)]
-    product = attention.scale * signs[0] @ signs[1].mT
+    product = attention._scale_heads(attention.scale * signs[0] @ signs[1].mT)
     if kind in ("sign", "sign_stopgrad"):
         return product, one
     weights = attention.query_theta(query), attention.key_theta(key)

@@ -101,7 +101,10 @@ def dense_scores(module: BinaryAttention, query: Tensor, key: Tensor) -> Tensor:
     else:
         left = bit(query) * dense_theta(module.query_theta, query, config)[..., None]
         right = bit(key) * dense_theta(module.key_theta, key, config)[..., None]
-    return config.logit_scale * left @ right.transpose(-1, -2) / HEAD_DIM**0.5
+    scores = config.logit_scale * left @ right.transpose(-1, -2) / HEAD_DIM**0.5
+    if config.learned_logit_scale:
+        scores = torch.stack([torch.exp(module.log_scale[head]) * scores[:, head] for head in range(HEADS)], dim=1)
+    return scores
 
 
 def finish(module: BinaryAttention, per_head: Tensor) -> Tensor:

@@ -45,6 +45,21 @@ def test_logit_scale(attention_type: str) -> None:
     assert_same(module, tokens())
 
 
+@pytest.mark.parametrize("attention_type", [t for t in TYPES if t != "uniform"])
+def test_learned_logit_scale(attention_type: str) -> None:
+    """Output and gradients, that of the scales among them, with scales that differ between heads."""
+    module, plain = make_attention(attention_type, learned_logit_scale=True), make_attention(attention_type)
+    started = plain.load_state_dict(module.state_dict(), strict=False)
+    assert started.unexpected_keys == ["log_scale"]
+    x = tokens()
+    with torch.no_grad():
+        module.log_scale.zero_()
+        torch.testing.assert_close(module(x), plain(x))
+        module.log_scale.copy_(torch.linspace(-1.0, 1.5, HEADS))
+    assert_same(module, x)
+    assert output_and_gradients(module, module(x), x)["log_scale"].all()
+
+
 @pytest.mark.parametrize("weight_activation", ["identity", "softplus", "bounded"])
 @pytest.mark.parametrize("attention_type", LEARNED)
 def test_weight_activation(attention_type: str, weight_activation: str) -> None:

@@ -48,6 +48,8 @@ def dense_bernoulli(module: BinaryAttention, x: Tensor, query_bits: Tensor, key_
         w_first, w_second = d_second / (d_first + d_second), d_first / (d_first + d_second)
         interpolated.append(w_first[..., None] * first + w_second[..., None] * second)
     scores = module.config.logit_scale * interpolated[0] @ interpolated[1].transpose(-1, -2) / HEAD_DIM**0.5
+    if module.config.learned_logit_scale:
+        scores = scores * torch.exp(module.log_scale)[:, None, None]
     per_head = scores.softmax(-1) @ value
     if module.config.bernoulli_transpose_heads:
         return finish(module, per_head)
@@ -55,7 +57,9 @@ def dense_bernoulli(module: BinaryAttention, x: Tensor, query_bits: Tensor, key_
     return mixed @ module.proj.weight.T + module.proj.bias
 
 
-@pytest.mark.parametrize("fields", [{}, {"logit_scale": 4.0}, {"bernoulli_transpose_heads": False}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"logit_scale": 4.0}, {"learned_logit_scale": True}, {"bernoulli_transpose_heads": False}]
+)
 def test_bernoulli_given_its_samples(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_config("hamming_bernoulli").bernoulli_transpose_heads
     recorder = Recorder(monkeypatch)

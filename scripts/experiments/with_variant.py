@@ -1,0 +1,177 @@
+"""python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...: a training with a form of
+attention that the package does not have, computed in floating point with all N x N numbers.
+
+| variant | what is other |
+| --- | --- |
+| row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, not one for each 64 |
+| clipped-mean | that scale is three times the mean of the row's sizes; what is larger is cut off (biased, less variance) |
+| ternary-values | the gradient of the values comes from ternary numbers in place of the probabilities |
+| channel-groups | "hamming" with a weight for each of four groups of a head's channels |
+| from-ste | the first half of the iterations with the straight-through gradient, the second with the configured one |
+| teacher:FOLDER | the loss is the mean of the script's own and the cross-entropy to a trained transformer's predictions |
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import training
+from hf_binaryformer.modeling import attention as attention_module
+from hf_binaryformer.modeling.attention import BinaryAttention, TokenWeight, attention_modules
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+
+MEANS = 3.0
+CHANNEL_GROUPS = 4
+
+
+def signs(x: Tensor) -> Tensor:
+    """sgn(x), +1 at 0."""
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
+def draw_ternary(g: Tensor, dim: int, rule: str) -> Tensor:
+    """Random ternary numbers in place of g, with one scale along ``dim`` by the rule."""
+    size = g.abs()
+    scale = MEANS * size.mean(dim, keepdim=True) if rule == "clipped-mean" else size.amax(dim, keepdim=True)
+    drawn = torch.rand_like(size) * scale < size
+    return torch.where(drawn, scale.copysign(g), 0.0)
+
+
+class SimulatedSigns(torch.autograd.Function):
+    """Attention of sign bits with the ternary gradient, all in float32: ``rule`` is a variant's name."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, rule: str) -> Tensor:
+        """(B, H, N, d), (B, H, N, d), (B, H, N, d_v) -> (B, H, N, d_v)."""
+        left, right = signs(query), signs(key)
+        probability = (scale * left @ right.mT).softmax(-1)
+        ctx.save_for_backward(query, key, value.float(), probability)
+        ctx.scale, ctx.rule = scale, rule
+        return (probability @ value.float()).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """As hf_binaryformer/kernels/hamming.py, with other ternary numbers."""
+        query, key, value, probability = ctx.saved_tensors
+        d_out = gradients[0].float()
+        d_probability = d_out @ value.mT
+        d_scores = probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))
+        rows, columns = (draw_ternary(d_scores, dim, ctx.rule) for dim in (-1, -2))
+        d_query = ctx.scale * (rows @ signs(key)) * (query.abs() <= 1)
+        d_key = ctx.scale * (columns.mT @ signs(query)) * (key.abs() <= 1)
+        weights = draw_ternary(probability, -2, ctx.rule) if ctx.rule == "ternary-values" else probability
+        d_value = weights.mT @ d_out
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(gradients[0].dtype), None, None
+
+
+def attend_signs(rule: str, self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Stands for the method of "sign"."""
+    if not torch.is_grad_enabled():
+        return self._hamming(query, key, None, None, value)
+    with torch.autocast(query.device.type, enabled=False):
+        return SimulatedSigns.apply(query, key, value, self.scale, rule)
+
+
+class GroupWeight(TokenWeight):
+    """A weight for each token, head and group of its channels."""
+
+    def __init__(self, config: Any, head_dim: int, num_heads: int, **factory: Any) -> None:
+        super().__init__(config, head_dim, num_heads, **factory)
+        self.fc2 = nn.Conv1d(self.fc2.in_channels, num_heads * CHANNEL_GROUPS, 1, **factory)
+        self.reset_parameters()
+
+
+def attend_channel_groups(self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Stands for the method of "hamming": weights (B, H G, N) on groups of channels; no gradient through the signs."""
+    sides = []
+    for x, theta in ((query, self.query_theta), (key, self.key_theta)):
+        weight = theta(x).unflatten(1, (self.num_heads, CHANNEL_GROUPS)).mT  # (B, H, N, G)
+        per_channel = weight.repeat_interleave(self.head_dim // CHANNEL_GROUPS, dim=-1)
+        sides.append(signs(x).to(value.dtype) * per_channel)
+    return F.scaled_dot_product_attention(sides[0], sides[1], value, scale=self.scale)
+
+
+Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
+
+
+def with_losses(change: Callable[[training.Task, dict[str, Any]], Losses]) -> None:
+    """Have every training take its losses from ``change(task, train)``, made before it starts."""
+    inner = training.run
+
+    def run(task: training.Task, train: dict[str, Any], *rest: Any) -> None:
+        inner(replace(task, losses=change(task, train)), train, *rest)
+
+    changed: Any = training
+    changed.run = run
+
+
+def from_ste(task: training.Task, train: dict[str, Any]) -> Losses:
+    """The script's losses, with the gradient of the bits that the step calls for."""
+    modules = attention_modules(task.model)
+    configured = [module.config.bit_gradient for module in modules]
+
+    def losses(network: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        for module, own in zip(modules, configured, strict=True):
+            module.config.bit_gradient = "ste" if step < train["iterations"] // 2 else own
+        return task.losses(network, batch, step)
+
+    return losses
+
+
+def taught(teacher: nn.Module, task: training.Task, train: dict[str, Any]) -> Losses:
+    """Half the script's loss, half the cross-entropy of masked tokens to the teacher's predictions, in nats."""
+    seen: list[Tensor] = []
+    task.model.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    config = task.model.config
+
+    def losses(network: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        losses = task.losses(network, batch, step)
+        _, noisy, masked, *_ = batch
+        with torch.no_grad():
+            target = teacher(noisy).logits.float().softmax(2)  # (B, K, V, d, h, w)
+        logits = seen.pop().float().unflatten(2, (config.num_codebooks, config.codebook_size)).permute(0, 2, 3, 1)
+        seen.clear()  # of validations
+        per_token = -(target * logits.log_softmax(2).unflatten(3, noisy.shape[2:])).sum(2)
+        lesson = (per_token * masked).sum() / masked.sum().clamp_min(1)
+        return losses | {"loss": (losses["loss"] + lesson) / 2, "lesson": lesson}
+
+    return losses
+
+
+def apply(variant: str) -> None:
+    """Change the package and the training core in this process.
+
+    Raises:
+        SystemExit: no such variant.
+    """
+    name, _, argument = variant.partition(":")
+    attention: Any = BinaryAttention
+    module: Any = attention_module
+    if name in ("row-maximum", "clipped-mean", "ternary-values"):
+        attention._attend_sign = lambda self, *qkv: attend_signs(name, self, *qkv)
+    elif name == "channel-groups":
+        module.TokenWeight = GroupWeight
+        attention._attend_hamming = attend_channel_groups
+    elif name == "from-ste":
+        with_losses(from_ste)
+    elif name == "teacher":
+        with_losses(partial(taught, BinaryVQTransformer3DModel.from_pretrained(argument).eval()))
+    else:
+        raise SystemExit(f"no variant '{variant}'; see the head of {__file__}")
+
+
+if __name__ == "__main__":
+    apply(sys.argv[1])
+    del sys.argv[:2]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,116 @@
+"""Forms of attention that only the experiments have, against straight-through gradients and the package's own forms."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import with_variant
+from torch import Tensor
+
+import training
+from hf_binaryformer.modeling import attention as attention_module
+from hf_binaryformer.modeling.attention import BinaryAttention
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+
+
+@pytest.fixture(autouse=True)
+def package_as_it_was(monkeypatch):
+    """Variants change the package: what they may touch is put back."""
+    monkeypatch.setattr(BinaryAttention, "_attend_sign", BinaryAttention._attend_sign)
+    monkeypatch.setattr(BinaryAttention, "_attend_hamming", BinaryAttention._attend_hamming)
+    monkeypatch.setattr(attention_module, "TokenWeight", attention_module.TokenWeight)
+    monkeypatch.setattr(training, "run", training.run)
+
+
+def attention(kind: str, **fields: Any) -> BinaryAttention:
+    torch.manual_seed(0)
+    config = BinaryFormerConfig(attention_type=kind, value_head_dim=4, hidden_size=16, num_heads=2, **fields)
+    return BinaryAttention(16, 2, config=config)
+
+
+def gradients(module: BinaryAttention, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Output, and gradient of the projections."""
+    output = module(x)
+    return output.detach(), torch.autograd.grad(output, module.qkv.weight, cotangent)[0]
+
+
+@pytest.mark.parametrize("rule", ["row-maximum", "ternary-values", "clipped-mean"])
+def test_other_ternary_gradients_have_the_straight_through_one_as_mean(rule):
+    """Exactly, for the unbiased two; "clipped-mean" cuts the largest entries and so falls short, but not far."""
+    x, cotangent = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    output, wanted = gradients(attention("sign", bit_gradient="ste"), x, cotangent)
+    with_variant.apply(rule)
+    module = attention("sign", bit_gradient="ternary")
+    runs = [gradients(module, x, cotangent) for _ in range(400)]
+    torch.testing.assert_close(runs[0][0], output)
+    drawn = torch.stack([gradient for _, gradient in runs])
+    rest = (drawn.mean(0) - wanted).abs() / (drawn.std(0) / len(runs) ** 0.5 + 1e-6)
+    random = slice(None) if rule == "ternary-values" else slice(32)
+    assert (drawn.std(0)[random] > 0).float().mean() > 0.9
+    if rule == "clipped-mean":
+        assert 0.85 < F.cosine_similarity(drawn.mean(0)[:32].flatten(), wanted[:32].flatten(), dim=0) <= 1
+    else:
+        assert rest.max() < 5
+    assert (rule == "ternary-values") == bool(drawn.std(0)[32:].any()), "only one of them draws for the values"
+
+
+def test_channel_groups_with_equal_weights_are_the_papers_form():
+    x = torch.randn(2, 9, 16)
+    plain = attention("hamming")
+    wanted = plain(x)
+    with_variant.apply("channel-groups")
+    module = attention("hamming")
+    module.load_state_dict({k: v for k, v in plain.state_dict().items() if "fc2" not in k}, strict=False)
+    for theta, own in ((module.query_theta, plain.query_theta), (module.key_theta, plain.key_theta)):
+        for mine, theirs in ((theta.fc2.weight, own.fc2.weight), (theta.fc2.bias, own.fc2.bias)):
+            mine.data = theirs.detach().repeat_interleave(with_variant.CHANNEL_GROUPS, dim=0)
+    torch.testing.assert_close(module(x), wanted)
+    module.query_theta.fc2.bias.data[0] += 0.5
+    assert not torch.allclose(module(x), wanted)
+
+
+def test_from_ste_changes_the_gradient_half_way(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(5)]
+    )
+    with_variant.apply("from-ste")
+    module = attention("hamming", bit_gradient="none")
+    model = torch.nn.ModuleList([module, BinaryAttention(16, 2, config=module.config)])  # which share one configuration
+
+    def losses(network: Any, batch: Any, step: int) -> dict[str, Tensor]:
+        seen.append([m.config.bit_gradient for m in model])
+        return {}
+
+    training.run(training.Task(model, None, None, losses), {"iterations": 4}, None, None, False, None)
+    assert seen == [["ste", "ste"]] * 2 + [["none", "none"]] * 3
+
+
+def test_the_lesson_is_the_cross_entropy_to_the_teacher(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(grid_size=(1, 2, 3), num_codebooks=2, codebook_size=5, embedding_dim=8, num_layers=1, num_heads=2)
+    teacher, student = (BinaryVQTransformer3DModel(**sizes, attention_type="softmax") for _ in range(2))
+    tokens = torch.randint(5, (4, 2, 1, 2, 3))
+    masked = torch.rand(4, 2, 1, 2, 3) < 0.5
+    noisy = tokens.masked_fill(masked, student.mask_token_id)
+    task = SimpleNamespace(
+        model=student, losses=lambda network, batch, step: {"loss": network(batch[1]).logits.sum() * 0 + 3}
+    )
+    losses = with_variant.taught(teacher, task, {})
+    for _ in range(2):  # a validation between steps leaves nothing behind
+        got = losses(student, (tokens, noisy, masked, None, None), 0)
+        student(noisy)
+    rows = [t(noisy).logits.permute(0, 1, 3, 4, 5, 2)[masked] for t in (student, teacher)]
+    wanted = F.cross_entropy(rows[0], rows[1].softmax(-1))
+    torch.testing.assert_close(got["lesson"], wanted)
+    torch.testing.assert_close(got["loss"], (3 + wanted) / 2)
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(SystemExit, match="no variant 'x'"):
+        with_variant.apply("x")
