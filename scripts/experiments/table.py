@@ -10,9 +10,11 @@ A table's file says: ``title``; ``prepare`` (commands that make the data, once);
 name, or forms of its own, with attention's fields in the section ``network`` and those of the training in ``section``;
 ``reference`` (the form that others are compared with) and ``controls`` (which must do worse than it, or the table is no
 evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the
-same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of the warm-up, and ``arguments`` that
-have them judged on other data than the table; ``scales``: settings of each ``--scale``, iterations and warm-up among them;
-``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``. ``like`` names another table, whose words count
+same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of the warm-up, and ``arguments`` or a
+``measure`` (else the first) that have them judged on other data than the table; ``scales``: settings of each ``--scale``, iterations and warm-up among them;
+``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``; ``then``: commands that follow each training, with
+its folder as ``{folder}``; ``profile`` (``file``, ``key``, ``x``): figures of a run that are many, by a number x, drawn into
+``profile.png``. ``like`` names another table, whose words count
 where the file has none; ``runs`` one whose folder of trainings it shares, as runs with the same settings are the same.
 """
 
@@ -118,11 +120,11 @@ class Table:
         return a > b if self.words["measures"][name]["better"] == "higher" else a < b
 
 
-def filled(words: list[str], runs: Path, data: Path | None) -> list[str]:
-    """A command's words with the places of {runs} and {data}."""
+def filled(words: list[str], runs: Path, data: Path | None, folder: Path | None = None) -> list[str]:
+    """A command's words with the places of {runs}, {data} and, of a run, {folder}."""
     if data is None and any("{data}" in word for word in words):
         raise typer.BadParameter("this table reads a folder of data: give --data")
-    return [word.format(runs=runs, data=data) for word in words]
+    return [word.format(runs=runs, data=data, folder=folder) for word in words]
 
 
 def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -> Path:
@@ -135,6 +137,8 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     folder.mkdir(parents=True, exist_ok=True)
     words = table.words["arguments"] + (table.tuning["arguments"] if run.seed == table.tuning["seed"] else [])
     asked = {"script": table.words["script"], "arguments": words, "settings": run.settings}
+    if "then" in table.words:
+        asked["then"] = table.words["then"]
     written = folder / SETTINGS
     if written.is_file() and json.loads(written.read_text()) != asked:
         raise RuntimeError(f"{folder} holds a training with other settings: remove it, or give other --runs")
@@ -150,7 +154,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
         str(folder),
     ]
     if variant := settings.pop(VARIANT, None):
-        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), variant.format(folder=folder.parent)]
+        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder.parent)]
     for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if any((folder / "checkpoints").glob("step_????????")):
@@ -160,10 +164,12 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
     }
+    after = [[sys.executable, *filled(step, runs, data, folder)] for step in table.words.get("then", [])]
     with (folder / "output.txt").open("a") as output:
-        done = subprocess.run(command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{run.name} ended with status {done.returncode}: see {folder / 'output.txt'}")
+        for step in (command, *after):
+            done = subprocess.run(step, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise RuntimeError(f"{run.name} ended with status {done.returncode}: see {folder / 'output.txt'}")
     (folder / FINISHED).touch()
     return folder
 
@@ -182,7 +188,7 @@ def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> d
     if len(rates) == 1:
         return dict.fromkeys(table.forms, rates[0])
     tried = [table.run(form, table.tuning["seed"], rate) for form in table.forms for rate in rates]
-    first = next(iter(table.words["measures"]))
+    first = table.tuning.get("measure", next(iter(table.words["measures"])))
     best: dict[str, tuple[float, float]] = {}
     for run, folder in train_all(table, tried, runs, data, workers).items():
         value = table.measure(first, folder)
@@ -219,8 +225,14 @@ def titled(table: Table, name: str) -> str:
     return f"{name} ({better} is better)" if better else name
 
 
-def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: dict[str, float], command: str) -> str:
-    """The table in words: ``figures`` are measure -> form -> one value a seed."""
+def markdown(
+    table: Table,
+    figures: dict[str, dict[str, list[float]]],
+    rates: dict[str, float],
+    command: str,
+    more: list[str],
+) -> str:
+    """The table in words: ``figures`` are measure -> form -> one value a seed; ``more`` are lines that follow them."""
     reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
     tied = ties(table, figures)
     if tied:
@@ -255,7 +267,7 @@ def markdown(table: Table, figures: dict[str, dict[str, list[float]]], rates: di
             label = f"{form} (control)" if form in table.words["controls"] else form
             lines.append(f"| {label} | {rates[form]:g}{ends} | {statistics.mean(values):.4g} ± {spread:.2g} | {cell} |")
         lines.append("")
-    return "\n".join([*lines, "```", command, "```", ""])
+    return "\n".join([*lines, *more, "```", command, "```", ""])
 
 
 def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -296,6 +308,33 @@ def draw_curves(table: Table, folders: dict[str, list[Path]], path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
+def profile(table: Table, folders: dict[str, list[Path]], path: Path) -> list[str]:
+    """The many figures of each form's runs, drawn with their mean and standard deviation; returns their table in words."""
+    from matplotlib.figure import Figure
+
+    wanted = table.words["profile"]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines: list[str] = []
+    for number, (form, places) in enumerate(folders.items()):
+        found = [json.loads((p / wanted["file"]).read_text())[wanted["key"]] for p in places]
+        means = {x: statistics.mean(one[x] for one in found) for x in found[0]}
+        spread = [statistics.stdev([one[x] for one in found]) if len(found) > 1 else 0.0 for x in means]
+        style = "-" if number < 10 else "--"
+        axes.errorbar(
+            [float(x) for x in means], list(means.values()), spread, ls=style, color=f"C{number % 10}", label=form
+        )
+        if not lines:
+            lines = [f"| {wanted['x']} | {' | '.join(means)} |", "| --- |" + " ---: |" * len(means)]
+        lines.append(f"| {form} | {' | '.join(f'{value:.3g}' for value in means.values())} |")
+    axes.set_xlabel(wanted["x"])
+    axes.set_ylabel(wanted["key"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    return [f"## {wanted['key']} by {wanted['x']}", "", *lines, ""]
+
+
 def main(
     path: Annotated[Path, typer.Argument(help="The table's .yaml file.")],
     runs: Annotated[Path, typer.Option(help="Folder for data and trainings.")],
@@ -333,10 +372,11 @@ def main(
     command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
     if data is not None:
         command += f" --data data/{data.name}"
-    (target / "README.md").write_text(markdown(table, figures, rates, command))
+    places = {form: [folders[table.run(form, s, rates[form])] for s in table.seeds] for form in table.forms}
+    more = profile(table, places, target / "profile.png") if "profile" in table.words else []
+    (target / "README.md").write_text(markdown(table, figures, rates, command, more))
     draw(table, figures, target / "table.png")
     if "curves" in table.words:
-        places = {form: [folders[table.run(form, s, rates[form])] for s in table.seeds] for form in table.forms}
         draw_curves(table, places, target / "curves.png")
     print(f"wrote {target}")
 

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import mask_ratio
 import numpy as np
 import pytest
 import table as tables
@@ -13,15 +14,18 @@ import torch
 import train_probed
 import typer
 import yaml
+from accelerate import Accelerator
 from make_twins import Kind, twins
 from make_twins import main as make_twins
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 from toys import write_sampler_recipe, write_tokens
 
 import train_sampler
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -246,3 +250,62 @@ def test_a_table_like_another_and_its_curves(table, tmp_path):
     text = (tmp_path / "evidence" / "other" / "README.md").read_text()
     assert text.startswith("# Other") and "## x\n" in text and "## dice (higher is better)" in text
     assert (tmp_path / "evidence" / "other" / "curves.png").stat().st_size > 1000
+
+
+AFTER = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+value = json.loads((folder / "results.json").read_text())["rows"]["dice"]
+(folder / "many.json").write_text(json.dumps({"bits": {"0.5": value, "1": value + 1}, "bound": -value}))
+"""
+
+
+def test_what_follows_a_training_and_a_measure_for_trials(table, tmp_path):
+    (tmp_path / "scripts" / "after.py").write_text(AFTER)
+    words = {
+        "then": [["scripts/after.py", "{folder}"]],
+        "profile": {"file": "many.json", "key": "bits", "x": "share"},
+        # By the first measure alone, less would be better and other rates be chosen.
+        "measures": {"bound": {"file": "many.json", "key": "bound", "better": "higher"}, "dice": MEASURE},
+    }
+    text = run(table(**words), tmp_path)
+    assert "| hamming | 0.1* |" in text and "| share | 0.5 | 1 |" in text
+    assert "## bits by share" in text and (tmp_path / "evidence" / "toy" / "profile.png").stat().st_size > 1000
+    tuning = yaml.safe_load(table().read_text())["tuning"] | {"measure": "dice"}
+    text = run(table(**words, tuning=tuning), tmp_path)
+    assert "| hamming | 0.2* |" in text and "| softmax | 5.1 | 6.1 |" in text
+
+
+def test_bits_by_mask_ratio(tmp_path):
+    """Of a network that always gives the same distribution its cross-entropy; of any, about what the training's bound says."""
+    torch.manual_seed(0)
+    network = BinaryVQTransformer3DModel(
+        grid_size=(2, 3, 4), num_codebooks=2, codebook_size=5, embedding_dim=8, num_layers=1, num_heads=2
+    )
+    scheduler = AbsorbingScheduler(num_train_timesteps=40, num_codebooks=2, mask_token_id=5)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    tokens = torch.randint(5, (24, 2, 2, 3, 4), dtype=torch.uint8)
+    save_file({"tokens": tokens}, tmp_path / "test.safetensors")
+
+    def measure() -> dict:
+        network.save_pretrained(tmp_path / "transformer")
+        mask_ratio.main(tmp_path, tmp_path)
+        return json.loads((tmp_path / "mask_ratio.json").read_text())
+
+    with torch.no_grad():
+        network.head.weight.mul_(20)
+    settings = {"seed": 0, "batch_size": 8, "validation_times": 40}
+    accelerator = Accelerator(cpu=True)
+    bound = train_sampler.validate(network, tokens, scheduler, settings, accelerator)["validation_bits_per_token"]
+    found = measure()
+    assert found["bits_per_position"] == pytest.approx(bound, rel=0.03)
+    assert bound > 2 * np.log2(5)
+    with torch.no_grad():
+        network.head.weight.zero_()
+        network.head.bias.copy_(torch.arange(10.0) / 5)
+    save_file({"tokens": torch.full_like(tokens, 3)}, tmp_path / "test.safetensors")
+    cost = [-np.log2(np.exp(x[3]) / np.exp(x).sum()) for x in (np.arange(5) / 5, np.arange(5, 10) / 5)]
+    assert cost[0] == pytest.approx(cost[1])
+    assert set(measure()["bits"]) == {f"{0.05 + 0.1 * part:g}" for part in range(10)}
+    assert list(measure()["bits"].values()) == pytest.approx([cost[0]] * 10)
+    assert measure()["bits_per_position"] == pytest.approx(2 * cost[0])

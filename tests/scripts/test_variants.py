@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from types import SimpleNamespace
 from typing import Any
 
+import gradient_variance
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,3 +116,14 @@ def test_the_lesson_is_the_cross_entropy_to_the_teacher(tmp_path):
 def test_an_unknown_variant_is_refused():
     with pytest.raises(SystemExit, match="no variant 'x'"):
         with_variant.apply("x")
+
+
+def test_noise_of_unbiased_and_of_clipped_ternary_numbers(tmp_path):
+    """Blocks bound the noise where one scale a row does not; clipping trades it for bias."""
+    gradient_variance.main([256], [1.0], 24, tmp_path)
+    with (tmp_path / "runs.csv").open() as file:
+        rows = {row["scale"]: {k: float(v) for k, v in row.items() if k != "scale"} for row in csv.DictReader(file)}
+    block, row, clipped = (rows[name] for name in gradient_variance.RULES)
+    assert clipped["query noise"] < block["query noise"] < row["query noise"]
+    assert max(block["query bias"], block["weights bias"]) < 0.25 < clipped["query bias"]
+    assert (tmp_path / "noise.png").stat().st_size > 1000 and "| 256 |" in (tmp_path / "README.md").read_text()
