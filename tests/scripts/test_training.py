@@ -227,7 +227,6 @@ def test_unknown_names_are_refused(tmp_path):
 
 
 def test_trackers_get_the_records(tmp_path):
-    pytest.importorskip("tensorboard")
     train(tmp_path, trackers=["tensorboard"])
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
