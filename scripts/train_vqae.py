@@ -71,7 +71,11 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
         kind = train["perceptual_loss"] if folders else untrained_slice_loss()
         perceptual = PerceptualLoss(kind).to(accelerator.device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), train["learning_rate"], weight_decay=train["weight_decay"], betas=train["betas"]
+        model.parameters(),
+        train["learning_rate"],
+        weight_decay=train["weight_decay"],
+        betas=train["betas"],
+        eps=train["epsilon"],
     )
     if folders:
         sources = load_sources(recipe, folders, "train", accelerator.is_main_process)

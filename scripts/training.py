@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 0,
     "freeze_query_key": False,
     "epsilon": 1e-8,  # of AdamW
+    "log_scale_lr_scale": 10.0,  # of the rate: Adam moves a logarithm by no more than the rate in a step
 }
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
@@ -86,8 +87,17 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
         section, _, field = key.partition(".")
         if section not in recipe or not field:
             raise typer.BadParameter(f"--set {override}: expected section.key=value, sections are {', '.join(recipe)}")
-        recipe[section][field] = yaml.safe_load(value)
+        recipe[section][field] = parse(value)
     return recipe
+
+
+def parse(text: str) -> Any:
+    """A value as YAML reads it, and numbers like 1e-4 too, which YAML takes for words as they have no point."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def rate_factor(step: int, train: dict[str, Any]) -> float:
@@ -101,7 +111,7 @@ def rate_factor(step: int, train: dict[str, Any]) -> float:
 
 
 def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; the weight networks theta learn at their own rate, and vectors do not decay.
+    """AdamW; the weight networks theta and the learned scales have rates of their own, and vectors do not decay.
 
     With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
     """
@@ -114,6 +124,8 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         scale = train["theta_lr_scale"] if "_theta." in name else 1.0
+        if name.endswith(".log_scale"):
+            scale = train["log_scale_lr_scale"]
         decays = parameter.dim() > 1 and not (frozen and ".qkv." in name)
         decay = train["weight_decay"] if decays else 0.0
         groups.setdefault((scale, decay), []).append(parameter)

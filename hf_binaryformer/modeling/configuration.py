@@ -33,8 +33,8 @@ class BinaryFormerConfig(PreTrainedConfig):
         bit_gradient: what reaches query and key through their signs, "none", "ste" or "ternary" (stochastic, 1-2 bits);
             None: "ste" for "sign", "none" for all others.
         logit_scale: factor of the scores (the authors' segmentation and sampler code multiplies by 4).
-        learned_logit_scale: learn a further factor for each head, 1 at the start (not in the paper): scores of sign bits end at
-            ``logit_scale * sqrt(d)``, which is too little to single out one token among many.
+        learned_logit_scale: learn a further factor for each head, 1 at the start (not in the paper): scores of sign bits never
+            exceed ``logit_scale * sqrt(d)``, which is too little to single out one token among many.
         share_attention: one attention module for all blocks, as in the authors' sampler.
         sigma_beta, sigma_cap: Eq. 4, ``2 tanh(beta x) / min(beta, cap)``.
         weight_bias_init: value that every learned weight has at the start.

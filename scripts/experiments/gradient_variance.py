@@ -1,10 +1,10 @@
-"""python scripts/experiments/gradient_variance.py: how noisy the ternary gradient is, against the sequence length.
+"""PYTHONPATH=scripts python scripts/experiments/gradient_variance.py: the noise of the ternary gradient, by sequence length.
 
-Random tokens x (N, d), projections W_q, W_k and a random gradient of the output. The straight-through gradient is exact; of the
-ternary one, drawn again and again, ``noise`` is the root of the mean squared deviation from its own mean and ``bias`` the
-distance of that mean from the exact one (less what the draws leave of the noise), both over the norm of the exact one: of every
-query's gradient ("query") and of W_q's ("weights"), which sums over queries. ``sharpness`` multiplies the scores. Writes
-``runs.csv``, ``README.md`` and ``noise.png`` into ``model_cards/evidence/gradient_variance``.
+Random tokens x (N, d), projections W_q, W_k and a random gradient of the output. The ternary gradient estimates the
+straight-through one, which draws nothing. Of many draws, ``noise`` is the root of the mean squared deviation from their mean and
+``bias`` the distance of that mean from the straight-through gradient (less what is left of the noise), both over the norm of the
+straight-through one: of every query's gradient ("query") and of W_q's ("weights"), which sums over queries. ``sharpness``
+multiplies the scores. Writes ``runs.csv``, ``README.md`` and ``noise.png`` into ``model_cards/evidence/gradient_variance``.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(
     for row in rows:
         cells = " | ".join(f"{row[name]:.2f}" for name in figures)
         lines.append(f"| {row['N']} | {row['sharpness']:g} times | {row['scale']} | {cells} |")
-    lines += ["", "```", "python scripts/experiments/gradient_variance.py", "```", ""]
+    lines += ["", "```", "PYTHONPATH=scripts python scripts/experiments/gradient_variance.py", "```", ""]
     (evidence / "README.md").write_text("\n".join(lines))
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("query noise", "weights noise"), strict=True):

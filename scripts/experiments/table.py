@@ -5,17 +5,21 @@ One table of the evidence: trains every form of attention with every seed by the
 seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a folder of its own under ``--runs``; what is
 finished is not run again, what was interrupted goes on from its checkpoint.
 
-A table's file says: ``title``; ``prepare`` (commands that make the data, once); ``script`` and ``arguments`` of the training;
-``settings`` of every run (``section.key: value``); ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that
-name, or forms of its own, with attention's fields in the section ``network`` and those of the training in ``section``;
-``reference`` (the form that others are compared with) and ``controls`` (which must do worse than it, or the table is no
-evidence); ``seeds``; ``measures`` (``name: {file, key, better}``); ``tuning``: the learning ``rates`` that every form tries, the
-same for all, in trials with a ``seed`` of their own, a ``share`` of the iterations and of the warm-up, and ``arguments`` or a
-``measure`` (else the first) that have them judged on other data than the table; ``scales``: settings of each ``--scale``, iterations and warm-up among them;
-``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``; ``then``: commands that follow each training, with
-its folder as ``{folder}``; ``profile`` (``file``, ``key``, ``x``): figures of a run that are many, by a number x, drawn into
-``profile.png``. ``like`` names another table, whose words count
-where the file has none; ``runs`` one whose folder of trainings it shares, as runs with the same settings are the same.
+A table's file says:
+
+- ``title`` and ``question``; ``prepare``: commands that make the data, once;
+- ``script`` and ``arguments`` of the training; ``settings`` of every run (``section.key: value``); ``scales``: those of each
+  ``--scale``, iterations and warm-up among them;
+- ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that name, or forms of its own, with attention's fields in
+  the section ``network`` and those of the training in ``section``; ``seeds``;
+- ``reference``: the form that others are compared with; ``controls``: those that must do worse, or the table is no evidence;
+- ``tuning``: the learning ``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share``
+  of the iterations and of the warm-up, and ``arguments`` or a ``measure`` (else the first) that judge them on other data;
+- ``measures`` (``name: {file, key, better}``); ``then``: commands that follow each training but trials, with its folder as
+  ``{folder}``; ``profile`` (``file``, ``key``, ``x``): many figures of a run by a number x, drawn into ``profile.png``;
+  ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``;
+- ``like``: another table, whose words count where the file has none; ``runs``: one whose folder of trainings it shares, as runs
+  with the same settings are the same.
 """
 
 from __future__ import annotations
@@ -121,10 +125,10 @@ class Table:
 
 
 def filled(words: list[str], runs: Path, data: Path | None, folder: Path | None = None) -> list[str]:
-    """A command's words with the places of {runs}, {data} and, of a run, {folder}."""
+    """A command's words with the places of {runs}, {data} and, of a run, its {folder} and where all {trainings} are."""
     if data is None and any("{data}" in word for word in words):
         raise typer.BadParameter("this table reads a folder of data: give --data")
-    return [word.format(runs=runs, data=data, folder=folder) for word in words]
+    return [word.format(runs=runs, data=data, folder=folder, trainings=folder and folder.parent) for word in words]
 
 
 def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -> Path:
@@ -137,8 +141,6 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     folder.mkdir(parents=True, exist_ok=True)
     words = table.words["arguments"] + (table.tuning["arguments"] if run.seed == table.tuning["seed"] else [])
     asked = {"script": table.words["script"], "arguments": words, "settings": run.settings}
-    if "then" in table.words:
-        asked["then"] = table.words["then"]
     written = folder / SETTINGS
     if written.is_file() and json.loads(written.read_text()) != asked:
         raise RuntimeError(f"{folder} holds a training with other settings: remove it, or give other --runs")
@@ -154,7 +156,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
         str(folder),
     ]
     if variant := settings.pop(VARIANT, None):
-        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder.parent)]
+        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder)]
     for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if any((folder / "checkpoints").glob("step_????????")):
@@ -164,7 +166,8 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
     }
-    after = [[sys.executable, *filled(step, runs, data, folder)] for step in table.words.get("then", [])]
+    then = table.words.get("then", []) if run.seed != table.tuning["seed"] else []
+    after = [[sys.executable, *filled(step, runs, data, folder)] for step in then]
     with (folder / "output.txt").open("a") as output:
         for step in (command, *after):
             done = subprocess.run(step, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -183,7 +186,7 @@ def train_all(table: Table, wanted: list[Run], runs: Path, data: Path | None, wo
 
 
 def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> dict[str, float]:
-    """The rate of each form: the best by the first measure, on a seed that the table does not count."""
+    """The rate of each form: the best by the trials' measure, on a seed that the table does not count."""
     rates = table.tuning["rates"]
     if len(rates) == 1:
         return dict.fromkeys(table.forms, rates[0])
@@ -192,6 +195,8 @@ def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> d
     best: dict[str, tuple[float, float]] = {}
     for run, folder in train_all(table, tried, runs, data, workers).items():
         value = table.measure(first, folder)
+        if not math.isfinite(value):
+            continue
         if run.form not in best or table.better(first, value, best[run.form][0]):
             best[run.form] = value, run.rate
     return {form: rate for form, (_, rate) in best.items()}

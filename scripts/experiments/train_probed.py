@@ -1,5 +1,6 @@
-"""python scripts/experiments/train_probed.py --recipe R --tokens T --output O: train_sampler.py with a look inside.
+"""PYTHONPATH=scripts python scripts/experiments/train_probed.py --recipe R --tokens T --output O
 
+The training of train_sampler.py with a look inside.
 Every time the log is written, a fixed batch shows how attention stands: ``gradient`` (norm of the loss's gradient to the
 projections of queries and keys) and ``entropy`` (of the rows of attention, in nats), means over blocks; ``weight`` (largest
 absolute token weight w_q or w_k, 1 without) and ``logit`` (largest absolute score). In the end ``probe.json`` holds the first and

@@ -1,12 +1,13 @@
-"""python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...: a training with a form of
-attention that the package does not have, computed in floating point with all N x N numbers.
+"""PYTHONPATH=scripts python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...
+
+A training with a form of attention that the package does not have, computed in floating point with all N x N numbers.
 
 | variant | what is other |
 | --- | --- |
 | row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, not one for each 64 |
 | clipped-mean | that scale is three times the mean of the row's sizes; what is larger is cut off (biased, less variance) |
-| ternary-values | the gradient of the values comes from ternary numbers in place of the probabilities |
-| channel-groups | "hamming" with a weight for each of four groups of a head's channels |
+| ternary-values | as row-maximum, and the gradient of the values comes from ternary numbers in place of the probabilities |
+| channel-groups | "hamming" with a weight for each of four groups of a head's channels; cannot be loaded without this script |
 | from-ste | the first half of the iterations with the straight-through gradient, the second with the configured one |
 | teacher:FOLDER | the loss is the mean of the script's own and the cross-entropy to a trained transformer's predictions |
 """
@@ -76,6 +77,8 @@ class SimulatedSigns(torch.autograd.Function):
 
 def attend_signs(rule: str, self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Stands for the method of "sign"."""
+    if self.log_scale is not None:
+        raise ValueError("the simulated ternary gradients have no learned scale: leave learned_logit_scale false")
     if not torch.is_grad_enabled():
         return self._hamming(query, key, None, None, value)
     with torch.autocast(query.device.type, enabled=False):
@@ -138,7 +141,7 @@ def taught(teacher: nn.Module, task: training.Task, train: dict[str, Any]) -> Lo
         losses = task.losses(network, batch, step)
         _, noisy, masked, *_ = batch
         with torch.no_grad():
-            target = teacher(noisy).logits.float().softmax(2)  # (B, K, V, d, h, w)
+            target = teacher.to(noisy.device)(noisy).logits.float().softmax(2)  # (B, K, V, d, h, w)
         logits = seen.pop().float().unflatten(2, (config.num_codebooks, config.codebook_size)).permute(0, 2, 3, 1)
         seen.clear()  # of validations
         per_token = -(target * logits.log_softmax(2).unflatten(3, noisy.shape[2:])).sum(2)

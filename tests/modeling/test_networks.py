@@ -312,3 +312,13 @@ class TestBadCheckpoints:
         config.write_text(config.read_text().replace("BinaryFormerForSemanticSegmentation", "BertModel"))
         with pytest.raises(CheckpointError, match="holds a 'BertModel'"):
             from_pretrained(folder)
+
+
+def test_learned_scales_are_saved(tmp_path):
+    model = BinaryFormerModel(tiny(attention_type="sign", learned_logit_scale=True))
+    with torch.no_grad():
+        for attention in attention_modules(model):
+            attention.log_scale.normal_()
+    x = torch.randn(1, 1, 32, 32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(BinaryFormerModel.from_pretrained(tmp_path), x), outputs(model, x))

@@ -20,11 +20,13 @@ from make_twins import main as make_twins
 from safetensors.torch import load_file, save_file
 from scipy.stats import ttest_rel
 from toys import write_sampler_recipe, write_tokens
+from with_variant import CHANNEL_GROUPS
 
 import train_sampler
+import training
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
-from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.modeling.vq_transformer import ATTENTION_FIELDS, BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +177,10 @@ def test_every_table_in_the_repository_is_complete(path):
             assert {run: 1}[run]
             steps = [r.settings[f"{table.section}.{k}"] for r in (run, trial) for k in ("iterations", "warmup")]
             assert steps[0] >= steps[2] >= steps[3] <= steps[1] < steps[0]
+            for key, value in run.settings.items():
+                assert training.parse(json.dumps(value)) == value and ("." in key) == (key != tables.VARIANT)
+            fields = {k.removeprefix(f"{words['network']}."): v for k, v in run.settings.items()}
+            BinaryFormerConfig(**{k: v for k, v in fields.items() if k in ATTENTION_FIELDS})
     assert len(words["seeds"]) >= 3 and words["tuning"]["seed"] not in words["seeds"]
     assert {"uniform", "frozen"} <= set(words["controls"])
 
@@ -220,6 +226,15 @@ def test_the_probed_training_starts_as_tables_start_it(tmp_path):
     assert {"start", "end", "same_tokens"} <= set(json.loads((folder / "probe.json").read_text()))
 
 
+def test_a_variant_starts_as_tables_start_it(tmp_path):
+    closing = tables.Table(ROOT / "scripts" / "experiments" / "closing.yaml", "smoke")
+    make_twins(tmp_path / "data" / "mirror", Kind.mirror, 64, 16, 8, 4, 0)
+    folder = tables.train(closing, closing.run("hamming-channel-groups", 0, 1e-3), tmp_path, None, 1)
+    assert folder == tmp_path / "copying" / "smoke" / "hamming-channel-groups-rate0.001-seed0"
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert weights["blocks.0.attn.query_theta.fc2.bias"].shape == (4 * CHANNEL_GROUPS,)
+
+
 def test_a_probed_training_is_the_training(tmp_path):
     (tmp_path / "tokens").mkdir()
     tokens, recipe = write_tokens(tmp_path / "tokens"), write_sampler_recipe(tmp_path / "toy.yaml")
@@ -262,18 +277,20 @@ value = json.loads((folder / "results.json").read_text())["rows"]["dice"]
 
 def test_what_follows_a_training_and_a_measure_for_trials(table, tmp_path):
     (tmp_path / "scripts" / "after.py").write_text(AFTER)
+    tuning = yaml.safe_load(table().read_text())["tuning"] | {"measure": "dice"}
     words = {
         "then": [["scripts/after.py", "{folder}"]],
         "profile": {"file": "many.json", "key": "bits", "x": "share"},
-        # By the first measure alone, less would be better and other rates be chosen.
-        "measures": {"bound": {"file": "many.json", "key": "bound", "better": "higher"}, "dice": MEASURE},
+        "measures": {"bound": {"file": "many.json", "key": "bound", "better": "lower"}, "dice": MEASURE},
     }
-    text = run(table(**words), tmp_path)
-    assert "| hamming | 0.1* |" in text and "| share | 0.5 | 1 |" in text
-    assert "## bits by share" in text and (tmp_path / "evidence" / "toy" / "profile.png").stat().st_size > 1000
-    tuning = yaml.safe_load(table().read_text())["tuning"] | {"measure": "dice"}
     text = run(table(**words, tuning=tuning), tmp_path)
-    assert "| hamming | 0.2* |" in text and "| softmax | 5.1 | 6.1 |" in text
+    assert "| hamming | 0.2* |" in text and "| share | 0.5 | 1 |" in text and "| softmax | 5.1 | 6.1 |" in text
+    assert "## bits by share" in text and (tmp_path / "evidence" / "toy" / "profile.png").stat().st_size > 1000
+    followed = [path.parent.name for path in (tmp_path / "runs").rglob("many.json")]
+    assert len(followed) == 9 and not any("seed9" in name for name in followed)
+    # The other way round trials choose the other rate.
+    opposite = {"measures": words["measures"] | {"dice": MEASURE | {"better": "lower"}}}
+    assert "| hamming | 0.1* |" in run(table(**words | opposite, tuning=tuning), tmp_path)
 
 
 def test_bits_by_mask_ratio(tmp_path):

@@ -254,3 +254,21 @@ def test_frozen_queries_and_keys_stay_and_the_rest_learns():
             assert torch.equal(parameter[:32], before[name][:32]) and not torch.equal(parameter[32:], before[name][32:])
         else:
             assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1.5", 1.5), ("no", False), ("elbo", "elbo"), ("[1, 2]", [1, 2])]
+)
+def test_numbers_on_the_command_line(text, value):
+    assert training.parse(text) == value and type(training.parse(text)) is type(value)
+
+
+def test_theta_and_learned_scales_have_rates_of_their_own():
+    model = torch.nn.Module()
+    for name in ("key_theta", "attn", "head"):
+        setattr(model, name, torch.nn.Linear(2, 2, bias=False))
+    model.attn.log_scale = torch.nn.Parameter(torch.zeros(2))
+    optimizer = training.build_optimizer(model, SETTINGS | {"learning_rate": 0.5, "epsilon": 1e-5})
+    rates = {id(p): (group["lr"], group["eps"]) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {"key_theta.weight": 0.05, "attn.weight": 0.5, "attn.log_scale": 5.0, "head.weight": 0.5}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {k: (v, 1e-5) for k, v in wanted.items()}
