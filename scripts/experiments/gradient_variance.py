@@ -115,7 +115,7 @@ def main(
         lines.append(f"| {row['N']} | {row['sharpness']:g} times | {row['scale']} | {cells} |")
     lines += ["", "```", "PYTHONPATH=scripts python scripts/experiments/gradient_variance.py", "```", ""]
     (evidence / "README.md").write_text("\n".join(lines))
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("query noise", "weights noise"), strict=True):
         for sharpness, style in zip(sharpnesses, ("-", "--", ":"), strict=False):
             for number, rule in enumerate(RULES):
@@ -124,7 +124,7 @@ def main(
         axes.set_xlabel("tokens N")
         axes.set_title(name.replace("weights", "W_q"))
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(evidence / "noise.png", dpi=120)
     typer.echo(f"wrote {evidence}")
 
