@@ -74,7 +74,10 @@ class UnshuffleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), H and W even."""
-        return x + F.pixel_shuffle(self.fc2(F.gelu(self.fc1(F.pixel_unshuffle(self.norm(x), 2)))), 2)
+        # fc1 of pixel_unshuffle(x, 2), whose channels are (C, 2, 2), without moving a pixel.
+        weight = self.fc1.weight.view(-1, x.shape[1], 2, 2)
+        hidden = F.conv2d(self.norm(x), weight, self.fc1.bias, stride=2)
+        return x + F.pixel_shuffle(self.fc2(F.gelu(hidden)), 2)
 
 
 class ShuffleBlock(nn.Module):
@@ -87,7 +90,9 @@ class ShuffleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), C a multiple of 4."""
-        return x + F.pixel_unshuffle(self.fc2(F.gelu(self.fc1(F.pixel_shuffle(x, 2)))), 2)
+        # Each of the 2x2 pixels that pixel_shuffle(x, 2) makes of one is mapped alike: they may as well lie below one another.
+        pixels = x.reshape(x.shape[0], x.shape[1] // 4, -1, x.shape[3])
+        return x + self.fc2(F.gelu(self.fc1(pixels))).view_as(x)
 
 
 class ResidualConv(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import (
 
 from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.decoder import ShuffleBlock, UnshuffleBlock
 from hf_binaryformer.modeling.encoder import binarize_attention
 from hf_binaryformer.modeling.modeling import (
     BinaryFormerForImageClassification,
@@ -322,3 +324,18 @@ def test_learned_scales_are_saved(tmp_path):
     x = torch.randn(1, 1, 32, 32)
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(BinaryFormerModel.from_pretrained(tmp_path), x), outputs(model, x))
+
+
+@pytest.mark.parametrize("block", [UnshuffleBlock(8, 1.5), ShuffleBlock(8)], ids=["unshuffle", "shuffle"])
+def test_shuffle_blocks_are_their_formula(block):
+    """The blocks as the paper draws them: shuffle, two 1x1 convolutions, and back."""
+    there, back = (
+        (F.pixel_unshuffle, F.pixel_shuffle)
+        if isinstance(block, UnshuffleBlock)
+        else (F.pixel_shuffle, F.pixel_unshuffle)
+    )
+    x = torch.randn(2, 8, 6, 4)
+    inner = block.norm(x) if isinstance(block, UnshuffleBlock) else x
+    wanted = x + back(block.fc2(F.gelu(block.fc1(there(inner, 2)))), 2)
+    torch.testing.assert_close(block(x), wanted)
+    torch.testing.assert_close(block(x.to(memory_format=torch.channels_last)), wanted)
