@@ -24,7 +24,7 @@ from hf_binaryformer import __version__
 
 # Nothing else of a folder is uploaded; within folders too.
 PUBLISHED = ("README.md", "*.json", "*.safetensors")
-UNKNOWN_SOURCE = {"name": "a folder of volumes without a name", "licence": "not stated"}
+UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
 
 
 def check_target(repo_id: str | None, private: bool) -> None:
@@ -121,7 +121,7 @@ def publish(
     """Write the card of a finished run into its checkpoint's folder, and push both; called on the main process alone.
 
     Args:
-        kind: "segmentation", "autoencoder", "transformer" or "pipeline": which words of ``model_cards/trained.yaml``.
+        kind: "segmentation", "classification", "autoencoder", "transformer" or "pipeline", of ``model_cards/trained.yaml``.
         folder: what ``save_pretrained`` wrote.
         repo_id: "namespace/name", which :func:`check_target` has seen.
         output: the run's folder, with ``recipe.yaml`` and ``training.json``.

@@ -19,10 +19,12 @@ import typer
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import ViTImageProcessor
 
 import hf_binaryformer as bf
 from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
 from pixels import PixelSamples, load_splits, scale
+from publish import check_target, publish
 from training import RECIPES, Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
 
 PIXEL_RECIPES = RECIPES / "pixels"
@@ -79,6 +81,11 @@ def build_task(
     )
 
 
+def build_processor(data: dict[str, Any], channels: int) -> ViTImageProcessor:
+    """Images as files or arrays of bytes to what :func:`pixels.scale` makes of them."""
+    return ViTImageProcessor(do_resize=False, image_mean=[data["mean"]] * channels, image_std=[data["std"]] * channels)
+
+
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/pixels, or the path of a .yaml file.")],
     data: Annotated[
@@ -89,6 +96,10 @@ def main(
     evaluate: Annotated[str, typer.Option(help="Split to classify at the end: validation, test or none.")] = "test",
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
     dry_run: DryRun = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="namespace/name on the Hub that gets model, processor and card.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
 ) -> None:
     """Train, save, evaluate."""
@@ -99,17 +110,23 @@ def main(
         raise typer.BadParameter(DATA_NEEDED)
     splits = load_splits(data, settings["data"])
     accelerator = start(settings["train"], output)
+    if accelerator.is_main_process:
+        check_target(push_to_hub, private)
     task = build_task(settings, splits, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
     task.model.eval().save_pretrained(output / "model")
+    build_processor(settings["data"], task.model.config.num_channels).save_pretrained(output / "model")
     write_summary(settings, "train", output)
+    results = None
     if evaluate != "none":
         figure = accuracy(task.model, *splits[evaluate], settings, accelerator)
         results = {"split": evaluate, "images": len(splits[evaluate][0]), "accuracy": round(figure, 4)}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results))
+    if push_to_hub:
+        publish("classification", output / "model", push_to_hub, output, recipe, [data], results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
 from hf_binaryformer.kernels.saturation import saturate_and_sign
 from hf_binaryformer.modeling.configuration import LEARNED_WEIGHT_TYPES, BinaryFormerConfig
 
+# From so many tokens on, softmax attention with fewer value than query channels gets zeros for the missing ones: torch has no
+# fused kernel for that case, and without one memory grows with N^2 and time doubles. Shorter sequences are faster as they are.
+PADDED_TOKENS = 384
+
 
 class BinaryAttention(nn.Module):
     r"""Multi-head self-attention; ``config.attention_type`` picks the scores S before the softmax.
@@ -120,7 +124,11 @@ class BinaryAttention(nn.Module):
     def _attend_softmax(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
         query = self._scale_heads(query)
-        return F.scaled_dot_product_attention(query, key, value, scale=self.scale, dropout_p=dropout)
+        missing = self.head_dim - self.value_head_dim
+        if missing > 0 and key.shape[2] >= PADDED_TOKENS:
+            value = F.pad(value, (0, missing))
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale, dropout_p=dropout)
+        return out[..., : self.value_head_dim]
 
     def _attend_sign(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._hamming(query, key, None, None, value)

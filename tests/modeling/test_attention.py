@@ -15,7 +15,7 @@ from attention_oracle import (
 )
 from torch import Tensor
 
-from hf_binaryformer.modeling.attention import BinaryAttention
+from hf_binaryformer.modeling.attention import PADDED_TOKENS, BinaryAttention
 from hf_binaryformer.modeling.modeling import BinaryFormerModel
 
 TYPES = ["softmax", "sign", "sign_stopgrad", "hamming", "hamming_grouped", "uniform"]
@@ -35,6 +35,11 @@ QUERY_KEY_LEARN = {
 @pytest.mark.parametrize("count", [1, 11, 63])
 def test_output_and_every_gradient(attention_type: str, count: int) -> None:
     assert_same(make_attention(attention_type), tokens(count))
+
+
+def test_softmax_with_values_filled_up_to_the_width_of_queries() -> None:
+    assert VALUE_DIM < HEAD_DIM
+    assert_same(make_attention("softmax"), tokens(PADDED_TOKENS))
 
 
 @pytest.mark.parametrize("attention_type", [t for t in TYPES if t != "uniform"])

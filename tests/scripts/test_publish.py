@@ -24,6 +24,7 @@ import cards
 import finetune
 import hf_binaryformer as bf
 import publish
+import train_pixels
 import train_sampler
 import train_vqae
 
@@ -170,6 +171,19 @@ def test_a_transformer_or_an_autoencoder_is_pushed(recipe_of, hub, connect, tmp_
     if recipe_of == "autoencoder":
         psnr = json.loads((output / "results.json").read_text())["psnr"]
         assert card.data.eval_results[0].metric_value == psnr and f"{psnr} dB" in card.text
+
+
+def test_a_classifier_of_pixels_is_pushed_and_loads_elsewhere(hub, connect, tmp_path):
+    data, output, repo_id = tmp_path / "data", tmp_path / "run", "tester/toy"
+    data.mkdir()
+    recipe = toys.write_pixel_recipe(tmp_path / "toy.yaml")
+    train_pixels.main(str(recipe), toys.write_pixels(data), output, evaluate="test", push_to_hub=repo_id)
+    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    card = check_repository(hub.repositories[repo_id], output / "model", names, tmp_path)
+    accuracy = json.loads((output / "results.json").read_text())["accuracy"]
+    assert card.data.pipeline_tag == "image-classification" and card.data.eval_results[0].metric_value == accuracy
+    assert "Tells 4 classes" in card.text and "of the 20 images of the test split" in card.text
+    check_fresh_load(hub, repo_id, output / "model", tmp_path)
 
 
 def test_when_the_upload_fails_the_checkpoint_is_safe_and_can_be_pushed_later(

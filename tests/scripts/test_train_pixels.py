@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import toys
 import yaml
 from killing import kill_in_training
+from PIL import Image
 from safetensors.torch import load_file
-from toys import SHORT
+from transformers import AutoImageProcessor
 
 import hf_binaryformer as bf
 import train_pixels
 from pixels import PixelSamples, load_images, load_splits, read_cifar, read_idx
 
-SIDE = 4
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + b"".join(struct.pack(">I", n) for n in values.shape)
-    content = header + bytes(values.flatten().tolist())
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory) -> Path:
-    """Fashion-MNIST's layout with 4 x 4 pixels: the class is the quarter that is bright."""
-    folder = tmp_path_factory.mktemp("mnist")
-    rng = np.random.default_rng(0)
-    for prefix, count in (("train", 60), ("t10k", 20)):
-        labels = rng.integers(0, 4, count).astype(np.uint8)
-        images = rng.integers(0, 60, (count, SIDE, SIDE)).astype(np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[2 * (label // 2) :, 2 * (label % 2) :][:2, :2] += 180
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
-    return folder
+    return toys.write_pixels(tmp_path_factory.mktemp("mnist"))
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """The mnist-pixels recipe at toy size."""
-    settings = yaml.safe_load((train_pixels.PIXEL_RECIPES / "mnist-pixels.yaml").read_text())
-    settings["data"] |= {"classes": 4, "validation_images": 12}
-    settings["model"] |= {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "value_head_dim": 4}
-    settings["train"] |= SHORT
-    path = tmp_path_factory.mktemp("recipe") / "toy.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return toys.write_pixel_recipe(tmp_path_factory.mktemp("recipe") / "toy.yaml")
 
 
 def run(recipe: Path, data: Path, output: Path, overrides=(), **options) -> dict[str, torch.Tensor]:
@@ -73,7 +48,7 @@ def test_every_recipe_is_the_papers(path):
 def test_idx_files_are_read_packed_and_plain(tmp_path):
     values = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
     for name in ("a", "b.gz"):
-        write_idx(tmp_path / name, values)
+        toys.write_idx(tmp_path / name, values)
         np.testing.assert_array_equal(read_idx(tmp_path / name), values)
     (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes()[:-1])
     with pytest.raises(ValueError, match="holds 29 values, its header says 30"):
@@ -151,6 +126,9 @@ def test_it_learns_and_is_evaluated(recipe, mnist, tmp_path):
     with torch.no_grad():
         right = (model(x).logits.argmax(1).numpy() == labels).mean()
     assert right == pytest.approx(results["accuracy"], abs=1e-4)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    pictures = [Image.fromarray(image[0]) for image in images]
+    torch.testing.assert_close(processor(pictures, return_tensors="pt")["pixel_values"], x)
 
 
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, mnist, tmp_path):

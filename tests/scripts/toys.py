@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -12,9 +14,11 @@ import yaml
 from safetensors.torch import save_file
 
 import hf_binaryformer as bf
+from train_pixels import PIXEL_RECIPES
 from training import RECIPES, VQ_RECIPES
 
 GRID = (2, 3, 2)
+PIXEL_SIDE = 4
 # A training of six iterations that is validated and saved halfway.
 SHORT = {
     "iterations": 6,
@@ -163,3 +167,33 @@ def write_autoencoder(folder: Path) -> None:
         decoder_channels=[16, 16, 8],
     )
     autoencoder.save_pretrained(folder)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """A file as MNIST's are, packed if its name ends in .gz."""
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + b"".join(struct.pack(">I", n) for n in values.shape)
+    content = header + bytes(values.flatten().tolist())
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_pixels(folder: Path) -> Path:
+    """Fashion-MNIST's layout with 4 x 4 pixels: the class is the quarter that is bright."""
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        labels = rng.integers(0, 4, count).astype(np.uint8)
+        images = rng.integers(0, 60, (count, PIXEL_SIDE, PIXEL_SIDE)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * (label // 2) :, 2 * (label % 2) :][:2, :2] += 180
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    return folder
+
+
+def write_pixel_recipe(path: Path) -> Path:
+    """The mnist-pixels recipe at toy size."""
+    settings = yaml.safe_load((PIXEL_RECIPES / "mnist-pixels.yaml").read_text())
+    settings["data"] |= {"classes": 4, "validation_images": 12}
+    settings["model"] |= {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "value_head_dim": 4}
+    settings["train"] |= SHORT
+    path.write_text(yaml.safe_dump(settings))
+    return path
