@@ -98,7 +98,7 @@ class Table:
         for name in names:
             if name not in known["forms"]:
                 raise typer.BadParameter(f"{self.path.name}: no form '{name}' in {FORMS.name}")
-            pairs = [(key.partition("."), value) for key, value in known["forms"][name].items()]
+            pairs = [(key.partition("."), value) for key, value in (known["common"] | known["forms"][name]).items()]
             forms[name] = {sections.get(head, head) + dot + field: value for (head, dot, field), value in pairs}
         return forms
 
@@ -148,13 +148,8 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     if (folder / FINISHED).is_file():
         return folder
     settings, scripts = dict(run.settings), ROOT / "scripts"
-    command = [
-        sys.executable,
-        str(scripts / table.words["script"]),
-        *filled(words, runs, data),
-        "--output",
-        str(folder),
-    ]
+    command = [sys.executable, str(scripts / table.words["script"]), *filled(words, runs, data)]
+    command += ["--output", str(folder)]
     if variant := settings.pop(VARIANT, None):
         command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder)]
     for key, value in settings.items():
@@ -224,6 +219,12 @@ def ties(table: Table, figures: dict[str, dict[str, list[float]]]) -> list[str]:
     return tied
 
 
+def constants(figures: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """The measures but the first that are the same in every run."""
+    seen = {name: {value for one in per_form.values() for value in one} for name, per_form in figures.items()}
+    return {name: values.pop() for name, values in list(seen.items())[1:] if len(values) == 1}
+
+
 def titled(table: Table, name: str) -> str:
     """A measure with the direction that is better, if one is."""
     better = table.words["measures"][name].get("better")
@@ -256,7 +257,12 @@ def markdown(
             "another seed and other data; * is the end of the range.",
             "",
         ]
+    constant = constants(figures)
+    for name, value in constant.items():
+        lines += [f"{name}: {value:.4g}.", ""]
     for name, per_form in figures.items():
+        if name in constant:
+            continue
         lines += [
             f"## {titled(table, name)}",
             "",
@@ -279,6 +285,8 @@ def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -
     """One panel a measure: a dot a seed, a bar at the mean."""
     from matplotlib.figure import Figure
 
+    constant = constants(figures)
+    figures = {name: per_form for name, per_form in figures.items() if name not in constant}
     figure = Figure(figsize=(1.5 + 4 * len(figures), 0.5 + 0.35 * len(table.forms)), layout="constrained")
     for axes, (name, per_form) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
         for row, values in enumerate(per_form.values()):

@@ -48,7 +48,7 @@ if s.get("train.dies") and not a.resume:
     raise SystemExit(3)
 value = s["model.level"] + 0.1 * s["train.seed"] - abs(s["train.learning_rate"] - s["model.likes"])
 (a.output / "log.jsonl").write_text(json.dumps({"step": 1, "level": s["model.level"]}))
-(a.output / "results.json").write_text(json.dumps({"rows": {"dice": value}}))
+(a.output / "results.json").write_text(json.dumps({"rows": {"dice": value, "atlas": 0.5}}))
 """
 
 TINY = {"train.iterations": 10, "train.warmup": 2}
@@ -85,7 +85,7 @@ def table(tmp_path, monkeypatch):
             "share": 0.5,
             "arguments": ["--evaluate", "validation"],
         },
-        "measures": {"dice": MEASURE},
+        "measures": {"dice": MEASURE, "prior atlas": {"file": "results.json", "key": "rows/atlas"}},
     }
 
     def write(**changes) -> Path:
@@ -113,6 +113,7 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
     assert "| softmax | 0.1* | 5.1 ± 0.1 |  |" in text
     assert "| hamming | 0.2* | 4.1 ± 0.1 | -1 ± " in text
     assert "uniform (control)" in text and "No evidence" not in text
+    assert "\nprior atlas: 0.5.\n" in text and text.count("| softmax |") == 1
     assert (tmp_path / "evidence" / "toy" / "table.png").stat().st_size > 1000
     assert str(tmp_path) not in text
 
