@@ -194,6 +194,8 @@ def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> d
             continue
         if run.form not in best or table.better(first, value, best[run.form][0]):
             best[run.form] = value, run.rate
+    if diverged := [form for form in table.forms if form not in best]:
+        raise RuntimeError(f"no trial of {', '.join(diverged)} has a finite {first}: give lower rates")
     return {form: rate for form, (_, rate) in best.items()}
 
 

@@ -159,6 +159,12 @@ def test_paired_interval_is_the_t_tests():
     assert np.isnan(tables.paired([1.0], [0.5])[1])
 
 
+def test_a_form_that_diverges_at_every_rate_is_named(table, tmp_path):
+    forms = {"softmax": {"model.level": 5.0}, "hamming": {"model.level": float("nan")}, "uniform": {"model.level": 1.0}}
+    with pytest.raises(RuntimeError, match="no trial of hamming has a finite dice"):
+        run(table(forms=forms), tmp_path)
+
+
 def test_names_that_do_not_fit(table, tmp_path):
     with pytest.raises(typer.BadParameter, match="names nobody, but its forms are"):
         tables.Table(table(controls=["nobody"]), "small")
