@@ -182,6 +182,8 @@ def test_a_classifier_of_pixels_is_pushed_and_loads_elsewhere(hub, connect, tmp_
     card = check_repository(hub.repositories[repo_id], output / "model", names, tmp_path)
     accuracy = json.loads((output / "results.json").read_text())["accuracy"]
     assert card.data.pipeline_tag == "image-classification" and card.data.eval_results[0].metric_value == accuracy
+    shown = card.text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == yaml.safe_load((output / "recipe.yaml").read_text())
     assert "Tells 4 classes" in card.text and "of the 20 images of the test split" in card.text
     check_fresh_load(hub, repo_id, output / "model", tmp_path)
 
