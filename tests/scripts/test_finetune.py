@@ -64,13 +64,13 @@ def test_every_recipe_builds_and_trains_a_step(path):
     assert rate_factor(settings["train"]["warmup"], settings["train"]) == 1
 
 
-def test_the_weight_networks_learn_at_their_own_rate():
+def test_weight_networks_and_scales_learn_at_their_own_rates():
     settings = load_recipe("hippocampus", [])
     settings["model"] |= {"attention_type": "hamming", "bit_gradient": None}
     model, _ = finetune.build_model(settings, {0: "background", 1: "a"})
     rates = {id(p): g["lr"] for g in build_optimizer(model, settings["train"]).param_groups for p in g["params"]}
     for name, parameter in model.named_parameters():
-        factor = settings["train"]["theta_lr_scale"] if "theta" in name else 1.0
+        factor = settings["train"]["theta_lr_scale"] if "theta" in name else 10.0 if "log_scale" in name else 1.0
         assert rates[id(parameter)] == pytest.approx(settings["train"]["learning_rate"] * factor), name
 
 
