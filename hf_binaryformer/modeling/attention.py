@@ -14,7 +14,7 @@ from hf_binaryformer.kernels.saturation import saturate_and_sign
 from hf_binaryformer.modeling.configuration import LEARNED_WEIGHT_TYPES, BinaryFormerConfig
 
 # From so many tokens on, softmax attention with fewer value than query channels gets zeros for the missing ones: torch has no
-# fused kernel for that case, and without one memory grows with N^2 and time doubles. Shorter sequences are faster as they are.
+# fused kernel for that case on CPUs, and without one memory grows with N^2. Short sequences do not gain from it.
 PADDED_TOKENS = 384
 
 
