@@ -20,15 +20,16 @@ from rich.table import Table
 
 from benchmark_measure import Subject, describe_device, measure_peaks, memory_method, time_interleaved
 from hf_binaryformer import __version__
-from training import load_recipe
+from recipe import load_recipe
 
 COMMAND = "python scripts/benchmark_training.py"
-# Name, attention_type, bit_gradient, whether the values are reduced; the first is what the others are compared with.
+# Name, attention_type, bit_gradient, learned_logit_scale, whether the values are reduced; the first is what the others are
+# compared with, the last is the recipes'.
 VARIANTS = (
-    ("softmax", "softmax", None, False),
-    ("softmax, reduced values", "softmax", None, True),
-    ("hamming", "hamming", None, True),
-    ("sign, ternary", "sign", "ternary", True),
+    ("softmax", "softmax", None, False, False),
+    ("softmax, reduced values", "softmax", None, False, True),
+    ("hamming", "hamming", None, False, True),
+    ("sign, ternary, learned scale", "sign", "ternary", True, True),
 )
 
 # Of ViT-S/8: patch side in pixels, channels of a head, and of its values when they are reduced.
@@ -43,6 +44,7 @@ class TrainingStep(Subject):
     batch: int
     attention_type: str
     bit_gradient: str | None
+    learned_logit_scale: bool
 
     def prepare(self) -> Callable[[], object]:
         """A whole step, the optimizer's too."""
@@ -58,6 +60,7 @@ class TrainingStep(Subject):
             "timm_checkpoint": False,
             "attention_type": self.attention_type,
             "bit_gradient": self.bit_gradient,
+            "learned_logit_scale": self.learned_logit_scale,
             "value_head_dim": self.value_dim,
         }
         classes = settings["data"]["classes"]
@@ -101,8 +104,9 @@ def subjects(recipe: str, batch: int) -> list[Subject]:
             batch=batch,
             attention_type=attention_type,
             bit_gradient=bit_gradient,
+            learned_logit_scale=learned_logit_scale,
         )
-        for name, attention_type, bit_gradient, reduced in VARIANTS
+        for name, attention_type, bit_gradient, learned_logit_scale, reduced in VARIANTS
     ]
 
 

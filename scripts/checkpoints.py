@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import typer
 from accelerate import Accelerator
 
 from hashing import file_hash
@@ -18,6 +19,7 @@ from hashing import file_hash
 # Written last: names every file of a checkpoint with its hash.
 MANIFEST = "files.json"
 PARTIAL = ".partial"
+FOLDER = "checkpoints"
 
 
 class Progress:
@@ -49,7 +51,8 @@ class Checkpoints:
     """
 
     def __init__(self, accelerator: Accelerator, output: Path, kept: int) -> None:
-        self._accelerator, self._folder, self._kept = accelerator, output / "checkpoints", kept
+        self._accelerator, self._output, self._kept = accelerator, output, kept
+        self._folder = output / FOLDER
 
     def save(self, step: int) -> None:
         """Write the state after ``step`` iterations; all processes call this."""
@@ -67,28 +70,45 @@ class Checkpoints:
             (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
-            for old in self.newest_first()[self._kept :]:
+            for old in checkpoints_of(self._output)[self._kept :]:
                 shutil.rmtree(old)
         self._accelerator.wait_for_everyone()
-
-    def newest_first(self) -> list[Path]:
-        """All checkpoints, whole or not."""
-        return sorted((p for p in self._folder.glob("step_*") if p.suffix != PARTIAL), reverse=True)
 
     def restore(self) -> None:
         """Load the newest checkpoint that is as it was written; a warning names those passed over.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none; says which are damaged.
         """
-        for checkpoint in self.newest_first():
+        passed = checkpoints_of(self._output)
+        for checkpoint in passed:
             damage = find_damage(checkpoint)
             if not damage:
                 self._accelerator.load_state(str(checkpoint))
                 return
             if self._accelerator.is_main_process:
                 warnings.warn(f"{checkpoint} is damaged ({damage}): taking the one before it", stacklevel=2)
+        if passed:
+            names = ", ".join(checkpoint.name for checkpoint in passed)
+            raise FileNotFoundError(
+                f"all checkpoints of {self._folder} are damaged ({names}): remove it and start again"
+            )
         raise FileNotFoundError(f"{self._folder} has no checkpoint to go on from: start without --resume")
+
+
+def refuse_other_run(output: Path) -> None:
+    """Make sure that a run which is not resumed has a folder of its own.
+
+    Raises:
+        typer.BadParameter: there are checkpoints.
+    """
+    if checkpoints_of(output):
+        raise typer.BadParameter(f"{output} holds checkpoints of another run: --resume it, or give another folder")
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, the newest first."""
+    return sorted((p for p in (output / FOLDER).glob("step_*") if p.suffix != PARTIAL), reverse=True)
 
 
 def find_damage(checkpoint: Path) -> str:

@@ -8,6 +8,7 @@ each volume: the first as inference would place it on the grid, the others mirro
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from patches import SPLITS, image_paths, load_scaled
-from training import VQ_RECIPES, load_recipe
+from recipe import VQ_RECIPES, load_recipe
 
 
 def placed_copy(volume: np.ndarray, data: dict[str, Any], rng: np.random.Generator | None) -> np.ndarray:
@@ -66,6 +67,7 @@ def main(
     settings["vqmodel"] = {key: model.config[key] for key in ("spacing", "percentiles", "intensity_ceiling")}
     seed, fraction = settings["vqae"]["seed"], settings["data"]["validation_fraction"]
     output.mkdir(parents=True, exist_ok=True)
+    written = {}
     for split in SPLITS:
         paths = image_paths(data, split, fraction, seed)
         if not paths:
@@ -73,7 +75,13 @@ def main(
         copies = settings["data"]["token_copies"] if split == "train" else 1
         shown = tqdm(paths, desc=split)
         tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
-        save_file({"tokens": torch.cat(tokens)}, output / f"{split}.safetensors")
+        written[split] = output / f"{split}.safetensors.partial"
+        save_file({"tokens": torch.cat(tokens)}, written[split])
+    # All at the end: no split of this autoencoder beside one of another.
+    for split in SPLITS:
+        (output / f"{split}.safetensors").unlink(missing_ok=True)
+    for split, partial in written.items():
+        os.replace(partial, output / f"{split}.safetensors")
     if (data / "manifest.json").is_file():
         # What a card of networks trained on these tokens has to name.
         stated = json.loads((data / "manifest.json").read_text())

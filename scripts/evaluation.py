@@ -1,7 +1,8 @@
-"""Dice of whole volumes on a split of a prepared folder, with the prior atlas as the row to beat."""
+"""Dice, NSD and HD95 of whole volumes on a split of a prepared folder, with the prior atlas as the row to beat."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,9 @@ from rich.table import Table
 from scipy.ndimage import zoom
 
 import hf_binaryformer as bf
-from hf_binaryformer.pipelines.metrics import mask_dice
+from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, score_labels, summarize
+from hf_binaryformer.pipelines.volumes import Volume, read_volume
 from slices import Case, PreparedFolder, read_label_array
-
-
-def dice_by_label(pred: np.ndarray, truth: np.ndarray, labels: list[int]) -> list[float]:
-    """Dice of each label; NaN where the truth lacks it."""
-    return [mask_dice(pred == label, truth == label) for label in labels]
 
 
 class PriorAtlas:
@@ -51,67 +48,91 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     """Segment every volume of a split, print a table, and return the figures.
 
     Returns:
-        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) the mean and standard deviation of
-        each label's Dice over volumes, the number of NaN left out, and their mean over labels; ``cases`` for each volume.
+        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) what :func:`summarise` gives; under
+        ``cases`` the network's Dice of each label of each volume.
     """
     pipeline = bf.VolumeSegmentationPipeline.from_pretrained(str(model_folder))
     labels = sorted(label for label in folder.label_names if label != 0)
     atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
-    rows: dict[str, list[list[float]]] = {"network": []}
+    rows: dict[str, list[list[LabelScore]]] = {"network": []}
     cases = folder.split(split)
     for case in cases:
-        truth = read_label_array(case.label)
-        rows["network"].append(network_dice(pipeline, case, truth, labels))
+        truth = read_truth(case)
+        rows["network"].append(network_scores(pipeline, case, truth, folder.label_names))
         if atlas is not None:
-            rows.setdefault("prior atlas", []).append(dice_by_label(atlas.predict(truth.shape), truth, labels))
-    summary = {name: summarise(np.array(dice), labels, folder.label_names) for name, dice in rows.items()}
-    print_table(summary, folder.label_names, labels, f"Dice, {len(cases)} volumes of split '{split}'")
+            guess = atlas.predict(truth.array.shape)
+            rows.setdefault("prior atlas", []).append(scores(guess, truth, folder.label_names))
+    summary = {name: summarise(found) for name, found in rows.items()}
+    print_table(summary, f"Dice, {len(cases)} volumes of split '{split}'")
     return {
         "split": split,
         "volumes": len(cases),
         "attention_type": pipeline.model.config.attention_type,
         "bit_gradient": pipeline.model.config.resolved_bit_gradient,
         "rows": summary,
-        "cases": {case.name: dice for case, dice in zip(cases, np.round(rows["network"], 4).tolist(), strict=True)},
+        "cases": {
+            case.name: list(rounded({score.name: score.dice for score in found}).values())
+            for case, found in zip(cases, rows["network"], strict=True)
+        },
     }
 
 
-def mean_validation_dice(pipeline: bf.VolumeSegmentationPipeline, folder: PreparedFolder, volumes: int | None) -> float:
-    """Mean Dice over labels and the first volumes of the validation split (None: all), to choose weights by."""
-    labels = sorted(label for label in folder.label_names if label != 0)
-    dice = []
-    for case in folder.split("validation")[:volumes]:
-        dice.append(network_dice(pipeline, case, read_label_array(case.label), labels))
-    return float(np.nanmean(dice))
+def validation_figures(
+    pipeline: bf.VolumeSegmentationPipeline, folder: PreparedFolder, volumes: int | None
+) -> dict[str, float]:
+    """Dice, NSD and HD95 (mm), means over labels and the first volumes of the validation split (None: all)."""
+    cases = folder.split("validation")[:volumes]
+    mean = summarize([network_scores(pipeline, case, read_truth(case), folder.label_names) for case in cases])[-1]
+    return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
 
 
-def network_dice(
-    pipeline: bf.VolumeSegmentationPipeline, case: Case, truth: np.ndarray, labels: list[int]
-) -> list[float]:
-    """Dice of each label on one volume."""
+def read_truth(case: Case) -> Volume:
+    """The labels of a case.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if case.label is None:
+        raise ValueError(f"{case.name} has no labels to compare with: prepare the data from a source with labels")
+    return read_volume(case.label, labels=True)
+
+
+def network_scores(
+    pipeline: bf.VolumeSegmentationPipeline, case: Case, truth: Volume, names: dict[int, str]
+) -> list[LabelScore]:
+    """Of each label on one volume."""
     with torch.inference_mode():
-        return dice_by_label(pipeline(case.image).labels, truth, labels)
+        return scores(pipeline(case.image).labels, truth, names)
 
 
-def summarise(dice: np.ndarray, labels: list[int], names: dict[int, str]) -> dict[str, Any]:
-    """Mean, deviation and NaN count for each label over volumes, from (volumes, labels) Dice."""
-    per_label = {
-        names[label]: {
-            "mean": round(float(np.nanmean(column)), 4) if not np.isnan(column).all() else None,
-            "sd": round(float(np.nanstd(column)), 4) if not np.isnan(column).all() else None,
-            "nan": int(np.isnan(column).sum()),
-        }
-        for label, column in zip(labels, dice.T, strict=True)
-    }
-    means = [row["mean"] for row in per_label.values() if row["mean"] is not None]
-    return {"mean": round(float(np.mean(means)), 4) if means else None, "labels": per_label}
+def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[LabelScore]:
+    """Of each label."""
+    return score_labels(found, truth.array, truth.spacing, label_names=names)
 
 
-def print_table(summary: dict[str, Any], names: dict[int, str], labels: list[int], title: str) -> None:
+def summarise(cases: list[list[LabelScore]]) -> dict[str, Any]:
+    """Of one method: under ``labels`` for each label ``mean`` and ``sd`` of Dice over volumes, how many were NaN and are left
+    out (``nan``), and the means ``nsd`` and ``hd95`` (mm); beside it their means over labels. None where all are NaN.
+    """
+    *rows, whole = summarize(cases)
+    labels = {}
+    for place, row in enumerate(rows):
+        dice = np.array([case[place].dice for case in cases])
+        shown = {"mean": row.dice, "sd": float(np.nanstd(dice)) if not np.isnan(dice).all() else math.nan}
+        labels[row.name] = rounded(shown | {"nsd": row.nsd, "hd95": row.hd95}) | {"nan": row.nan["dice"]}
+    return rounded({"mean": whole.dice, "nsd": whole.nsd, "hd95": whole.hd95}) | {"labels": labels}
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float | None]:
+    """To four places; None for NaN, which JSON does not have."""
+    return {key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}
+
+
+def print_table(summary: dict[str, Any], title: str) -> None:
     """One row a label, one column a method."""
     table = Table("label", *summary, title=title)
-    for label in labels:
-        cells = [row["labels"][names[label]] for row in summary.values()]
-        table.add_row(names[label], *(f"{c['mean']} ± {c['sd']}" for c in cells))
+    for name in summary["network"]["labels"]:
+        cells = [row["labels"][name] for row in summary.values()]
+        table.add_row(name, *(f"{c['mean']} ± {c['sd']}" for c in cells))
     table.add_row("mean", *(str(row["mean"]) for row in summary.values()), style="bold")
     Console().print(table)

@@ -2,8 +2,9 @@
 
 Trains a segmentation network on a folder of ``prepare_data.py``, then segments whole volumes of a split and prints Dice
 for each label beside the prior-atlas baseline. Every default stands in ``scripts/recipes/<recipe>.yaml``; ``--set
-model.attention_type=uniform`` overrides one. With ``--resume`` a run goes on from its newest checkpoint, and ends with the
-weights that it would have had without the stop.
+train.iterations=100`` overrides one, and three the form of attention: that of the paper is ``--set
+model.attention_type=hamming --set model.bit_gradient=null --set model.learned_logit_scale=false``. With ``--resume`` a run
+goes on from its newest checkpoint, and ends with the weights that it would have had without the stop.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import typer
 from accelerate import Accelerator
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.utils.data import Dataset
 
 import hf_binaryformer as bf
 from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
-from evaluation import evaluate_split, mean_validation_dice
-from publish import check_target, publish
+from evaluation import evaluate_split, validation_figures
+from hf_binaryformer.pipelines.metrics import METRICS
+from publish import PUSH_NAMES, check_target, publish
+from recipe import keep_recipe, load_recipe
 from slices import PreparedFolder, SliceSamples
-from training import Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
+from training import Task, build_optimizer, load_batches, run, start, write_summary
 
 
 def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[Any, Any]:
@@ -74,13 +78,17 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with accelerator.autocast():
-            logits = network(batch["pixel_values"]).logits
-        return {"loss": criterion(logits.float(), batch["labels"][:, None])}
+            logits = network(batch["pixel_values"]).logits.float()
+        labels = batch["labels"][:, None]
+        if train["batch_dice"] and accelerator.num_processes > 1:
+            # Dice of the whole batch: every process takes it of all of them, and the mean of gradients is that of the whole.
+            logits, labels = torch.cat(all_gather(logits.contiguous())), accelerator.gather(labels)
+        return {"loss": criterion(logits, labels)}
 
     def validate() -> dict[str, float]:
         assert folder is not None
         pipeline = bf.VolumeSegmentationPipeline(model, processor)
-        return {"validation_dice": mean_validation_dice(pipeline, folder, train["validate_volumes"])}
+        return validation_figures(pipeline, folder, train["validate_volumes"])
 
     task = Task(
         model,
@@ -88,6 +96,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
         batches=lambda first: load_batches(samples, train, accelerator, first),
         losses=losses,
         validate=validate,
+        figures=tuple(f"validation_{metric}" for metric in METRICS),
     )
     return task, processor
 
@@ -101,7 +110,7 @@ def main(
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="namespace/name on the Hub that gets model, processor and card.")
+        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets model, processor and card.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
@@ -113,9 +122,16 @@ def main(
     if data is None or output is None:
         raise typer.BadParameter(DATA_NEEDED)
     folder = PreparedFolder(data)
+    if evaluate != "none" and not folder.split(evaluate):
+        raise typer.BadParameter(
+            f"--evaluate {evaluate}: {data} has no volume in that split; give another one, or none"
+        )
+    if settings["train"]["validate_every"] and not folder.split("validation"):
+        raise typer.BadParameter(f"validate_every is set, but {data} has no volume in the split 'validation'")
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
     task, processor = build_task(settings, folder, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
@@ -126,7 +142,7 @@ def main(
     rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in model.state_dict().items()}
     model.save_pretrained(output / "model", state_dict=rounded)
     processor.save_pretrained(output / "model")
-    write_summary(settings, "train", output)
+    write_summary(settings, "train", output, accelerator.device)
     results = None
     if evaluate != "none":
         results = evaluate_split(output / "model", folder, evaluate, baseline=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 # Bytes of a CIFAR-10 record: the label, then 32 x 32 red, green and blue.
 CIFAR_SIDE = 32
 CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2
+CIFAR_FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
 IDX_UINT8 = 8
 
 
@@ -25,7 +27,10 @@ def read_idx(path: Path) -> np.ndarray:
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} cannot be unpacked ({error}): is it complete?") from error
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != IDX_UINT8:
         raise ValueError(f"{path} is no IDX file of bytes")
     axes = content[3]
@@ -60,15 +65,22 @@ def load_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
         part: "train" or "test".
 
     Raises:
-        FileNotFoundError: the folder holds neither.
+        FileNotFoundError: the folder holds neither, or not all of them.
+        ValueError: there are more images than labels, or fewer; or a file is not what it should be.
     """
     prefix = {"train": "train", "test": "t10k"}[part]
     images = sorted(folder.glob(f"{prefix}-images-idx3-ubyte*"))
     labels = sorted(folder.glob(f"{prefix}-labels-idx1-ubyte*"))
     if images and labels:
-        return read_idx(images[0])[:, None], read_idx(labels[0]).astype(np.int64)
-    batches = sorted(folder.glob({"train": "data_batch_*.bin", "test": "test_batch.bin"}[part]))
-    if batches:
+        found = read_idx(images[0])[:, None], read_idx(labels[0]).astype(np.int64)
+        if len(found[0]) != len(found[1]):
+            raise ValueError(f"{images[0]} holds {len(found[0])} images, {labels[0]} {len(found[1])} labels")
+        return found
+    batches = [folder / name for name in CIFAR_FILES[part]]
+    missing = [path.name for path in batches if not path.is_file()]
+    if 0 < len(missing) < len(batches):
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)} of CIFAR-10")
+    if not missing:
         parts = [read_cifar(path) for path in batches]
         return np.concatenate([i for i, _ in parts]), np.concatenate([c for _, c in parts]).astype(np.int64)
     raise FileNotFoundError(

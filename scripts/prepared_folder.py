@@ -59,7 +59,8 @@ def write_case(out: Path, case: Case, image: nib.Nifti1Image, labels: nib.Nifti1
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into; its content moves to ``out`` at the end, or vanishes after an error.
+    """A folder to write into, in ``out`` if that is there (it may be a mount) or beside it; its content moves to ``out`` at the
+    end, or vanishes after an error.
 
     Raises:
         typer.Exit: ``out`` holds files.
@@ -67,7 +68,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"{out} is not empty; give --out a new folder, so that no old case stays in it")
     whole = Path(os.path.abspath(out))
-    temporary = whole.with_name(f".{whole.name}-{os.getpid()}")
+    name = f".{whole.name}-{os.getpid()}"
+    temporary = whole / name if whole.exists() else whole.with_name(name)
     temporary.mkdir(parents=True)
     try:
         yield temporary

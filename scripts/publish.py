@@ -21,7 +21,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from cards import CARDS, render_card
 from hf_binaryformer import __version__
+from recipe import KEPT
 
+# The option of the training scripts.
+PUSH_NAMES = ("--push-to-hub", "--push_to_hub")
 # Nothing else of a folder is uploaded; within folders too.
 PUBLISHED = ("README.md", "*.json", "*.safetensors")
 UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
@@ -157,7 +160,7 @@ def write_words(
     words = yaml.safe_load((CARDS / "trained.yaml").read_text())
     chosen = words["kinds"][kind]
     config = json.loads((folder / ("transformer" if kind == "pipeline" else "") / "config.json").read_text())
-    settings = without_paths(yaml.safe_load((output / "recipe.yaml").read_text()))
+    settings = without_paths(yaml.safe_load((output / KEPT).read_text()))
     records = {
         "repo_id": repo_id,
         "recipe_name": Path(recipe).stem,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample
+from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 
 
@@ -106,9 +106,10 @@ class SliceSamples(Dataset):
             # As the pipeline cuts a volume, so that a slice's position means the same here and there.
             box = foreground_box(scaled, image.spacing)
             scaled, label, affine = scaled[box], label[box], crop_affine(image.affine, box)
-            if processor.spacing is not None and not np.allclose(image.spacing, processor.spacing, rtol=0.01):
-                scaled, _ = resample(scaled, affine, processor.spacing, order=1)
-                label, _ = resample(label, affine, processor.spacing, order=0)
+            spacing = processor.target_spacing(image.spacing)
+            if not same_spacing(image.spacing, spacing):
+                scaled, _ = resample(scaled, affine, spacing, order=1)
+                label, _ = resample(label, affine, spacing, order=0)
             axis = processor.slice_axis
             self.images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, axis, 0))).half())
             self.labels.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(label, axis, 0))).to(torch.uint8))

@@ -2,7 +2,7 @@
 
 Trains a classifier whose tokens are the single pixels of small images, each with its two coordinates (paper Appendix B,
 Table 2), on the published files of MNIST, Fashion-MNIST or CIFAR-10 (binary version). Every default stands in
-``scripts/recipes/pixels/<recipe>.yaml``; ``--set model.attention_type=softmax`` overrides one. With ``--resume`` a run goes
+``scripts/recipes/pixels/<recipe>.yaml``; ``--set train.iterations=100`` overrides one. With ``--resume`` a run goes
 on from its newest checkpoint, and ends with the weights that it would have had without the stop.
 """
 
@@ -24,10 +24,9 @@ from transformers import ViTImageProcessor
 import hf_binaryformer as bf
 from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
 from pixels import PixelSamples, load_splits, scale
-from publish import check_target, publish
-from training import RECIPES, Task, build_optimizer, load_batches, load_recipe, run, start, write_summary
-
-PIXEL_RECIPES = RECIPES / "pixels"
+from publish import PUSH_NAMES, check_target, publish
+from recipe import PIXEL_RECIPES, keep_recipe, load_recipe
+from training import Task, build_optimizer, load_batches, run, start, write_summary
 
 
 @torch.no_grad()
@@ -78,6 +77,7 @@ def build_task(
         batches=lambda first: load_batches(samples, train, accelerator, first),
         losses=losses,
         validate=validate,
+        figures=("validation_accuracy",),
     )
 
 
@@ -97,7 +97,7 @@ def main(
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="namespace/name on the Hub that gets model, processor and card.")
+        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets model, processor and card.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
@@ -109,16 +109,21 @@ def main(
     if data is None or output is None:
         raise typer.BadParameter(DATA_NEEDED)
     splits = load_splits(data, settings["data"])
+    if evaluate not in (*splits, "none"):
+        raise typer.BadParameter(f"--evaluate {evaluate}: expected {', '.join(splits)} or none")
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
     task = build_task(settings, splits, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
-    task.model.eval().save_pretrained(output / "model")
+    dtype = getattr(torch, settings["train"]["save_dtype"])
+    rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in task.model.eval().state_dict().items()}
+    task.model.save_pretrained(output / "model", state_dict=rounded)
     build_processor(settings["data"], task.model.config.num_channels).save_pretrained(output / "model")
-    write_summary(settings, "train", output)
+    write_summary(settings, "train", output, accelerator.device)
     results = None
     if evaluate != "none":
         figure = accuracy(task.model, *splits[evaluate], settings, accelerator)

@@ -25,8 +25,9 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
-from publish import check_target, publish
-from training import SEED_STRIDE, VQ_RECIPES, Task, build_optimizer, load_recipe, run, start, write_summary
+from publish import PUSH_NAMES, check_target, publish
+from recipe import VQ_RECIPES, keep_recipe, load_recipe
+from training import SEED_STRIDE, Task, build_optimizer, run, start, write_summary
 
 
 def load_tokens(folder: Path, split: str, transformer: BinaryVQTransformer3DModel) -> Tensor:
@@ -150,8 +151,28 @@ def build_task(
         batches=batches,
         losses=losses,
         validate=lambda: validate(transformer, held_out, scheduler, settings, accelerator),
+        figures=("validation_bits_per_token", "validation_accuracy"),
     )
     return task, scheduler
+
+
+def load_autoencoder(name: str, transformer: BinaryVQTransformer3DModel) -> BinaryVQModel:
+    """The autoencoder whose tokens the transformer learns.
+
+    Raises:
+        typer.BadParameter: there is none, or its tokens are others.
+    """
+    try:
+        autoencoder = BinaryVQModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--vqmodel {name}: {error}") from error
+    for field in ("num_codebooks", "codebook_size"):
+        found, wanted = autoencoder.config[field], transformer.config[field]
+        if found != wanted:
+            raise typer.BadParameter(f"--vqmodel {name} has {field} {found}, the recipe's transformer {wanted}")
+    # Where it was loaded from is nobody's business in a published file.
+    autoencoder.register_to_config(_name_or_path="")
+    return autoencoder
 
 
 def main(
@@ -167,7 +188,8 @@ def main(
     push_to_hub: Annotated[
         str | None,
         typer.Option(
-            help="namespace/name on the Hub that gets the transformer, or with --vqmodel the whole pipeline, and its card."
+            *PUSH_NAMES,
+            help="namespace/name on the Hub that gets the transformer, or with --vqmodel the whole pipeline, and its card.",
         ),
     ] = None,
     private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
@@ -182,7 +204,9 @@ def main(
     accelerator = start(settings["sampler"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
     task, scheduler = build_task(settings, tokens, accelerator)
+    autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)
     run(task, settings["sampler"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
@@ -191,12 +215,11 @@ def main(
     transformer = nn.Module.to(task.model, dtype)
     transformer.save_pretrained(output / "transformer")
     scheduler.save_pretrained(output / "scheduler")
-    if vqmodel is not None:
-        autoencoder = nn.Module.to(BinaryVQModel.from_pretrained(vqmodel), dtype)
-        # Where it was loaded from is nobody's business in a published file.
-        autoencoder.register_to_config(_name_or_path="")
-        BinaryVQInpaintPipeline(autoencoder, transformer, scheduler).save_pretrained(output / "pipeline")
-    write_summary(settings, "sampler", output)
+    if autoencoder is not None:
+        BinaryVQInpaintPipeline(nn.Module.to(autoencoder, dtype), transformer, scheduler).save_pretrained(
+            output / "pipeline"
+        )
+    write_summary(settings, "sampler", output, accelerator.device)
     if push_to_hub:
         kind = "transformer" if vqmodel is None else "pipeline"
         publish(kind, output / kind, push_to_hub, output, recipe, [tokens])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +24,9 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from patches import NestedDropout, PatchSamples, image_paths, load_all
-from publish import check_target, publish
-from training import VQ_RECIPES, Task, load_batches, load_recipe, run, start, write_summary
+from publish import PUSH_NAMES, check_target, publish
+from recipe import VQ_RECIPES, keep_recipe, load_recipe
+from training import Task, load_batches, run, start, write_summary
 
 
 def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: bool) -> list[list[np.ndarray]]:
@@ -51,7 +51,7 @@ def untrained_slice_loss() -> SliceLoss:
     """A perceptual loss of VGG16's size that has learned nothing."""
     from torchvision.models import vgg16
 
-    features = vgg16(weights=None).features
+    features = vgg16(weights=None).features.requires_grad_(False)
 
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
         network = features.to(prediction.device)
@@ -61,8 +61,10 @@ def untrained_slice_loss() -> SliceLoss:
     return loss
 
 
-def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Accelerator) -> Task:
-    """What is trained; without folders on a volume of noise, for a dry run."""
+def build_task(
+    recipe: dict[str, Any], folders: list[Path], held_out: list[np.ndarray], accelerator: Accelerator
+) -> Task:
+    """What is trained, and validated on scaled volumes; without folders on a volume of noise, for a dry run."""
     train = recipe["vqae"]
     model = BinaryVQModel(**recipe["vqmodel"])
     perceptual = None
@@ -104,12 +106,8 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
         quantizer.reset_usage()
         return figures
 
-    @cache
-    def held_out() -> list[np.ndarray]:
-        return load_sources(recipe, folders[:1], "validation", show=False)[0]
-
     def validate() -> dict[str, float]:
-        figures = evaluate(model, held_out(), recipe)
+        figures = evaluate(model, held_out, recipe)
         return {"validation_psnr": figures["psnr"], "validation_psnr_foreground": figures["psnr_foreground"]}
 
     return Task(
@@ -119,6 +117,7 @@ def build_task(recipe: dict[str, Any], folders: list[Path], accelerator: Acceler
         losses=losses,
         measures=measures,
         validate=validate,
+        figures=("validation_psnr", "validation_psnr_foreground"),
     )
 
 
@@ -147,7 +146,7 @@ def main(
     stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="namespace/name on the Hub that gets the autoencoder and its card.")
+        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets the autoencoder and its card.")
     ] = None,
     private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
@@ -156,21 +155,24 @@ def main(
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
     if dry_run:
         settings["vqae"]["quantize_after"] = 0
-        return rehearse(settings["vqae"], lambda accelerator: build_task(settings, [], accelerator))
+        return rehearse(settings["vqae"], lambda accelerator: build_task(settings, [], [], accelerator))
     if not data or output is None:
         raise typer.BadParameter(DATA_NEEDED)
+    if not image_paths(data[0], "validation", settings["data"]["validation_fraction"], settings["vqae"]["seed"]):
+        raise typer.BadParameter(f"{data[0]} has no volume for the split 'validation', which the results are of")
     accelerator = start(settings["vqae"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private)
-    task = build_task(settings, data, accelerator)
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
+    held_out = load_sources(settings, data[:1], "validation", show=False)[0] if accelerator.is_main_process else []
+    task = build_task(settings, data, held_out, accelerator)
     run(task, settings["vqae"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
     # Half-precision files still load as float32, and the codebooks stay float32 in them too.
     model = nn.Module.to(task.model, getattr(torch, settings["vqae"]["save_dtype"]))
     model.save_pretrained(output / "vqmodel")
-    write_summary(settings, "vqae", output)
-    held_out = load_sources(settings, data[:1], "validation", show=False)[0]
+    write_summary(settings, "vqae", output, accelerator.device)
     saved = BinaryVQModel.from_pretrained(output / "vqmodel").to(accelerator.device)
     results = evaluate(saved, held_out, settings)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")

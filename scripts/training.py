@@ -1,4 +1,4 @@
-"""The training loop of every script, and what belongs to it: recipes, the learning rate's course, the optimizer.
+"""The training loop of every script, and what belongs to it: the learning rate's course, the optimizer, the log.
 
 A script says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
 resuming, trackers and interruptions are here.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext, suppress
@@ -19,7 +21,6 @@ from typing import Any
 
 import torch
 import typer
-import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, send_to_device
@@ -30,74 +31,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from checkpoints import Checkpoints, Interruption, Progress
+from checkpoints import Checkpoints, Interruption, Progress, refuse_other_run
 from hf_binaryformer.modeling.attention import attention_modules
+from recipe import ATTENTION_DEFAULTS, DEFAULTS
 
-RECIPES = Path(__file__).parent / "recipes"
-VQ_RECIPES = RECIPES / "vq"
-# What a recipe need not say.
-DEFAULTS: dict[str, Any] = {
-    "accumulation": 1,  # batches of batch_size / accumulation whose gradients are added up
-    "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last ones are
-    "compile": False,
-    "gradient_checkpointing": False,
-    "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
-    "validate_every": None,  # iterations; None: never
-    "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
-    "checkpoint_every": None,  # iterations, and in the end; None: never
-    "checkpoints_kept": 2,
-    "workers": 0,
-    "freeze_query_key": False,
-    "epsilon": 1e-8,  # of AdamW
-    "log_scale_lr_scale": 10.0,  # of the rate: Adam moves a logarithm by no more than the rate in a step
-}
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
 BEST_WEIGHTS = "best.safetensors"
-
-
-def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
-    """A recipe by name or path, with ``section.key=value`` overrides (values as YAML).
-
-    A file with ``like: other`` takes from that recipe, in its folder, what it does not say itself.
-
-    Args:
-        name: of a file in ``folder``, or a path that ends in .yaml.
-        overrides: what stands after --set.
-        folder: where recipes are.
-        part: one of several trainings that stand in a file: its name may be added, as in "oasis-vqae".
-
-    Raises:
-        typer.BadParameter: no such recipe or section; says which there are.
-    """
-    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not path.is_file() and part:
-        path = folder / f"{name.removesuffix(f'-{part}')}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
-    recipe: dict[str, Any] = yaml.safe_load(path.read_text())
-    if "like" in recipe:
-        base = load_recipe(recipe.pop("like"), [], path.parent)
-        recipe = {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, _, field = key.partition(".")
-        if section not in recipe or not field:
-            raise typer.BadParameter(f"--set {override}: expected section.key=value, sections are {', '.join(recipe)}")
-        recipe[section][field] = parse(value)
-    return recipe
-
-
-def parse(text: str) -> Any:
-    """A value as YAML reads it, and numbers like 1e-4 too, which YAML takes for words as they have no point."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
 
 
 def rate_factor(step: int, train: dict[str, Any]) -> float:
@@ -115,7 +57,7 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
 
     With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
     """
-    train = DEFAULTS | train
+    train = DEFAULTS | ATTENTION_DEFAULTS | train
     frozen = train["freeze_query_key"]
     if frozen:
         for attention in attention_modules(model):
@@ -152,6 +94,7 @@ class Task:
             each iteration; what they hold depends on the seed and the iteration alone.
         losses: of the prepared network on a batch at a step; "loss" is minimised, all are logged.
         validate: figures on held-out data, of the network as it stands; called on the main process.
+        figures: their names.
         measures: further figures for the log, called when it is written.
     """
 
@@ -160,6 +103,7 @@ class Task:
     batches: Callable[[int], Iterator[Any]]
     losses: Callable[[nn.Module, Any, int], dict[str, Tensor]]
     validate: Callable[[], dict[str, float]] | None = None
+    figures: tuple[str, ...] = ()
     measures: Callable[[], dict[str, float]] | None = None
 
 
@@ -167,16 +111,23 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     """Fill in a recipe's defaults, seed, and set up Accelerate.
 
     Raises:
-        typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, or
-            weights split over processes (FSDP) with what needs them whole, or best weights without validation.
+        typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, no
+            such type of numbers, no checkpoint to keep, best weights without validation, or weights split over processes
+            (FSDP) with what needs them whole.
     """
-    for key, value in DEFAULTS.items():
+    for key, value in (DEFAULTS | ATTENTION_DEFAULTS).items():
         train.setdefault(key, value)
     if train["best_by"] and not train["validate_every"]:
         raise typer.BadParameter(
             f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
         )
+    if not isinstance(getattr(torch, str(train["save_dtype"]), None), torch.dtype):
+        raise typer.BadParameter(f"save_dtype is '{train['save_dtype']}', expected float32, float16 or bfloat16")
+    if train["checkpoints_kept"] < 1:
+        raise typer.BadParameter(f"checkpoints_kept is {train['checkpoints_kept']}, expected at least 1")
     train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
+    if isinstance(train["trackers"], str):
+        train["trackers"] = [train["trackers"]]
     installed = [tracker.value if hasattr(tracker, "value") else str(tracker) for tracker in get_available_trackers()]
     missing = [name for name in train["trackers"] if name not in installed]
     if missing:
@@ -208,7 +159,13 @@ def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerat
     numbers = range(first * train["batch_size"] + accelerator.process_index, len(samples), accelerator.num_processes)
     size = train["batch_size"] // accelerator.num_processes // train["accumulation"]
     ahead = 4 if train["workers"] else None
-    return iter(DataLoader(Subset(samples, numbers), size, num_workers=train["workers"], prefetch_factor=ahead))
+    subset, workers = Subset(samples, numbers), train["workers"]
+    return iter(DataLoader(subset, size, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_ignore_interrupt))
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the one that trains has to end first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Log:
@@ -220,16 +177,28 @@ class Log:
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
             # A run that was killed has logged more than its checkpoint knows.
-            kept = self._path.read_text().splitlines() if self._path.is_file() and first else []
-            self._path.write_text("".join(f"{line}\n" for line in kept if json.loads(line)["step"] <= first))
+            known = read_log(self._path) if self._path.is_file() and first else []
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in known if record["step"] <= first))
+            os.replace(partial, self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record with the seconds since this start of the run."""
         record["seconds"] = round(time.perf_counter() - self._started, 3)
         if self._accelerator.is_main_process:
             with self._path.open("a") as log:
-                log.write(json.dumps(record) + "\n")
+                finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+                log.write(json.dumps(finite) + "\n")
         self._accelerator.log(record, step=record["step"])
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that was cut short, as by a full disk, is none."""
+    records = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def run(
@@ -246,10 +215,16 @@ def run(
         stop_after: end after this iteration, as an interruption would.
 
     Raises:
-        typer.BadParameter: not resumed, but ``output`` holds checkpoints.
+        typer.BadParameter: not resumed, but ``output`` holds checkpoints; no validation gives what chooses the best; or the
+            network has no gradient checkpointing.
+        ArithmeticError: no validation gave a finite figure to choose the best by.
         typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
     """
+    if train["best_by"] and train["best_by"].lstrip("-") not in task.figures:
+        raise typer.BadParameter(f"best_by is '{train['best_by']}'; validation gives {', '.join(task.figures)}")
     if train["gradient_checkpointing"]:
+        if not getattr(task.model, "_supports_gradient_checkpointing", True):
+            raise typer.BadParameter(f"{type(task.model).__name__} has no gradient_checkpointing: set it to false")
         enable = getattr(task.model, "gradient_checkpointing_enable", None) or task.model.enable_gradient_checkpointing
         enable()
     task.model.train()
@@ -257,7 +232,6 @@ def run(
     average = None
     if train["ema_decay"]:
         average = EMAModel(task.model.parameters(), train["ema_decay"], use_ema_warmup=True, power=3 / 4)
-        average.to(accelerator.device)
     progress = Progress()
     whole = copy.deepcopy(task.model) if accelerator.distributed_type == DistributedType.FSDP else None
     accelerator.register_for_checkpointing(progress, schedule, *([average] if average else []))
@@ -267,8 +241,10 @@ def run(
     checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"])
     if resume:
         checkpoints.restore()
-    elif checkpoints.newest_first():
-        raise typer.BadParameter(f"{output} holds checkpoints of another run: --resume it, or give another folder")
+    else:
+        refuse_other_run(output)
+    if average:  # only now, as a checkpoint's are in the memory of the CPU
+        average.to(accelerator.device)
     log = Log(accelerator, output, progress.step)
     if train["trackers"]:
         accelerator.init_trackers(
@@ -329,12 +305,17 @@ def run(
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if progress.step < last:
-        typer.echo(f"interrupted after iteration {progress.step}, which is saved: go on with --resume", err=True)
+        saved = "which is saved: go on with --resume" if train["checkpoint_every"] else "and no checkpoint was wanted"
+        typer.echo(f"interrupted after iteration {progress.step}, {saved}", err=True)
         raise typer.Exit(INTERRUPTED)
     if average:
         average.copy_to(task.model.parameters())
-    if train["best_by"]:
-        load_model(task.model, output / BEST_WEIGHTS, device=str(accelerator.device))
+    if train["best_by"] and accelerator.is_main_process:
+        if progress.best is None:
+            raise ArithmeticError(
+                f"no validation gave a finite {train['best_by']}: the last weights are in the checkpoint"
+            )
+        load_model(task.model, output / BEST_WEIGHTS)
 
 
 def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
@@ -365,23 +346,22 @@ def validate(
             figures = task.validate()
         task.model.train()
         if train["best_by"]:
-            name = train["best_by"].lstrip("-")
-            if name not in figures:
-                raise typer.BadParameter(f"best_by is '{name}'; validation gives {', '.join(figures)}")
-            value = -figures[name] if train["best_by"].startswith("-") else figures[name]
-            if progress.best is None or value > progress.best:
+            value = figures[train["best_by"].lstrip("-")] * (-1 if train["best_by"].startswith("-") else 1)
+            if math.isfinite(value) and (progress.best is None or value > progress.best):
                 progress.best = value
-                save_model(task.model, str(output / BEST_WEIGHTS))
+                partial = output / f"{BEST_WEIGHTS}.partial"
+                save_model(task.model, str(partial))
+                os.replace(partial, output / BEST_WEIGHTS)
         if average:
             average.restore(task.model.parameters())
     accelerator.wait_for_everyone()
     return figures
 
 
-def write_summary(recipe: dict[str, Any], section: str, output: Path) -> None:
-    """``output/recipe.yaml``, and what a card says of the run in ``output/training.json``: the last record and settings."""
-    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+def write_summary(recipe: dict[str, Any], section: str, output: Path, device: torch.device) -> None:
+    """What a card says of the run, in ``output/training.json``: the last record, settings, device and torch's version."""
+    last = read_log(output / "log.jsonl")[-1]
     chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
-    summary = {"iterations": last.pop("step"), **last, **chosen}
+    where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    summary = {"iterations": last.pop("step"), **last, **chosen, **where, "torch": torch.__version__}
     (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -46,6 +46,36 @@ def test_card_is_rendered_from_the_records(name):
     assert "not for clinical use" in card and "| --- |" in card
 
 
+def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
+    name = "binaryformer-tiny-hippocampus"
+    folder = ROOT / "published" / name
+    card = render(name)
+    assert (CARDS / f"{name}.md").read_text() == (folder / "README.md").read_text() == str(card)
+    assert card.data.license == "cc-by-sa-4.0" and name not in known_checkpoints()
+    assert {p.name for p in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    model = bf.from_pretrained(folder)
+    assert model.config.attention_type in BINARY_TYPES and model.config.learned_logit_scale
+    assert list(model.config.id2label.values()) == ["background", "anterior", "posterior"]
+
+
+def test_hippocampi_of_the_test_split_are_segmented_as_the_record_says(data_root):
+    name = "binaryformer-tiny-hippocampus"
+    record = json.loads((CARDS / "evidence" / name / "results.json").read_text())["cases"]
+    pipeline = bf.VolumeSegmentationPipeline.from_pretrained(ROOT / "published" / name)
+    for case in ("hippocampus_014", "hippocampus_093"):
+        labels = pipeline(data_root / "hippocampus" / "imagesTr" / f"{case}.nii.gz").labels
+        truth = np.asarray(
+            nib.as_closest_canonical(nib.load(data_root / f"hippocampus/labelsTr/{case}.nii.gz")).dataobj
+        )
+        dice = [mask_dice(labels == label, truth == label) for label in (1, 2)]
+        assert dice == pytest.approx(record[case], abs=2e-3)
+
+
 @pytest.mark.parametrize("page", ["README.md", f"model_cards/{TINY_BRAIN}.md"])
 def test_the_first_snippet_runs(page, tmp_path, monkeypatch, capsys):
     code = (ROOT / page).read_text().split("```python\n")[1].split("```")[0]

@@ -13,8 +13,8 @@ Backward, with P = softmax(S), delta_i = dO_i . O_i:
 and, for what reaches the real tensors behind the bits (``bit_gradient``), masked to abs(x) <= 1:
 
     ste:      dq_i = scale * w_q,i * sum_j g_ij sgn(k_j),  g_ij = dS_ij w_k,j   (dk by columns, with g_ij = dS_ij w_q,i)
-    ternary:  the same with g_ij replaced by t_ij in {-s_i, 0, s_i}, P(t_ij != 0) = abs(g_ij) / s_i, s_i = max_j abs(g_ij):
-              unbiased, and a product of bits and ternary numbers only
+    ternary:  the same with g_ij replaced by t_ij in {-s_i, 0, s_i}, P(t_ij != 0) = abs(g_ij) / s_i, s_i the
+              largest abs(g_ij) of j's block of 64 (dk: of i's): unbiased, and a product of bits and ternary numbers only
 
 Nothing of size Nq x Nk is kept: bits, weights, values, output and the row log-sum-exp are saved, scores are computed again.
 Letters: G = batch x heads, P = planes (1, or 2 for two Bernoulli samples).

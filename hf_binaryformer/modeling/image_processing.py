@@ -23,7 +23,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         orientation: axis codes that a volume is brought to before slicing; "RAS" is the only one supported.
         slice_axis: axis that slices are taken along: 0 left-right (sagittal), 1 posterior-anterior (coronal),
             2 inferior-superior (axial).
-        spacing: voxel size in mm, (R, A, S), that a volume is resampled to; None keeps its own.
+        spacing: voxel size in mm, (R, A, S), that a volume is resampled to; None, of all or of one axis, keeps its own.
         num_slices: odd number of neighbouring slices that become channels.
         slice_position: add one channel with the slice's position along the axis, -1 to 1.
         image_size: (height, width) in pixels of the window that the network sees.
@@ -46,7 +46,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         self,
         orientation: str = "RAS",
         slice_axis: int = 1,
-        spacing: Sequence[float] | None = (1.0, 1.0, 1.0),
+        spacing: Sequence[float | None] | None = (1.0, 1.0, 1.0),
         num_slices: int = 3,
         slice_position: bool = False,
         image_size: Sequence[int] = (224, 224),
@@ -69,7 +69,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
             raise ValueError(f"window_overlap is {window_overlap}, expected at least 0 and below 1")
         self.orientation = orientation
         self.slice_axis = slice_axis
-        self.spacing = None if spacing is None else [float(s) for s in spacing]
+        self.spacing = None if spacing is None else [None if s is None else float(s) for s in spacing]
         self.num_slices = num_slices
         self.slice_position = slice_position
         self.image_size = [int(s) for s in image_size]
@@ -92,6 +92,12 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     def num_channels(self) -> int:
         """Channels of the network's input."""
         return self.num_slices + self.slice_position
+
+    def target_spacing(self, spacing: Sequence[float]) -> tuple[float, float, float]:
+        """Voxel size in mm that a volume of this one is brought to."""
+        wanted = self.spacing or (None, None, None)
+        x, y, z = (own if asked is None else asked for asked, own in zip(wanted, spacing, strict=True))
+        return x, y, z
 
     def scale_volume(self, array: np.ndarray) -> np.ndarray:
         """Percentile scaling of a volume or image of any shape: float32, lower percentile 0, upper 1.

@@ -96,6 +96,8 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
     # Also when diffusers loads the rest in half precision.
     _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012 (diffusers reads it from the class)
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,

@@ -6,12 +6,26 @@ cell; only the residual 3x3x3 convolutions look beyond. Nothing takes statistics
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Stages(nn.Sequential):
+    """One after the other; with ``gradient_checkpointing`` each computes its insides again for its gradient."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last one's output."""
+        for stage in self:
+            again = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = self._gradient_checkpointing_func(stage, x) if again else stage(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -29,7 +43,7 @@ class Encoder(nn.Module):
             # Two latents never mix: the last block stays within one.
             stages.append(UnshuffleBlock3d(width, expansion, 2 if stage < len(channels) - 1 else 1))
             in_channels = width
-        self.stages = nn.Sequential(*stages)
+        self.stages = Stages(*stages)
         self.project = nn.Conv3d(in_channels, latent_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +77,7 @@ class Decoder(nn.Module):
                 stages.append(ShuffleBlock3d(width))
             if to_come < 2:
                 stages += [ResidualConv3d(width) for _ in range(num_convs[1 - to_come])]
-        self.stages = nn.Sequential(*stages)
+        self.stages = Stages(*stages)
         self.head = nn.Conv3d(channels[-1], out_channels, 1)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class ProductQuantizer(nn.Module):
             quantized = self.decode(tokens)
             commitment = F.mse_loss(latents, quantized)
             if self.training:
-                self._follow(self._grouped(latents.detach()), tokens.transpose(0, 1).flatten(1))
+                self._follow(self._grouped(latents.detach()), tokens.transpose(0, 1).flatten(1), len(latents))
             return latents + (quantized - latents).detach(), tokens, commitment
 
     def encode(self, latents: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class ProductQuantizer(nn.Module):
         """K-means on the first batch of all processes; the main one's result goes to all."""
         if bool(self.initialized):
             return
-        vectors = _gather(self._grouped(latents))
+        vectors = _gather(self._grouped(latents), len(latents))
         self.codebook.copy_(kmeans(vectors, self.codebook_size, self.kmeans_iterations))
         _broadcast(self.codebook)
         fair = vectors.shape[1] / self.codebook_size
@@ -156,8 +156,8 @@ class ProductQuantizer(nn.Module):
         self.initialized.fill_(True)
 
     @torch.no_grad()
-    def _follow(self, vectors: Tensor, tokens: Tensor) -> None:
-        """One step of the moving averages. vectors: (K, N, c); tokens: (K, N)."""
+    def _follow(self, vectors: Tensor, tokens: Tensor, samples: int) -> None:
+        """One step of the moving averages. vectors: (K, N, c) of so many samples; tokens: (K, N)."""
         counts, sums = cluster_statistics(vectors, tokens, self.codebook_size)
         _all_reduce(counts)
         _all_reduce(sums)
@@ -167,14 +167,15 @@ class ProductQuantizer(nn.Module):
         alive = (self.cluster_size > MIN_CLUSTER_SIZE)[..., None]
         average = self.cluster_sum / self.cluster_size.clamp(min=MIN_CLUSTER_SIZE)[..., None]
         self.codebook.copy_(torch.where(alive, average, self.codebook))
-        self._revive(vectors)
+        self._revive(vectors, samples)
 
-    def _revive(self, vectors: Tensor) -> None:
+    def _revive(self, vectors: Tensor, samples: int) -> None:
         fair = self.cluster_size.sum(1, keepdim=True) / self.codebook_size
         dead = self.cluster_size < self.revival_threshold * fair  # (K, V); equal in all processes
         if not bool(dead.any()):
             return
         # Where latents are many and alike (background), more entries there would stay unused: draw by the error.
+        vectors = _gather(vectors, samples)
         _, error = nearest_entries(vectors, self.codebook)
         picked = torch.multinomial(error + TINY_WEIGHT, self.codebook_size, replacement=True)
         candidates = torch.gather(vectors, 1, picked[..., None].expand(-1, -1, self.codebook_dim))
@@ -224,13 +225,16 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(vectors: Tensor) -> Tensor:
-    """(K, N, c) of each process, N the same in all -> (K, processes * N, c)."""
+def _gather(vectors: Tensor, samples: int) -> Tensor:
+    """(K, N, c) of so many samples in each process, the same in all -> (K, processes * N, c).
+
+    In the order of one process's batch, of which process r of P has samples r, r + P, ...: the same draws pick the same.
+    """
     if _world_size() == 1:
         return vectors
     parts = [torch.empty_like(vectors, memory_format=torch.contiguous_format) for _ in range(_world_size())]
     dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts, dim=1)
+    return torch.stack([part.unflatten(1, (samples, -1)) for part in parts], dim=2).flatten(1, 3)
 
 
 def _all_reduce(tensor: Tensor) -> None:

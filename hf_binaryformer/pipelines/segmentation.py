@@ -168,8 +168,8 @@ class VolumeSegmentationPipeline:
         scaled = self.processor.scale_volume(volume.array)
         box = tuple(foreground_box(scaled, volume.spacing))
         crop, affine = scaled[box], crop_affine(volume.affine, box)
-        spacing = self.processor.spacing
-        resampled = spacing is not None and not same_spacing(volume.spacing, spacing)
+        spacing = self.processor.target_spacing(volume.spacing)
+        resampled = not same_spacing(volume.spacing, spacing)
         network_input, network_affine = resample(crop, affine, spacing, order=1) if resampled else (crop, affine)
 
         labels = np.zeros(volume.array.shape, dtype=np.int32)

@@ -53,7 +53,7 @@ def gradients(
             bit_gradient="ste" if rule == "ste" else "ternary",
         )
     else:
-        output = SimulatedSigns.apply(query, key, value[None, None], scale, rule)
+        output = SimulatedSigns.apply(query, key, value[None, None], torch.full((1, 1, 1), scale), rule)
     output.backward(cotangent[None, None])
     return [query.grad[0, 0], weights[0].grad]
 

@@ -14,8 +14,10 @@ A table's file says:
   the section ``network`` and those of the training in ``section``; ``seeds``;
 - ``reference``: the form that others are compared with; ``controls``: those that must do worse, or the table is no evidence;
 - ``tuning``: the learning ``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share``
-  of the iterations and of the warm-up, and ``arguments`` or a ``measure`` (else the first) that judge them on other data;
-- ``measures`` (``name: {file, key, better}``); ``then``: commands that follow each training but trials, with its folder as
+  of the iterations and of the warm-up, and ``arguments`` or a ``measure`` (else the first) that judge them on other data; for one
+  rate there are no trials;
+- ``measures`` (``name: {file, key, better}``, or with ``below`` the step of the log's first record whose key is below it, or its
+  last); ``then``: commands that follow each training but trials, with its folder as
   ``{folder}``; ``profile`` (``file``, ``key``, ``x``): many figures of a run by a number x, drawn into ``profile.png``;
   ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``;
 - ``like``: another table, whose words count where the file has none; ``runs``: one whose folder of trainings it shares, as runs
@@ -28,7 +30,6 @@ import csv
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -38,14 +39,12 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from scipy import stats
+from table_report import draw, draw_curves, markdown, profile
 
 ROOT = Path(__file__).parent.parent.parent
 # Other scales have folders of their own.
 DEFAULT_SCALE = "small"
 EVIDENCE = ROOT / "model_cards" / "evidence"
-# Differences are given with their interval at this confidence.
-CONFIDENCE = 0.95
 # The setting that has a form trained by with_variant.py.
 VARIANT = "variant"
 FORMS = Path(__file__).with_name("forms.yaml")
@@ -82,14 +81,15 @@ class Table:
         self.seeds: list[int] = words["seeds"]
         self.tuning: dict[str, Any] = words["tuning"]
         self.section: str = words["section"]
-        self.forms = self._forms()
+        known = yaml.safe_load(FORMS.read_text())
+        self.forms = self._forms(known)
+        self.pairs = [pair for pair in known["compare"] if {*pair} <= {*self.forms}]
         for name in (words["reference"], *words["controls"]):
             if name not in self.forms:
                 raise typer.BadParameter(f"{path.name} names {name}, but its forms are {', '.join(self.forms)}")
 
-    def _forms(self) -> dict[str, dict[str, Any]]:
+    def _forms(self, known: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Settings of each form, in the sections of this table."""
-        known = yaml.safe_load(FORMS.read_text())
         names = known["standard"] if self.words["forms"] == "standard" else self.words["forms"]
         if isinstance(names, dict):
             known["forms"] |= names
@@ -114,14 +114,22 @@ class Table:
     def measure(self, name: str, folder: Path) -> float:
         """A figure of a finished run."""
         found = self.words["measures"][name]
+        if "below" in found:
+            records = [json.loads(line) for line in (folder / found["file"]).read_text().splitlines()]
+            return float(next((r for r in records if number(r[found["key"]]) < found["below"]), records[-1])["step"])
         value: Any = json.loads((folder / found["file"]).read_text())
         for key in str(found["key"]).split("/"):
             value = value[key]
-        return float(value)
+        return number(value)
 
     def better(self, name: str, a: float, b: float) -> bool:
         """Whether figure a is better than b."""
         return a > b if self.words["measures"][name]["better"] == "higher" else a < b
+
+
+def number(value: float | None) -> float:
+    """Of a record, in which None stands for what is not a number."""
+    return math.nan if value is None else float(value)
 
 
 def filled(words: list[str], runs: Path, data: Path | None, folder: Path | None = None) -> list[str]:
@@ -199,155 +207,11 @@ def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> d
     return {form: rate for form, (_, rate) in best.items()}
 
 
-def paired(values: list[float], reference: list[float]) -> tuple[float, float]:
-    """Mean difference from the reference by seed, and the half-width of its t-interval (NaN for one seed)."""
-    differences = [a - b for a, b in zip(values, reference, strict=True)]
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return mean, math.nan
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
-
-
-def ties(table: Table, figures: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Controls that are not clearly worse than the reference by the first measure."""
-    name, per_form = next(iter(figures.items()))
-    reference, tied = per_form[table.words["reference"]], []
-    for control in table.words["controls"]:
-        difference, width = paired(per_form[control], reference)
-        clearly = math.isfinite(width) and abs(difference) > width
-        if not clearly or table.better(name, difference, 0.0):
-            tied.append(control)
-    return tied
-
-
-def constants(figures: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """The measures but the first that are the same in every run."""
-    seen = {name: {value for one in per_form.values() for value in one} for name, per_form in figures.items()}
-    return {name: values.pop() for name, values in list(seen.items())[1:] if len(values) == 1}
-
-
-def titled(table: Table, name: str) -> str:
-    """A measure with the direction that is better, if one is."""
-    better = table.words["measures"][name].get("better")
-    return f"{name} ({better} is better)" if better else name
-
-
-def markdown(
-    table: Table,
-    figures: dict[str, dict[str, list[float]]],
-    rates: dict[str, float],
-    command: str,
-    more: list[str],
-) -> str:
-    """The table in words: ``figures`` are measure -> form -> one value a seed; ``more`` are lines that follow them."""
-    reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
-    tied = ties(table, figures)
-    if tied:
-        they = f"{' and '.join(tied)} {'is' if len(tied) == 1 else 'are'}"
-        lines += [f"**No evidence about attention: {they} not worse than {reference}.**", ""]
-    lines += [table.words["question"].strip(), ""]
-    seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
-    lines += [
-        f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences from {reference} are paired by "
-        f"seed, with their {CONFIDENCE:.0%} t-interval.",
-        "",
-    ]
-    if len(table.tuning["rates"]) > 1:
-        lines[-1:] = [
-            f"Each form tried the learning rates {tried}, in trials of {table.tuning['share']:.0%} of the iterations with "
-            "another seed and other data; * is the end of the range.",
-            "",
-        ]
-    constant = constants(figures)
-    for name, value in constant.items():
-        lines += [f"{name}: {value:.4g}.", ""]
-    for name, per_form in figures.items():
-        if name in constant:
-            continue
-        lines += [
-            f"## {titled(table, name)}",
-            "",
-            f"| form | rate | mean ± sd | less {reference} |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        for form, values in per_form.items():
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            difference, width = paired(values, per_form[reference])
-            cell = "" if form == reference else f"{difference:+.4g} ± {width:.2g}"
-            tried_rates = table.tuning["rates"]
-            ends = "*" if len(tried_rates) > 1 and rates[form] in (min(tried_rates), max(tried_rates)) else ""
-            label = f"{form} (control)" if form in table.words["controls"] else form
-            lines.append(f"| {label} | {rates[form]:g}{ends} | {statistics.mean(values):.4g} ± {spread:.2g} | {cell} |")
-        lines.append("")
-    return "\n".join([*lines, *more, "```", command, "```", ""])
-
-
-def draw(table: Table, figures: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One panel a measure: a dot a seed, a bar at the mean."""
-    from matplotlib.figure import Figure
-
-    constant = constants(figures)
-    figures = {name: per_form for name, per_form in figures.items() if name not in constant}
-    figure = Figure(figsize=(1.5 + 4 * len(figures), 0.5 + 0.35 * len(table.forms)), layout="constrained")
-    for axes, (name, per_form) in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures.items(), strict=True):
-        for row, values in enumerate(per_form.values()):
-            axes.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6)
-            axes.plot([statistics.mean(values)], [row], "|", color="black", markersize=14)
-        axes.set_yticks(range(len(per_form)), list(per_form))
-        axes.invert_yaxis()
-        axes.set_xlabel(titled(table, name))
-        axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def draw_curves(table: Table, folders: dict[str, list[Path]], path: Path) -> None:
-    """One panel a key of the logs: the mean over seeds of each form, over the iterations."""
-    from matplotlib.figure import Figure
-
-    keys = table.words["curves"]
-    figure = Figure(figsize=(4.5 * len(keys), 4), layout="constrained")
-    panels = figure.subplots(1, len(keys), squeeze=False)[0]
-    for number, (form, places) in enumerate(folders.items()):
-        logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in places]
-        for axes, key in zip(panels, keys, strict=True):
-            means = [statistics.mean(record[key] for record in records) for records in zip(*logs, strict=True)]
-            style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
-            axes.plot([record["step"] for record in logs[0]], means, label=form, **style)
-    for axes, key in zip(panels, keys, strict=True):
-        axes.set_xlabel("iteration")
-        axes.set_title(key)
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def profile(table: Table, folders: dict[str, list[Path]], path: Path) -> list[str]:
-    """The many figures of each form's runs, drawn with their mean and standard deviation; returns their table in words."""
-    from matplotlib.figure import Figure
-
-    wanted = table.words["profile"]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    lines: list[str] = []
-    for number, (form, places) in enumerate(folders.items()):
-        found = [json.loads((p / wanted["file"]).read_text())[wanted["key"]] for p in places]
-        means = {x: statistics.mean(one[x] for one in found) for x in found[0]}
-        spread = [statistics.stdev([one[x] for one in found]) if len(found) > 1 else 0.0 for x in means]
-        style = "-" if number < 10 else "--"
-        axes.errorbar(
-            [float(x) for x in means], list(means.values()), spread, ls=style, color=f"C{number % 10}", label=form
-        )
-        if not lines:
-            lines = [f"| {wanted['x']} | {' | '.join(means)} |", "| --- |" + " ---: |" * len(means)]
-        lines.append(f"| {form} | {' | '.join(f'{value:.3g}' for value in means.values())} |")
-    axes.set_xlabel(wanted["x"])
-    axes.set_ylabel(wanted["key"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    return [f"## {wanted['key']} by {wanted['x']}", "", *lines, ""]
+def trained_on(folder: Path) -> str:
+    """The device and the version of torch that a run's record names; empty if it names none."""
+    path = folder / "training.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return f"on {record['device']} with torch {record['torch']}" if {"device", "torch"} <= record.keys() else ""
 
 
 def main(
@@ -388,7 +252,9 @@ def main(
     if data is not None:
         command += f" --data data/{data.name}"
     places = {form: [folders[table.run(form, s, rates[form])] for s in table.seeds] for form in table.forms}
+    trained = sorted({trained_on(folder) for folder in folders.values()} - {""})
     more = profile(table, places, target / "profile.png") if "profile" in table.words else []
+    more += [f"Trained {' and '.join(trained)}.", ""] if trained else []
     (target / "README.md").write_text(markdown(table, figures, rates, command, more))
     draw(table, figures, target / "table.png")
     if "curves" in table.words:

@@ -1,15 +1,18 @@
 """PYTHONPATH=scripts python scripts/experiments/train_probed.py --recipe R --tokens T --output O
 
 The training of train_sampler.py with a look inside.
-Every time the log is written, a fixed batch shows how attention stands: ``gradient`` (norm of the loss's gradient to the
-projections of queries and keys) and ``entropy`` (of the rows of attention, in nats), means over blocks; ``weight`` (largest
-absolute token weight w_q or w_k, 1 without) and ``logit`` (largest absolute score). In the end ``probe.json`` holds the first and
-the last of them, and how far the compiled kernel and the float reference agree on that batch.
+Every time the log is written, a fixed batch shows how attention stands, in float32 whatever the training's precision:
+``gradient`` (norm of the loss's gradient to the projections of queries and keys; with ternary numbers that of their mean, the
+straight-through one) and ``entropy`` (of the rows of attention, in nats), means over blocks; ``weight`` (largest absolute token
+weight w_q or w_k, 1 without) and ``logit`` (largest absolute score). In the end ``probe.json`` holds the first and the last of
+them, and how far the network agrees on that batch with itself where attention multiplies signs in floating point.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +23,9 @@ from torch import Tensor
 from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from recipe import VQ_RECIPES, keep_recipe, load_recipe
 from train_sampler import build_task, load_tokens
-from training import VQ_RECIPES, load_recipe, run, start, write_summary
+from training import run, start, write_summary
 
 
 def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,30 +47,40 @@ def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
     return product * weights[0][..., None] * weights[1][..., None, :], torch.cat(weights)
 
 
+def simulated(attention: BinaryAttention, x: Tensor, **unused: Any) -> Tensor:
+    """What attention gives, with signs multiplied as floating-point numbers and all scores at one time."""
+    score, _ = scores(attention, x)
+    out = score.softmax(-1) @ attention._project(x)[2]
+    return attention.proj(out.transpose(1, 2).flatten(2))
+
+
 class Probe:
-    """A fixed batch of tokens, half of them masked, and what attention does with it."""
+    """A fixed batch of tokens, half of them masked, and what attention does with it; made before ``run`` prepares the network."""
 
     def __init__(self, model: BinaryVQTransformer3DModel, scheduler: AbsorbingScheduler, tokens: Tensor) -> None:
-        self._model, self._total = model, scheduler.config.num_train_timesteps
+        self._trained, self._total = model, scheduler.config.num_train_timesteps
+        self._twin = copy.deepcopy(model)  # which nobody casts
+        for module in attention_modules(self._twin):
+            if module.config.bit_gradient == "ternary":
+                module.config.bit_gradient = "ste"
         self._truth = tokens.long()
         self._times = torch.full((len(tokens),), self._total // 2)
         generator = torch.Generator().manual_seed(0)
         self._noisy, self._masked = scheduler.add_noise(self._truth, self._times, generator)
 
     def __call__(self) -> dict[str, float]:
-        """Figures of the network as it stands; neither its gradients nor the random state change."""
-        inputs: list[tuple[BinaryAttention, Tensor]] = []
-        modules = attention_modules(self._model)
+        """Figures of the network as it stands; neither it nor its gradients change."""
+        model, inputs = self._copy().train(), []
+        modules = attention_modules(model)
         hooks = [m.register_forward_hook(lambda m, x, _: inputs.append((m, x[0].detach()))) for m in modules]
-        device = self._model.device
-        truth, noisy, masked, times = (t.to(device) for t in (self._truth, self._noisy, self._masked, self._times))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # ternary gradients draw
-            loss = elbo_loss(self._model(noisy).logits, truth, masked, times, self._total, "elbo")
-            for hook in hooks:
-                hook.remove()
-            learning = [m for m in modules if m.query_key_dim]
-            gradients = torch.autograd.grad(loss, [m.qkv.weight for m in learning]) if learning else ()
+        truth, noisy, masked, times = (
+            t.to(model.device) for t in (self._truth, self._noisy, self._masked, self._times)
+        )
+        loss = elbo_loss(model(noisy).logits, truth, masked, times, self._total, "elbo")
+        for hook in hooks:
+            hook.remove()
+        learning = [m for m in modules if m.query_key_dim]
+        gradients = torch.autograd.grad(loss, [m.qkv.weight for m in learning]) if learning else ()
         norms = [g[: 2 * m.query_key_dim].norm().item() for m, g in zip(learning, gradients, strict=True)]
         entropies, weights, logits = [], [], []
         with torch.no_grad():
@@ -85,14 +99,18 @@ class Probe:
 
     @torch.no_grad()
     def agreement(self) -> dict[str, float]:
-        """Largest difference of logits between the chosen kernel and the float reference, and the share of equal tokens."""
-        self._model.eval()
-        chosen = self._model(self._noisy.to(self._model.device)).logits
-        for module in attention_modules(self._model):
-            module.backend = "reference"
-        reference = self._model(self._noisy.to(self._model.device)).logits
-        same = (chosen.argmax(2) == reference.argmax(2)).float().mean().item()
-        return {"logit_difference": (chosen - reference).abs().max().item(), "same_tokens": same}
+        """Largest difference of logits between the compiled kernel and the simulation, and the share of equal tokens."""
+        model, simulation = self._copy().eval(), copy.deepcopy(self._twin).eval()
+        for module in attention_modules(simulation):
+            setattr(module, "forward", partial(simulated, module))  # noqa: B010 - to a type checker a method is no variable
+        found, wanted = (network(self._noisy.to(model.device)).logits for network in (model, simulation))
+        same = (found.argmax(2) == wanted.argmax(2)).float().mean().item()
+        return {"logit_difference": (found - wanted).abs().max().item(), "same_tokens": same}
+
+    def _copy(self) -> BinaryVQTransformer3DModel:
+        """The twin with the weights of the trained network."""
+        self._twin.load_state_dict(self._trained.state_dict())
+        return self._twin.to(self._trained.device)
 
 
 def main(
@@ -106,13 +124,14 @@ def main(
     """Train and watch."""
     settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")
     accelerator = start(settings["sampler"], output)
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
     task, scheduler = build_task(settings, tokens, accelerator)
     probe = Probe(task.model, scheduler, load_tokens(tokens, "validation", task.model)[:probed])
     before = probe()
     task.measures = probe
     run(task, settings["sampler"], accelerator, output, resume, None)
     if accelerator.is_main_process:
-        write_summary(settings, "sampler", output)
+        write_summary(settings, "sampler", output, accelerator.device)
         figures = {"start": before, "end": probe(), **probe.agreement()}
         (output / "probe.json").write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -8,12 +8,13 @@ A training with a form of attention that the package does not have, computed in 
 | clipped-mean | that scale is three times the mean of the row's sizes; what is larger is cut off (biased, less variance) |
 | ternary-values | as row-maximum, and the gradient of the values comes from ternary numbers in place of the probabilities |
 | channel-groups | "hamming" with a weight for each of four groups of a head's channels; cannot be loaded without this script |
-| from-ste | the first half of the iterations with the straight-through gradient, the second with the configured one |
+| from-ste | straight-through in a share of the iterations, drawn, that falls from all to none at half time; else as configured |
 | teacher:FOLDER | the loss is the mean of the script's own and the cross-entropy to a trained transformer's predictions |
 """
 
 from __future__ import annotations
 
+import random
 import runpy
 import sys
 from collections.abc import Callable
@@ -52,37 +53,35 @@ class SimulatedSigns(torch.autograd.Function):
     """Attention of sign bits with the ternary gradient, all in float32: ``rule`` is a variant's name."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, rule: str) -> Tensor:
-        """(B, H, N, d), (B, H, N, d), (B, H, N, d_v) -> (B, H, N, d_v)."""
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: Tensor, rule: str) -> Tensor:
+        """(B, H, N, d), (B, H, N, d), (B, H, N, d_v) and a scale (H, 1, 1) -> (B, H, N, d_v)."""
         left, right = signs(query), signs(key)
-        probability = (scale * left @ right.mT).softmax(-1)
-        ctx.save_for_backward(query, key, value.float(), probability)
-        ctx.scale, ctx.rule = scale, rule
+        probability = (scale * (left @ right.mT)).softmax(-1)
+        ctx.save_for_backward(query, key, value.float(), probability, scale)
+        ctx.rule = rule
         return (probability @ value.float()).to(value.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """As hf_binaryformer/kernels/hamming.py, with other ternary numbers."""
-        query, key, value, probability = ctx.saved_tensors
+        query, key, value, probability, scale = ctx.saved_tensors
         d_out = gradients[0].float()
         d_probability = d_out @ value.mT
         d_scores = probability * (d_probability - (probability * d_probability).sum(-1, keepdim=True))
         rows, columns = (draw_ternary(d_scores, dim, ctx.rule) for dim in (-1, -2))
-        d_query = ctx.scale * (rows @ signs(key)) * (query.abs() <= 1)
-        d_key = ctx.scale * (columns.mT @ signs(query)) * (key.abs() <= 1)
+        d_query = scale * (rows @ signs(key)) * (query.abs() <= 1)
+        d_key = scale * (columns.mT @ signs(query)) * (key.abs() <= 1)
+        d_scale = (d_scores * (signs(query) @ signs(key).mT)).sum((0, 2, 3))[:, None, None]
         weights = draw_ternary(probability, -2, ctx.rule) if ctx.rule == "ternary-values" else probability
         d_value = weights.mT @ d_out
-        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(gradients[0].dtype), None, None
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(gradients[0].dtype), d_scale, None
 
 
 def attend_signs(rule: str, self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Stands for the method of "sign"."""
-    if self.log_scale is not None:
-        raise ValueError("the simulated ternary gradients have no learned scale: leave learned_logit_scale false")
-    if not torch.is_grad_enabled():
-        return self._hamming(query, key, None, None, value)
+    scale = self._scale_heads(query.new_full((1, self.num_heads, 1, 1), self.scale, dtype=torch.float32))[0]
     with torch.autocast(query.device.type, enabled=False):
-        return SimulatedSigns.apply(query, key, value, self.scale, rule)
+        return SimulatedSigns.apply(query, key, value, scale, rule)
 
 
 class GroupWeight(TokenWeight):
@@ -119,13 +118,14 @@ def with_losses(change: Callable[[training.Task, dict[str, Any]], Losses]) -> No
 
 
 def from_ste(task: training.Task, train: dict[str, Any]) -> Losses:
-    """The script's losses, with the gradient of the bits that the step calls for."""
+    """The script's losses, with the gradient of the bits that is drawn for the step: the same after a resume."""
     modules = attention_modules(task.model)
     configured = [module.config.bit_gradient for module in modules]
 
     def losses(network: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        straight = random.Random(step).random() >= 2 * step / train["iterations"]
         for module, own in zip(modules, configured, strict=True):
-            module.config.bit_gradient = "ste" if step < train["iterations"] // 2 else own
+            module.config.bit_gradient = "ste" if straight else own
         return task.losses(network, batch, step)
 
     return losses

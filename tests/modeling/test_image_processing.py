@@ -92,7 +92,7 @@ def test_post_processing_resizes_logits():
 
 def test_saved_and_loaded_also_by_auto_class(tmp_path):
     processor = BinaryFormerImageProcessor(
-        slice_axis=2, spacing=(0.5, 1, 0.5), image_size=(96, 80), slice_position=True
+        slice_axis=2, spacing=(0.5, None, 0.5), image_size=(96, 80), slice_position=True
     )
     processor.save_pretrained(tmp_path)
     BinaryFormerConfig().save_pretrained(tmp_path)

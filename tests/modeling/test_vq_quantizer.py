@@ -215,12 +215,13 @@ q = ProductQuantizer(3, 8, 4, revival_threshold=0.0)
 q.initialized.fill_(True)
 q(x[rank::2])
 averages = {"averages": q.codebook.clone(), "perplexity": q.perplexity}
-torch.manual_seed(rank)  # from here on the processes draw different numbers
+torch.manual_seed(rank)  # from here on the processes draw different numbers, and the main one's count
 q = ProductQuantizer(3, 8, 4, revival_threshold=0.9, ema_decay=0.5)
 q(x[rank::2])
 started = q.codebook.clone()
-for _ in range(5):
-    q(torch.randn(2, 12, 2, 2, 2))
+for step in range(5):
+    torch.manual_seed(10 * step + rank)
+    q(x[rank::2] * (step + 2))
 save_file({**averages, "started": started, "revived": q.codebook}, f"{sys.argv[1]}/{rank}.safetensors")
 dist.destroy_process_group()
 """
@@ -245,3 +246,11 @@ def test_two_processes_hold_what_one_would(tmp_path):
     q(x)
     torch.testing.assert_close(first["averages"], q.codebook)
     torch.testing.assert_close(first["perplexity"], q.perplexity)
+    torch.manual_seed(0)
+    q = ProductQuantizer(3, 8, 4, revival_threshold=0.9, ema_decay=0.5)
+    q(x)
+    torch.testing.assert_close(first["started"], q.codebook)
+    for step in range(5):
+        torch.manual_seed(10 * step)
+        q(x * (step + 2))
+    torch.testing.assert_close(first["revived"], q.codebook)

@@ -194,6 +194,15 @@ def test_spacing_within_one_per_cent_is_left_alone(monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(labels, bands(volume.array))
     with pytest.raises(AssertionError, match="resampled"):
         make(processor(spacing=(1.0, 1.02, 1.0)))(volume)
+    # An axis without a wanted spacing keeps its own; below one that is resampled, too.
+    assert (make(processor(spacing=(None, 1.0, None)))(volume).labels == labels).all()
+    with pytest.raises(AssertionError, match="resampled"):
+        make(processor(spacing=(None, None, 1.02)))(volume)
+    monkeypatch.undo()
+    result = make(processor(spacing=(0.5, 1.0, None)))(volume)
+    np.testing.assert_allclose(
+        nib.affines.voxel_sizes(np.array(result.report["network_grid"]["affine"])), [0.5, 0.995, 1], atol=0.006
+    )
 
 
 def test_only_the_foreground_is_seen_and_the_rest_is_background() -> None:

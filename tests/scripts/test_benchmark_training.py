@@ -7,6 +7,15 @@ import dataclasses
 import pytest
 
 import benchmark_training
+from recipe import load_recipe
+
+
+def test_the_baseline_is_plain_softmax_and_the_last_what_recipes_train():
+    first, *_, last = benchmark_training.subjects("amos", 1)
+    settings = load_recipe("amos", [])["model"]
+    fields = ("attention_type", "bit_gradient", "learned_logit_scale")
+    assert [getattr(first, field) for field in fields] == ["softmax", None, False]
+    assert [getattr(last, field) for field in fields] == [settings[field] for field in fields]
 
 
 @pytest.mark.slow

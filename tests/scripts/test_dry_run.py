@@ -20,7 +20,8 @@ import train_pixels
 import train_sampler
 import train_vqae
 from dry_run import RandomSamples
-from training import RECIPES, VQ_RECIPES, load_recipe, start
+from recipe import RECIPES, VQ_RECIPES, load_recipe
+from training import start
 
 ROOT = Path(__file__).parents[2]
 TINY_PIXELS = ["model.hidden_size=16", "model.num_heads=2", "model.num_hidden_layers=1", "train.mixed_precision=no"]

@@ -10,6 +10,7 @@ import mask_ratio
 import numpy as np
 import pytest
 import table as tables
+import table_report
 import torch
 import train_probed
 import typer
@@ -23,11 +24,11 @@ from toys import write_sampler_recipe, write_tokens
 from with_variant import CHANNEL_GROUPS
 
 import train_sampler
-import training
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.vq_transformer import ATTENTION_FIELDS, BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from recipe import PIXEL_RECIPES, RECIPES, VQ_RECIPES, load_recipe, parse
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -47,7 +48,9 @@ if s.get("train.dies") and not a.resume:
     (a.output / "checkpoints" / "step_00000001").mkdir(parents=True)
     raise SystemExit(3)
 value = s["model.level"] + 0.1 * s["train.seed"] - abs(s["train.learning_rate"] - s["model.likes"])
-(a.output / "log.jsonl").write_text(json.dumps({"step": 1, "level": s["model.level"]}))
+levels = [{"step": step, "level": s["model.level"] - step} for step in (1, 2, 3)]
+(a.output / "log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in levels))
+(a.output / "training.json").write_text(json.dumps({"device": "abacus", "torch": "9.9"}))
 (a.output / "results.json").write_text(json.dumps({"rows": {"dice": value, "atlas": 0.5}}))
 """
 
@@ -81,7 +84,7 @@ def table(tmp_path, monkeypatch):
         "seeds": [0, 1, 2],
         "tuning": {
             "seed": 9,
-            "rates": [0.1, 0.2],
+            "rates": [0.1, 0.2, 0.25],
             "share": 0.5,
             "arguments": ["--evaluate", "validation"],
         },
@@ -111,7 +114,8 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
         for seed in range(3):
             assert got[form, seed] == (rate, pytest.approx(level + seed / 10))
     assert "| softmax | 0.1* | 5.1 ± 0.1 |  |" in text
-    assert "| hamming | 0.2* | 4.1 ± 0.1 | -1 ± " in text
+    assert "| hamming | 0.2 | 4.1 ± 0.1 | -1 ± " in text
+    assert "\nTrained on abacus with torch 9.9.\n" in text
     assert "uniform (control)" in text and "No evidence" not in text
     assert "\nprior atlas: 0.5.\n" in text and text.count("| softmax |") == 1
     assert (tmp_path / "evidence" / "toy" / "table.png").stat().st_size > 1000
@@ -137,7 +141,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_cut_goes_on(table, tmp_p
             except RuntimeError:
                 continue
     calls = [path.read_text().split() for path in (tmp_path / "runs").rglob("calls")]
-    assert len(calls) == 9 + 6 and all(call == ["started", "resumed"] for call in calls)
+    assert len(calls) == 9 + 9 and all(call == ["started", "resumed"] for call in calls)
 
 
 def test_a_training_with_other_settings_is_not_taken_for_the_tables(table, tmp_path):
@@ -153,10 +157,32 @@ def test_a_training_with_other_settings_is_not_taken_for_the_tables(table, tmp_p
 
 def test_paired_interval_is_the_t_tests():
     a, b = [0.3, 0.5, 0.45, 0.6], [0.2, 0.45, 0.5, 0.4]
-    mean, width = tables.paired(a, b)
+    mean, width = table_report.paired(a, b)
     interval = ttest_rel(a, b).confidence_interval(0.95)
     assert (mean - width, mean + width) == pytest.approx((interval.low, interval.high))
-    assert np.isnan(tables.paired([1.0], [0.5])[1])
+    assert np.isnan(table_report.paired([1.0], [0.5])[1])
+
+
+def test_when_a_figure_of_the_log_is_first_below(table, tmp_path):
+    measures = {"dice": MEASURE, "steps": {"file": "log.jsonl", "key": "level", "below": 2.5, "better": "lower"}}
+    forms = {"softmax": {"model.level": 5.0}, "hamming": {"model.level": 4.0}, "uniform": {"model.level": 1.0}}
+    text = run(table(measures=measures, forms=forms), tmp_path)
+    text = text[text.index("## steps") :]
+    assert "| softmax | 0.1* | 3 ± 0 |" in text and "| hamming | 0.1* | 2 ± 0 |" in text
+    assert "| uniform (control) | 0.1* | 1 ± 0 |" in text
+
+
+def test_pairs_that_a_table_has_are_compared(table, tmp_path, monkeypatch):
+    known = tmp_path / "forms.yaml"
+    known.write_text(yaml.safe_dump({"common": {}, "forms": {}, "compare": [["hamming", "uniform"], ["hamming", "x"]]}))
+    monkeypatch.setattr(tables, "FORMS", known)
+    text = run(table(), tmp_path)
+    assert "| hamming less uniform | +3 ± " in text and "less x" not in text
+
+
+def test_the_pairs_are_of_forms_that_are_known():
+    known = yaml.safe_load(tables.FORMS.read_text())
+    assert {form for pair in known["compare"] for form in pair} <= {*known["forms"]}
 
 
 def test_a_form_that_diverges_at_every_rate_is_named(table, tmp_path):
@@ -185,7 +211,11 @@ def test_every_table_in_the_repository_is_complete(path):
             steps = [r.settings[f"{table.section}.{k}"] for r in (run, trial) for k in ("iterations", "warmup")]
             assert steps[0] >= steps[2] >= steps[3] <= steps[1] < steps[0]
             for key, value in run.settings.items():
-                assert training.parse(json.dumps(value)) == value and ("." in key) == (key != tables.VARIANT)
+                assert parse(json.dumps(value)) == value and ("." in key) == (key != tables.VARIANT)
+            folder = {"sampler": VQ_RECIPES, "train": RECIPES}[words["section"]]
+            folder = PIXEL_RECIPES if words["script"] == "train_pixels.py" else folder
+            name = words["arguments"][words["arguments"].index("--recipe") + 1]
+            load_recipe(name, [f"{k}={json.dumps(v)}" for k, v in run.settings.items() if "." in k], folder)
             fields = {k.removeprefix(f"{words['network']}."): v for k, v in run.settings.items()}
             BinaryFormerConfig(**{k: v for k, v in fields.items() if k in ATTENTION_FIELDS})
     assert len(words["seeds"]) >= 3 and words["tuning"]["seed"] not in words["seeds"]
@@ -223,6 +253,27 @@ def test_probed_scores_are_those_that_attention_uses(kind, learned_scale):
     expected = attention.proj((score.softmax(-1) @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x), expected)
     assert (weights.numel() > 1) == kind.startswith("hamming")
+    torch.testing.assert_close(train_probed.simulated(attention, x), expected)
+
+
+def test_probes_look_at_float32_and_at_the_mean_of_ternary_gradients():
+    """However the network is cast for training, and as often as one looks."""
+    torch.manual_seed(0)
+    sizes = dict(grid_size=(1, 2, 6), num_codebooks=1, codebook_size=5, embedding_dim=16, num_layers=2, num_heads=2)
+    network = BinaryVQTransformer3DModel(**sizes, attention_type="sign", bit_gradient="ternary")
+    straight = BinaryVQTransformer3DModel(**sizes, attention_type="sign", bit_gradient="ste")
+    straight.load_state_dict(network.state_dict())
+    scheduler = AbsorbingScheduler(num_train_timesteps=40, num_codebooks=1, mask_token_id=5)
+    tokens = torch.randint(5, (4, 1, 1, 2, 6))
+    probe, reference = (train_probed.Probe(one, scheduler, tokens) for one in (network, straight))
+    network.forward = torch.autocast("cpu", torch.bfloat16)(network.forward)
+    assert probe() == probe() == reference()
+    found = probe.agreement()
+    assert found["same_tokens"] == 1 and found["logit_difference"] < 1e-5
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.1)
+    assert probe()["gradient"] != reference()["gradient"], "it looks at the weights of now"
 
 
 def test_the_probed_training_starts_as_tables_start_it(tmp_path):
@@ -291,7 +342,7 @@ def test_what_follows_a_training_and_a_measure_for_trials(table, tmp_path):
         "measures": {"bound": {"file": "many.json", "key": "bound", "better": "lower"}, "dice": MEASURE},
     }
     text = run(table(**words, tuning=tuning), tmp_path)
-    assert "| hamming | 0.2* |" in text and "| share | 0.5 | 1 |" in text and "| softmax | 5.1 | 6.1 |" in text
+    assert "| hamming | 0.2 |" in text and "| share | 0.5 | 1 |" in text and "| softmax | 5.1 | 6.1 |" in text
     assert "## bits by share" in text and (tmp_path / "evidence" / "toy" / "profile.png").stat().st_size > 1000
     followed = [path.parent.name for path in (tmp_path / "runs").rglob("many.json")]
     assert len(followed) == 9 and not any("seed9" in name for name in followed)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -15,14 +12,15 @@ import torch
 import toys
 import typer
 import yaml
-from killing import kill_in_training
+from launching import interrupt_in_training, kill_in_training, run_on_two_processes
 from safetensors.torch import load_file
 
 import finetune
 import hf_binaryformer as bf
-from evaluation import PriorAtlas, evaluate_split
-from slices import PreparedFolder, SliceSamples
-from training import build_optimizer, load_recipe, rate_factor
+from evaluation import PriorAtlas, evaluate_split, read_truth, scores, summarise
+from recipe import load_recipe
+from slices import Case, PreparedFolder, SliceSamples
+from training import build_optimizer, rate_factor
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
@@ -102,23 +100,43 @@ def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
     overrides = ["train.validate_every=2", "train.best_by=validation_dice", "train.learning_rate=0.003"]
     run(recipe, prepared, tmp_path, overrides=overrides)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    scores = [record["validation_dice"] for record in records if "validation_dice" in record]
-    assert len(scores) == 3
+    dice = [record["validation_dice"] for record in records if "validation_dice" in record]
+    assert len(dice) == 3 and sum({"validation_nsd", "validation_hd95"} <= {*record} for record in records) == 3
     results = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False)
-    assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(scores), abs=1e-3)
+    assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(dice), abs=1e-3)
+
+
+def test_interrupted_from_a_terminal_while_workers_load_it_is_saved(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=2000", "train.workers=1", "train.checkpoint_every=2000", "train.validate_every=null"]
+    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none"]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3)
+    assert status == 130 and "which is saved: go on with --resume" in said, said
+    step = int(next((tmp_path / "checkpoints").glob("step_????????")).name[5:])
+    assert 3 <= step < 2000
+    run(recipe, prepared, tmp_path, overrides=overrides, resume=True, stop_after=step + 2)
+    assert len(losses(tmp_path)) == step + 2
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_training(recipe, prepared, tmp_path):
+    for split in ("tets", "test"):
+        folder = tmp_path / split
+        folder.mkdir()
+        manifest = json.loads((prepared / "manifest.json").read_text())
+        manifest["cases"] = [case for case in manifest["cases"] if case["split"] != split]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(typer.BadParameter, match=f"--evaluate {split}: .* has no volume in that split"):
+            run(recipe, folder, tmp_path / "run", evaluate=split)
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared, tmp_path):
-    # Dice slice by slice, so that the mean over processes is the mean over the batch; no random draws in the network.
-    overrides = ["train.batch_dice=false", "model.attention_type=softmax", "model.bit_gradient=null"]
+    # No random draws in the network; Dice is that of the whole batch.
+    overrides = ["model.attention_type=softmax", "model.bit_gradient=null"]
     one = run(recipe, prepared, tmp_path / "one", overrides=overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "finetune.py"), "--recipe", str(recipe), "--data", str(prepared)]
-    command += ["--output", str(tmp_path / "two"), "--evaluate", "none"]
-    command += [word for override in overrides for word in ("--set", override)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none"]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    run_on_two_processes("finetune.py", arguments, tmp_path / "two")
     assert json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
@@ -135,6 +153,20 @@ def test_it_learns_and_is_evaluated_beside_the_prior_atlas(recipe, prepared, tmp
     assert results["rows"]["network"]["labels"]["shell"]["mean"] > 0.5
     again = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "test", baseline=False)
     assert again["cases"] == results["cases"]
+
+
+def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
+    truth = np.zeros((20, 20, 20), np.uint8)
+    truth[5:12, 5:12, 5:12] = 1
+    nib.save(nib.Nifti1Image(truth, np.diag([2.0, 1, 1, 1])), tmp_path / "label.nii.gz")
+    case = Case("one", "one", "test", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
+    names = {0: "background", 1: "cube", 2: "nothing"}
+    found = summarise([scores(guess, read_truth(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
+    cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
+    assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
+    assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0
+    assert nothing == {"mean": None, "sd": None, "nsd": None, "hd95": None, "nan": 2}
+    assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
 
 
 def test_prior_atlas_is_the_majority_vote(prepared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import toys
+import typer
 import yaml
-from killing import kill_in_training
+from launching import kill_in_training, run_on_two_processes
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
@@ -56,16 +58,22 @@ def test_idx_files_are_read_packed_and_plain(tmp_path):
     (tmp_path / "d").write_bytes(b"P5 3 3 255 ...")
     with pytest.raises(ValueError, match="no IDX file"):
         read_idx(tmp_path / "d")
+    (tmp_path / "e.gz").write_bytes(gzip.compress(bytes(1000))[:-9])
+    with pytest.raises(ValueError, match=r"e\.gz cannot be unpacked .*: is it complete"):
+        read_idx(tmp_path / "e.gz")
 
 
 def test_cifar_records_are_label_red_green_blue(tmp_path):
     rng = np.random.default_rng(0)
-    for name, count in (("data_batch_1.bin", 3), ("data_batch_2.bin", 2), ("test_batch.bin", 1)):
+    for name, count in [*((f"data_batch_{number}.bin", 6 - number) for number in range(1, 6)), ("test_batch.bin", 1)]:
         labels, images = rng.integers(0, 10, count), rng.integers(0, 256, (count, 3, 32, 32))
         rows = [bytes([label]) + bytes(i.flatten().tolist()) for label, i in zip(labels, images, strict=True)]
         (tmp_path / name).write_bytes(b"".join(rows))
-        if name == "data_batch_2.bin":
-            got_images, got_labels = (part[3:] for part in load_images(tmp_path, "train"))
+        if name == "data_batch_4.bin":
+            with pytest.raises(FileNotFoundError, match=r"lacks data_batch_5\.bin of CIFAR-10"):
+                load_images(tmp_path, "train")
+        if name == "data_batch_5.bin":
+            got_images, got_labels = (part[-1:] for part in load_images(tmp_path, "train"))
             np.testing.assert_array_equal(got_images, images)
             np.testing.assert_array_equal(got_labels, labels)
     assert len(load_images(tmp_path, "test")[0]) == 1
@@ -129,6 +137,30 @@ def test_it_learns_and_is_evaluated(recipe, mnist, tmp_path):
     processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     pictures = [Image.fromarray(image[0]) for image in images]
     torch.testing.assert_close(processor(pictures, return_tensors="pt")["pixel_values"], x)
+
+
+def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, mnist, tmp_path):
+    # No random draws in the network.
+    overrides = ["model.attention_type=softmax", "model.bit_gradient=null", "train.best_by=validation_accuracy"]
+    one = run(recipe, mnist, tmp_path / "one", overrides)
+    arguments = ["--recipe", str(recipe), "--data", str(mnist), "--evaluate", "none"]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    run_on_two_processes("train_pixels.py", arguments, tmp_path / "two")
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert theirs[0]["processes"] == 2
+    np.testing.assert_allclose([r["loss"] for r in theirs], [r["loss"] for r in ours], rtol=1e-4)
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-4, msg=key)
+
+
+def test_a_split_that_there_is_not_is_said_before_the_training(recipe, mnist, tmp_path):
+    with pytest.raises(typer.BadParameter, match="--evaluate tets: expected train, validation, test or none"):
+        run(recipe, mnist, tmp_path / "run", evaluate="tets")
+    assert not (tmp_path / "run").exists()
 
 
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, mnist, tmp_path):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 import toys
 import typer
 import yaml
-from killing import kill_in_training
+from launching import kill_in_training, run_on_two_processes
 from safetensors.torch import load_file
 
 import hf_binaryformer as bf
@@ -126,13 +123,9 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, tokens, 
     # No random draws in the network.
     overrides = ["transformer.attention_type=softmax", "transformer.bit_gradient=null", "transformer.dropout=0.0"]
     one = run(recipe, tokens, tmp_path / "one", overrides)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / "train_sampler.py"), "--recipe", str(recipe), "--tokens", str(tokens)]
-    command += ["--output", str(tmp_path / "two")]
-    command += [word for override in overrides for word in ("--set", override)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--recipe", str(recipe), "--tokens", str(tokens)]
+    arguments += [word for override in overrides for word in ("--set", override)]
+    run_on_two_processes("train_sampler.py", arguments, tmp_path / "two")
     assert log(tmp_path / "two", "processes")[0] == 2
     np.testing.assert_allclose(log(tmp_path / "two", "loss"), log(tmp_path / "one", "loss"), rtol=1e-4)
     two = load_file(tmp_path / "two" / "transformer" / "diffusion_pytorch_model.safetensors")

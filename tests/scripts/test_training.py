@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import hf_binaryformer as bf
 import training
-from checkpoints import MANIFEST, Checkpoints, find_damage
+from checkpoints import MANIFEST, checkpoints_of, find_damage
 
 SETTINGS = {
     "iterations": 8,
@@ -67,6 +69,7 @@ def train(output: Path, *, resume=False, stop_after=None, on_step=None, validati
         batches=lambda first: training.load_batches(Lines(), settings, accelerator, first),
         losses=losses,
         validate=(lambda: {"score": next(values), "weight": float(model[0].weight.sum())}) if validation else None,
+        figures=("score", "weight") if validation else (),
     )
     training.run(task, settings, accelerator, output, resume, stop_after)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -133,7 +136,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
         train(tmp_path, resume=True)
     assert (tmp_path / "checkpoints" / "step_00000004.partial").is_dir()
     monkeypatch.undo()
-    assert [p.name for p in Checkpoints(None, tmp_path, 2).newest_first()] == ["step_00000002"]
+    assert [p.name for p in checkpoints_of(tmp_path)] == ["step_00000002"]
     train(tmp_path, resume=True)
     assert log(tmp_path, "step") == list(range(1, 9)) and not find_damage(newest(tmp_path))
 
@@ -141,6 +144,30 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
 def test_resume_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="start without --resume"):
         train(tmp_path, resume=True)
+    train(tmp_path, stop_after=2)
+    (newest(tmp_path) / MANIFEST).unlink()
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match=r"damaged \(step_00000002\): remove it"):
+        train(tmp_path, resume=True)
+
+
+def test_a_log_that_was_cut_short_does_no_harm(tmp_path):
+    train(tmp_path, stop_after=4)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(tmp_path, resume=True)
+    assert log(tmp_path, "step") == list(range(1, 9))
+
+
+def test_what_is_not_a_number_is_null_in_the_log(tmp_path):
+    train(tmp_path, validate_every=4, validation=[math.nan, 0.5])
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text() and log(tmp_path, "score") == [None, 0.5]
+
+
+def test_without_checkpoints_an_interrupted_run_says_that_it_is_lost(tmp_path, capsys):
+    with pytest.raises(typer.Exit):
+        train(tmp_path, on_step=lambda step: os.kill(os.getpid(), 2) if step == 3 else None, checkpoint_every=None)
+    assert "interrupted after iteration 4, and no checkpoint was wanted" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -219,16 +246,30 @@ def test_the_best_so_far_survives_a_restart(tmp_path):
     assert torch.equal(weights[:3], best["0.weight"].flatten())
 
 
+def test_a_validation_without_a_finite_figure_chooses_nothing(tmp_path):
+    weights = train(tmp_path / "a", validate_every=2, best_by="score", validation=[math.nan, 0.1, math.inf, 0.05])
+    assert float(weights[:3].sum()) == pytest.approx(log(tmp_path / "a", "weight")[1], abs=1e-6)
+    with pytest.raises(ArithmeticError, match="no validation gave a finite score"):
+        train(tmp_path / "b", validate_every=2, best_by="score", validation=[math.nan] * 4)
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(typer.BadParameter, match="best_by is 'dice'; validation gives score, weight"):
         train(tmp_path, validate_every=2, best_by="dice", validation=[0.5])
     with pytest.raises(typer.BadParameter, match="tracker nonsense is not installed; here are"):
         train(tmp_path, trackers=["nonsense"])
+    with pytest.raises(typer.BadParameter, match="save_dtype is 'half16', expected float32"):
+        train(tmp_path, save_dtype="half16")
+    with pytest.raises(typer.BadParameter, match="checkpoints_kept is 0, expected at least 1"):
+        train(tmp_path, checkpoints_kept=0)
 
 
-def test_trackers_get_the_records(tmp_path):
-    train(tmp_path, trackers=["tensorboard"])
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+@pytest.mark.parametrize("trackers", [["tensorboard"], "tensorboard"])
+def test_trackers_get_the_records(tmp_path, trackers):
+    train(tmp_path, trackers=trackers)
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
+    drawn = {event.step: event.value for event in events.Scalars("loss")}
+    assert [drawn[step] for step in log(tmp_path, "step")] == pytest.approx(log(tmp_path, "loss"))
 
 
 @pytest.mark.slow
@@ -254,13 +295,6 @@ def test_frozen_queries_and_keys_stay_and_the_rest_learns():
             assert torch.equal(parameter[:32], before[name][:32]) and not torch.equal(parameter[32:], before[name][32:])
         else:
             assert not torch.equal(parameter, before[name]), name
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("1e-4", 1e-4), ("1.5", 1.5), ("no", False), ("elbo", "elbo"), ("[1, 2]", [1, 2])]
-)
-def test_numbers_on_the_command_line(text, value):
-    assert training.parse(text) == value and type(training.parse(text)) is type(value)
 
 
 def test_theta_and_learned_scales_have_rates_of_their_own():

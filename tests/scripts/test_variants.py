@@ -35,22 +35,25 @@ def attention(kind: str, **fields: Any) -> BinaryAttention:
     return BinaryAttention(16, 2, config=config)
 
 
-def gradients(module: BinaryAttention, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-    """Output, and gradient of the projections."""
+def gradients(module: BinaryAttention, x: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, and gradients of the projections and of the learned scale."""
     output = module(x)
-    return output.detach(), torch.autograd.grad(output, module.qkv.weight, cotangent)[0]
+    return output.detach(), *torch.autograd.grad(output, (module.qkv.weight, module.log_scale), cotangent)
 
 
 @pytest.mark.parametrize("rule", ["row-maximum", "ternary-values", "clipped-mean"])
 def test_other_ternary_gradients_have_the_straight_through_one_as_mean(rule):
     """Exactly, for the unbiased two; "clipped-mean" cuts the largest entries and so falls short, but not far."""
     x, cotangent = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
-    output, wanted = gradients(attention("sign", bit_gradient="ste"), x, cotangent)
+    plain, module = (attention("sign", bit_gradient=kind, learned_logit_scale=True) for kind in ("ste", "ternary"))
+    for one in (plain, module):
+        one.log_scale.data = torch.tensor([0.5, -0.3])
+    output, wanted, wanted_of_scale = gradients(plain, x, cotangent)
     with_variant.apply(rule)
-    module = attention("sign", bit_gradient="ternary")
     runs = [gradients(module, x, cotangent) for _ in range(400)]
     torch.testing.assert_close(runs[0][0], output)
-    drawn = torch.stack([gradient for _, gradient in runs])
+    torch.testing.assert_close(runs[0][2], wanted_of_scale)
+    drawn = torch.stack([gradient for _, gradient, _ in runs])
     rest = (drawn.mean(0) - wanted).abs() / (drawn.std(0) / len(runs) ** 0.5 + 1e-6)
     random = slice(None) if rule == "ternary-values" else slice(32)
     assert (drawn.std(0)[random] > 0).float().mean() > 0.9
@@ -76,21 +79,27 @@ def test_channel_groups_with_equal_weights_are_the_papers_form():
     assert not torch.allclose(module(x), wanted)
 
 
-def test_from_ste_changes_the_gradient_half_way(monkeypatch):
+def test_from_ste_changes_the_gradient_little_by_little(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        training, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(5)]
+        training, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(2000)]
     )
     with_variant.apply("from-ste")
     module = attention("hamming", bit_gradient="none")
     model = torch.nn.ModuleList([module, BinaryAttention(16, 2, config=module.config)])  # which share one configuration
 
     def losses(network: Any, batch: Any, step: int) -> dict[str, Tensor]:
-        seen.append([m.config.bit_gradient for m in model])
+        assert module.config.bit_gradient == model[1].config.bit_gradient
+        seen.append(module.config.bit_gradient == "ste")
         return {}
 
-    training.run(training.Task(model, None, None, losses), {"iterations": 4}, None, None, False, None)
-    assert seen == [["ste", "ste"]] * 2 + [["none", "none"]] * 3
+    task = training.Task(model, None, None, losses)
+    training.run(task, {"iterations": 2000}, None, None, False, None)
+    first = list(seen)
+    assert [sum(first[i : i + 500]) / 500 for i in range(0, 2000, 500)] == pytest.approx([0.75, 0.25, 0, 0], abs=0.06)
+    assert first[0] and module.config.bit_gradient == "none"
+    training.run(task, {"iterations": 2000}, None, None, False, None)
+    assert seen[2000:] == first, "a resumed training draws the same"
 
 
 def test_the_lesson_is_the_cross_entropy_to_the_teacher(tmp_path):

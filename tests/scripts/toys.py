@@ -14,8 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 import hf_binaryformer as bf
-from train_pixels import PIXEL_RECIPES
-from training import RECIPES, VQ_RECIPES
+from recipe import PIXEL_RECIPES, RECIPES, VQ_RECIPES
 
 GRID = (2, 3, 2)
 PIXEL_SIDE = 4
