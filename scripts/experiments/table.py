@@ -1,9 +1,10 @@
 """python scripts/experiments/table.py scripts/experiments/copying.yaml --runs runs/experiments --workers 2
 
 One table of the evidence: trains every form of attention with every seed by the training scripts themselves, and writes
-``runs.csv`` (a row a run), ``README.md`` (mean and standard deviation, and differences from the reference form paired by
-seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a folder of its own under ``--runs``; what is
-finished is not run again, what was interrupted goes on from its checkpoint.
+``runs.csv`` (a row a run, trials too), ``README.md`` (mean and standard deviation, and differences from the reference form paired
+by seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a folder of its own under ``--runs``; what is
+finished is not run again, what was interrupted goes on from its checkpoint. Rows of ``runs.csv`` are written as runs end, and
+count on any machine (``table_record.py``), so that a table can be made in parts.
 
 A table's file says:
 
@@ -20,13 +21,13 @@ A table's file says:
   last); ``then``: commands that follow each training but trials, with its folder as
   ``{folder}``; ``profile`` (``file``, ``key``, ``x``): many figures of a run by a number x, drawn into ``profile.png``;
   ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``;
-- ``like``: another table, whose words count where the file has none; ``runs``: one whose folder of trainings it shares, as runs
-  with the same settings are the same.
+- ``first``: trainings that others need (``form``, ``seed``, ``rate``);
+- ``like``: another table, whose words count where the file has none; ``runs``: one whose trainings it shares, as runs with the
+  same settings are the same.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from table_record import Finished, Record, digest
 from table_report import draw, draw_curves, markdown, profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,6 +67,16 @@ class Run:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.form}-rate{self.rate:g}-seed{self.seed}"
+
+
+def number(value: float | None) -> float:
+    """Of a record, in which None stands for what is not a number."""
+    return math.nan if value is None else float(value)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A log's records."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Table:
@@ -105,7 +117,7 @@ class Table:
     def run(self, form: str, seed: int, rate: float) -> Run:
         """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
         settings = {**self.words["settings"], **self.words["scales"][self.scale], **self.forms[form]}
-        if seed == self.tuning["seed"]:
+        if seed == self.tuning["seed"]:  # a trial
             for key in (f"{self.section}.iterations", f"{self.section}.warmup"):
                 settings[key] = math.ceil(self.tuning["share"] * settings[key])
         settings |= {f"{self.section}.learning_rate": rate, f"{self.section}.seed": seed}
@@ -115,21 +127,57 @@ class Table:
         """A figure of a finished run."""
         found = self.words["measures"][name]
         if "below" in found:
-            records = [json.loads(line) for line in (folder / found["file"]).read_text().splitlines()]
+            records = read_lines(folder / found["file"])
             return float(next((r for r in records if number(r[found["key"]]) < found["below"]), records[-1])["step"])
         value: Any = json.loads((folder / found["file"]).read_text())
         for key in str(found["key"]).split("/"):
             value = value[key]
         return number(value)
 
+    def asked(self, run: Run) -> dict[str, Any]:
+        """All that decides what a training gives."""
+        words = self.words["arguments"] + (self.tuning["arguments"] if self.is_trial(run) else [])
+        return {"script": self.words["script"], "arguments": words, "settings": run.settings}
+
+    def is_trial(self, run: Run) -> bool:
+        """Whether a run only helps to choose a rate."""
+        return run.seed == self.tuning["seed"]
+
+    def wanted(self, run: Run) -> list[str]:
+        """The measures that are taken of a run."""
+        names = list(self.words["measures"])
+        return [self.tuning.get("measure", names[0])] if self.is_trial(run) else names
+
+    def kept(self, record: Record, run: Run) -> Finished | None:
+        """What a record has of a run, if it has all that the table shows."""
+        found = record.finished.get(digest(self.asked(run)))
+        series = [] if self.is_trial(run) else self.words.get("curves", []) + [p["key"] for p in self.profiles]
+        complete = found and {*self.wanted(run)} <= {*found.figures} and {*series} <= {*found.series}
+        return found if complete else None
+
+    @property
+    def profiles(self) -> list[dict[str, str]]:
+        """The profile, if the table has one."""
+        return [self.words["profile"]] if "profile" in self.words else []
+
+    def gave(self, run: Run, folder: Path) -> Finished:
+        """What a finished run left in its folder."""
+        about = {"form": run.form, "seed": run.seed, "rate": f"{run.rate:g}", "scale": self.scale}
+        about |= {"settings": digest(self.asked(run)), "trained": trained_on(folder)}
+        series = {}
+        if not self.is_trial(run):
+            log = read_lines(folder / "log.jsonl") if "curves" in self.words else []
+            series = {
+                key: {str(line["step"]): number(line[key]) for line in log} for key in self.words.get("curves", [])
+            }
+            for wanted in self.profiles:
+                series[wanted["key"]] = json.loads((folder / wanted["file"]).read_text())[wanted["key"]]
+        figures = {name: self.measure(name, folder) for name in self.wanted(run)}
+        return Finished({key: str(value) for key, value in about.items()}, figures, series)
+
     def better(self, name: str, a: float, b: float) -> bool:
         """Whether figure a is better than b."""
         return a > b if self.words["measures"][name]["better"] == "higher" else a < b
-
-
-def number(value: float | None) -> float:
-    """Of a record, in which None stands for what is not a number."""
-    return math.nan if value is None else float(value)
 
 
 def filled(words: list[str], runs: Path, data: Path | None, folder: Path | None = None) -> list[str]:
@@ -147,8 +195,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     """
     folder = runs / table.words.get("runs", table.name) / table.scale / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    words = table.words["arguments"] + (table.tuning["arguments"] if run.seed == table.tuning["seed"] else [])
-    asked = {"script": table.words["script"], "arguments": words, "settings": run.settings}
+    asked = table.asked(run)
     written = folder / SETTINGS
     if written.is_file() and json.loads(written.read_text()) != asked:
         raise RuntimeError(f"{folder} holds a training with other settings: remove it, or give other --runs")
@@ -156,7 +203,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     if (folder / FINISHED).is_file():
         return folder
     settings, scripts = dict(run.settings), ROOT / "scripts"
-    command = [sys.executable, str(scripts / table.words["script"]), *filled(words, runs, data)]
+    command = [sys.executable, str(scripts / table.words["script"]), *filled(asked["arguments"], runs, data)]
     command += ["--output", str(folder)]
     if variant := settings.pop(VARIANT, None):
         command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder)]
@@ -169,7 +216,7 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")]),
     }
-    then = table.words.get("then", []) if run.seed != table.tuning["seed"] else []
+    then = [] if table.is_trial(run) else table.words.get("then", [])
     after = [[sys.executable, *filled(step, runs, data, folder)] for step in then]
     with (folder / "output.txt").open("a") as output:
         for step in (command, *after):
@@ -180,31 +227,66 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     return folder
 
 
-def train_all(table: Table, wanted: list[Run], runs: Path, data: Path | None, workers: int) -> dict[Run, Path]:
-    """All of these trainings, ``workers`` at a time."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ThreadPoolExecutor(workers) as pool:
-        folders = pool.map(lambda run: train(table, run, runs, data, threads), wanted)
-        return dict(zip(wanted, folders, strict=True))
+@dataclass(frozen=True)
+class Work:
+    """Where a table's trainings are, and where what they gave is kept.
 
+    Args:
+        table: whose trainings.
+        record: of what is finished, in the evidence.
+        shared: that of the table whose runs it shares, or of none.
+        runs: folder of data and trainings.
+        data: what the table's commands call {data}.
+        workers: trainings at one time.
+    """
 
-def choose_rates(table: Table, runs: Path, data: Path | None, workers: int) -> dict[str, float]:
-    """The rate of each form: the best by the trials' measure, on a seed that the table does not count."""
-    rates = table.tuning["rates"]
-    if len(rates) == 1:
-        return dict.fromkeys(table.forms, rates[0])
-    tried = [table.run(form, table.tuning["seed"], rate) for form in table.forms for rate in rates]
-    first = table.tuning.get("measure", next(iter(table.words["measures"])))
-    best: dict[str, tuple[float, float]] = {}
-    for run, folder in train_all(table, tried, runs, data, workers).items():
-        value = table.measure(first, folder)
-        if not math.isfinite(value):
-            continue
-        if run.form not in best or table.better(first, value, best[run.form][0]):
-            best[run.form] = value, run.rate
-    if diverged := [form for form in table.forms if form not in best]:
-        raise RuntimeError(f"no trial of {', '.join(diverged)} has a finite {first}: give lower rates")
-    return {form: rate for form, (_, rate) in best.items()}
+    table: Table
+    record: Record
+    shared: Record
+    runs: Path
+    data: Path | None
+    workers: int
+
+    def train_all(self, wanted: list[Run]) -> dict[Run, Finished]:
+        """All of these trainings; those that are recorded are not run."""
+        table = self.table
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        found = {run: table.kept(self.record, run) or table.kept(self.shared, run) for run in wanted}
+        if not all(found.values()):
+            for step in table.words.get("prepare", []):
+                if not (self.runs / step["makes"]).exists():
+                    subprocess.run(
+                        [sys.executable, *filled(step["command"], self.runs, self.data)], cwd=ROOT, check=True
+                    )
+            for first in table.words.get("first", []):
+                train(table, table.run(**first), self.runs, self.data, threads)
+
+        def finish(run: Run) -> Finished:
+            one = found[run] or table.gave(run, train(table, run, self.runs, self.data, threads))
+            self.record.add(one)
+            return one
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return dict(zip(wanted, pool.map(finish, wanted), strict=True))
+
+    def choose_rates(self) -> tuple[dict[str, float], list[Run]]:
+        """The rate of each form, the best by the trials' measure on a seed that the table does not count; and the trials."""
+        table = self.table
+        rates = table.tuning["rates"]
+        if len(rates) == 1:
+            return dict.fromkeys(table.forms, rates[0]), []
+        tried = [table.run(form, table.tuning["seed"], rate) for form in table.forms for rate in rates]
+        (measure,) = table.wanted(tried[0])
+        best: dict[str, tuple[float, float]] = {}
+        for run, one in self.train_all(tried).items():
+            value = one.figures[measure]
+            if not math.isfinite(value):
+                continue
+            if run.form not in best or table.better(measure, value, best[run.form][0]):
+                best[run.form] = value, run.rate
+        if diverged := [form for form in table.forms if form not in best]:
+            raise RuntimeError(f"no trial of {', '.join(diverged)} has a finite {measure}: give lower rates")
+        return {form: rate for form, (_, rate) in best.items()}, tried
 
 
 def trained_on(folder: Path) -> str:
@@ -224,41 +306,32 @@ def main(
 ) -> None:
     """Run a table."""
     table = Table(path, scale)
-    runs, data = runs.resolve(), data and data.resolve()
-    for step in table.words.get("prepare", []):
-        place = runs / step["makes"]
-        if not place.exists():
-            subprocess.run([sys.executable, *filled(step["command"], runs, data)], cwd=ROOT, check=True)
-    rates = choose_rates(table, runs, data, workers)
-    wanted = [table.run(form, seed, rates[form]) for seed in table.seeds for form in table.forms]
-    folders = train_all(table, wanted, runs, data, workers)
+    record, shared = (
+        Record(evidence / (name if scale == DEFAULT_SCALE else f"{name}-{scale}"))
+        for name in (table.name, table.words.get("runs", table.name))
+    )
+    work = Work(table, record, shared, runs.resolve(), data and data.resolve(), workers)
+    rates, tried = work.choose_rates()
+    per_form = {form: [table.run(form, seed, rates[form]) for seed in table.seeds] for form in table.forms}
+    by_seed = [run for seed in zip(*per_form.values(), strict=True) for run in seed]
+    finished = work.train_all(by_seed)
+    record.keep([digest(table.asked(run)) for run in (*sum(per_form.values(), []), *tried)])
+    ended = {form: [finished[run] for run in runs_of_it] for form, runs_of_it in per_form.items()}
     figures = {
-        name: {
-            form: [table.measure(name, folders[table.run(form, seed, rates[form])]) for seed in table.seeds]
-            for form in table.forms
-        }
+        name: {form: [one.figures[name] for one in of_form] for form, of_form in ended.items()}
         for name in table.words["measures"]
     }
-    target = evidence / (table.name if scale == DEFAULT_SCALE else f"{table.name}-{scale}")
-    target.mkdir(parents=True, exist_ok=True)
-    with (target / "runs.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["form", "seed", "rate", "scale", *figures])
-        for form in table.forms:
-            for place, seed in enumerate(table.seeds):
-                row = [figures[name][form][place] for name in figures]
-                writer.writerow([form, seed, rates[form], scale, *row])
+    target = record.folder
     command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
     if data is not None:
         command += f" --data data/{data.name}"
-    places = {form: [folders[table.run(form, s, rates[form])] for s in table.seeds] for form in table.forms}
-    trained = sorted({trained_on(folder) for folder in folders.values()} - {""})
-    more = profile(table, places, target / "profile.png") if "profile" in table.words else []
+    trained = sorted({one.about["trained"] for one in finished.values()} - {""})
+    more = profile(table, ended, target / "profile.png") if "profile" in table.words else []
     more += [f"Trained {' and '.join(trained)}.", ""] if trained else []
     (target / "README.md").write_text(markdown(table, figures, rates, command, more))
     draw(table, figures, target / "table.png")
     if "curves" in table.words:
-        draw_curves(table, places, target / "curves.png")
+        draw_curves(table, ended, target / "curves.png")
     print(f"wrote {target}")
 
 

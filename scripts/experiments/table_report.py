@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import textwrap
@@ -13,6 +12,7 @@ from scipy import stats
 
 if TYPE_CHECKING:
     from table import Table
+    from table_record import Finished
 
 # Differences are given with their interval at this confidence.
 CONFIDENCE = 0.95
@@ -134,22 +134,18 @@ def draw(table: Table, figures: Figures, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_curves(table: Table, folders: dict[str, list[Path]], path: Path) -> None:
+def draw_curves(table: Table, ended: dict[str, list[Finished]], path: Path) -> None:
     """One panel a key of the logs: the mean over seeds of each form, over the iterations."""
     from matplotlib.figure import Figure
 
     keys = table.words["curves"]
     figure = Figure(figsize=(4.5 * len(keys), 4), layout="constrained")
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
-    for number, (form, places) in enumerate(folders.items()):
-        logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in places]
+    for number, (form, of_form) in enumerate(ended.items()):
         for axes, key in zip(panels, keys, strict=True):
-            means = [
-                statistics.mean(math.nan if record[key] is None else record[key] for record in records)
-                for records in zip(*logs, strict=True)
-            ]
+            means = means_by_x([one.series[key] for one in of_form])
             style = dict(color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
-            axes.plot([record["step"] for record in logs[0]], means, label=form, **style)
+            axes.plot([float(x) for x in means], list(means.values()), label=form, **style)
     for axes, key in zip(panels, keys, strict=True):
         axes.set_xlabel("iteration")
         axes.set_title(key)
@@ -159,7 +155,12 @@ def draw_curves(table: Table, folders: dict[str, list[Path]], path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
-def profile(table: Table, folders: dict[str, list[Path]], path: Path) -> list[str]:
+def means_by_x(found: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of several series at each x."""
+    return {x: statistics.mean(one[x] for one in found) for x in found[0]}
+
+
+def profile(table: Table, ended: dict[str, list[Finished]], path: Path) -> list[str]:
     """The many figures of each form's runs, drawn with their mean and standard deviation; returns their table in words."""
     from matplotlib.figure import Figure
 
@@ -167,9 +168,9 @@ def profile(table: Table, folders: dict[str, list[Path]], path: Path) -> list[st
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines: list[str] = []
-    for number, (form, places) in enumerate(folders.items()):
-        found = [json.loads((p / wanted["file"]).read_text())[wanted["key"]] for p in places]
-        means = {x: statistics.mean(one[x] for one in found) for x in found[0]}
+    for number, (form, of_form) in enumerate(ended.items()):
+        found = [one.series[wanted["key"]] for one in of_form]
+        means = means_by_x(found)
         spread = [statistics.stdev([one[x] for one in found]) if len(found) > 1 else 0.0 for x in means]
         style = "-" if number < 10 else "--"
         axes.errorbar(
