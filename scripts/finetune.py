@@ -130,7 +130,7 @@ def main(
         raise typer.BadParameter(f"validate_every is set, but {data} has no volume in the split 'validation'")
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
-        check_target(push_to_hub, private)
+        check_target(push_to_hub, private, stop_after)
     keep_recipe(settings, output, resume, accelerator.is_main_process)
     task, processor = build_task(settings, folder, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)

@@ -30,21 +30,24 @@ PUBLISHED = ("README.md", "*.json", "*.safetensors")
 UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
 
 
-def check_target(repo_id: str | None, private: bool) -> None:
+def check_target(repo_id: str | None, private: bool, stop_after: int | None = None) -> None:
     """Make sure before the training that its result can be pushed after it; the repository is created if need be.
 
     Args:
         repo_id: "namespace/name"; None: nothing will be pushed, and nothing is asked.
         private: the repository is to be a private one.
+        stop_after: the iteration after which the training ends early, if it does.
 
     Raises:
-        typer.BadParameter: no such name can be, no valid token, no right to write there, no connection, or the repository
-            is public although ``private`` was asked for.
+        typer.BadParameter: the training will not be finished, no such name can be, no valid token, no right to write there,
+            no connection, or the repository is public although ``private`` was asked for.
     """
     if repo_id is None:
         if private:
             raise typer.BadParameter("--private is about the repository of --push-to-hub: give that too, or neither")
         return
+    if stop_after is not None:
+        raise typer.BadParameter("--stop-after ends the training early, and half a training is not pushed: leave one out")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -113,7 +113,7 @@ def main(
         raise typer.BadParameter(f"--evaluate {evaluate}: expected {', '.join(splits)} or none")
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
-        check_target(push_to_hub, private)
+        check_target(push_to_hub, private, stop_after)
     keep_recipe(settings, output, resume, accelerator.is_main_process)
     task = build_task(settings, splits, accelerator)
     run(task, settings["train"], accelerator, output, resume, stop_after)

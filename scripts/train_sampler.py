@@ -203,7 +203,7 @@ def main(
         raise typer.BadParameter(DATA_NEEDED.replace("--data", "--tokens"))
     accelerator = start(settings["sampler"], output)
     if accelerator.is_main_process:
-        check_target(push_to_hub, private)
+        check_target(push_to_hub, private, stop_after)
     keep_recipe(settings, output, resume, accelerator.is_main_process)
     task, scheduler = build_task(settings, tokens, accelerator)
     autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)

@@ -162,7 +162,7 @@ def main(
         raise typer.BadParameter(f"{data[0]} has no volume for the split 'validation', which the results are of")
     accelerator = start(settings["vqae"], output)
     if accelerator.is_main_process:
-        check_target(push_to_hub, private)
+        check_target(push_to_hub, private, stop_after)
     keep_recipe(settings, output, resume, accelerator.is_main_process)
     held_out = load_sources(settings, data[:1], "validation", show=False)[0] if accelerator.is_main_process else []
     task = build_task(settings, data, held_out, accelerator)

@@ -244,6 +244,8 @@ def test_private_means_private(hub, connect):
         publish.check_target("tester/open", private=True)
     with pytest.raises(typer.BadParameter, match="give that too, or neither"):
         publish.check_target(None, private=True)
+    with pytest.raises(typer.BadParameter, match="half a training is not pushed"):
+        publish.check_target("tester/toy", private=False, stop_after=3)
 
 
 def test_without_the_network_it_says_so(hub):
