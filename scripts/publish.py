@@ -47,7 +47,9 @@ def check_target(repo_id: str | None, private: bool, stop_after: int | None = No
             raise typer.BadParameter("--private is about the repository of --push-to-hub: give that too, or neither")
         return
     if stop_after is not None:
-        raise typer.BadParameter("--stop-after ends the training early, and half a training is not pushed: leave one out")
+        raise typer.BadParameter(
+            "--stop-after ends the training early, and half a training is not pushed: leave one out"
+        )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
