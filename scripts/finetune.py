@@ -3,8 +3,10 @@
 Trains a segmentation network on a folder of ``prepare_data.py``, then segments whole volumes of a split and prints Dice
 for each label beside the prior-atlas baseline. Every default stands in ``scripts/recipes/<recipe>.yaml``; ``--set
 train.iterations=100`` overrides one, and three the form of attention: that of the paper is ``--set
-model.attention_type=hamming --set model.bit_gradient=null --set model.learned_logit_scale=false``. With ``--resume`` a run
-goes on from its newest checkpoint, and ends with the weights that it would have had without the stop.
+model.attention_type=hamming --set model.bit_gradient=null --set model.learned_logit_scale=false``. A training starts from
+random weights, from a timm model where the recipe says so (``from_timm``), or with ``--set model.from_pretrained=NAME`` from a
+checkpoint: its folder, short name or Hub id. With ``--resume`` a run goes on from its own newest checkpoint, and ends with the
+weights that it would have had without the stop.
 """
 
 from __future__ import annotations
@@ -42,11 +44,29 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
         **recipe["model"],
     }
     timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
-    if timm_name:
+    pretrained = fields.pop("from_pretrained", None)
+    if pretrained:
+        model = load_weights(pretrained, bf.BinaryFormerConfig(**fields))
+    elif timm_name:
         model = bf.BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
     else:
         model = bf.BinaryFormerForSemanticSegmentation(bf.BinaryFormerConfig(**fields))
     return model, processor
+
+
+def load_weights(name: str, config: bf.BinaryFormerConfig) -> bf.BinaryFormerForSemanticSegmentation:
+    """A network with all weights of a checkpoint that fit it; transformers says which do not.
+
+    Raises:
+        typer.BadParameter: not one fits.
+    """
+    model, report = bf.BinaryFormerForSemanticSegmentation.from_pretrained(
+        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+    )
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if new >= model.state_dict().keys():
+        raise typer.BadParameter(f"from_pretrained={name}: no tensor has a name and size that this recipe's network has")
+    return model
 
 
 def build_criterion(train: dict[str, Any]) -> DiceCELoss:
@@ -67,7 +87,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     samples: Dataset
     if folder is None:
         classes = recipe["data"]["classes"]
-        recipe["model"]["timm_checkpoint"] = False
+        recipe["model"] |= {"timm_checkpoint": False, "from_pretrained": None}
         model, processor = build_model(recipe, {label: str(label) for label in range(classes)})
         size = tuple(processor.image_size)
         samples = RandomSamples((processor.num_channels, *size), size, classes, count)

@@ -45,8 +45,8 @@ ATTENTION_DEFAULTS: dict[str, Any] = {
     "log_scale_lr_scale": 10.0,  # of the rate: Adam moves a logarithm by no more than the rate in a step
 }
 TRAININGS = {"train": DEFAULTS | ATTENTION_DEFAULTS, "sampler": DEFAULTS | ATTENTION_DEFAULTS, "vqae": DEFAULTS}
-# What the other sections are made of; from_timm and its weights are finetune.py's.
-TIMM_FIELDS = {"from_timm", "timm_checkpoint"}
+# What the other sections are made of; where its weights come from is finetune.py's.
+START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained"}
 CLASSES = {
     "processor": BinaryFormerImageProcessor,
     "transformer": BinaryVQTransformer3DModel,
@@ -111,7 +111,7 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
 def known_fields(section: str, given: dict[str, Any]) -> set[str]:
     """Settings that a section may have: those of the class that it describes, or what the recipe has and the defaults."""
     if section == "model":
-        return {field.name for field in dataclasses.fields(BinaryFormerConfig)} | TIMM_FIELDS
+        return {field.name for field in dataclasses.fields(BinaryFormerConfig)} | START_FIELDS
     if section in CLASSES:
         return {*inspect.signature(CLASSES[section].__init__).parameters} - {"self", "kwargs"}
     return {*given, *TRAININGS.get(section, {})}

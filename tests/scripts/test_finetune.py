@@ -96,6 +96,24 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepar
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_training_starts_from_a_checkpoint(recipe, prepared, tmp_path):
+    first = run(recipe, prepared, tmp_path / "first", overrides=["model.learned_logit_scale=false"])
+    overrides = [f"model.from_pretrained={tmp_path / 'first' / 'model'}", "train.learning_rate=1e-9", "train.weight_decay=0"]
+    second = run(recipe, prepared, tmp_path / "second", overrides=overrides)
+    new = {key for key in second if key not in first}
+    assert new and all("log_scale" in key and second[key].abs().max() < 1e-6 for key in new)
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-6, msg=key)
+    # Another set of labels: all but the head is kept. Another network altogether is refused.
+    settings = load_recipe(str(recipe), overrides[:1])
+    model, _ = finetune.build_model(settings, dict(enumerate("abcdef")))
+    state = model.state_dict()
+    other = {key for key, tensor in first.items() if not torch.equal(state[key], tensor)}
+    assert model.config.num_labels == 6 and 0 < len(other) <= 2, other
+    with pytest.raises(typer.BadParameter, match="no tensor has a name and size that this recipe's network has"):
+        finetune.load_weights(str(tmp_path / "first" / "model"), bf.BinaryFormerConfig(hidden_size=36, num_heads=3, mlp_ratio=3.0))
+
+
 def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
     overrides = ["train.validate_every=2", "train.best_by=validation_dice", "train.learning_rate=0.003"]
     run(recipe, prepared, tmp_path, overrides=overrides)
