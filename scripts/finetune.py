@@ -65,7 +65,7 @@ def load_weights(name: str, config: bf.BinaryFormerConfig) -> bf.BinaryFormerFor
     )
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if new >= model.state_dict().keys():
-        raise typer.BadParameter(f"from_pretrained={name}: no tensor has a name and size that this recipe's network has")
+        raise typer.BadParameter(f"from_pretrained={name}: no tensor fits this recipe's network")
     return model
 
 
