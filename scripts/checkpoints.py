@@ -23,19 +23,21 @@ FOLDER = "checkpoints"
 
 
 class Progress:
-    """How many iterations are done, and the best validation so far; travels with the checkpoints."""
+    """How many iterations are done, in how long, and the best validation so far; travels with the checkpoints."""
 
     def __init__(self) -> None:
         self.step = 0
+        self.seconds = 0.0
         self.best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """For Accelerate."""
-        return {"step": self.step, "best": self.best}
+        return {"step": self.step, "seconds": self.seconds, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """For Accelerate."""
         self.step, self.best = state["step"], state["best"]
+        self.seconds = state.get("seconds", 0.0)  # which a former release did not count
 
 
 class Checkpoints:

@@ -127,7 +127,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
     evaluate: Annotated[str, typer.Option(help="Split to segment at the end: validation, test or none.")] = "test",
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets model, processor and card.")

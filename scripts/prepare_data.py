@@ -138,6 +138,22 @@ def build_decathlon(out: Path, case: Case) -> dict:
     return write_case(out, case, image, nib.Nifti1Image(classes, image.affine), {})
 
 
+def read_label_names(labels: dict[str, str] | dict[str, int]) -> dict[int, str]:
+    """Names of label values, in lower case, from a dataset.json: value: name (Decathlon) or name: value (nnU-Net v2).
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        if all(isinstance(value, int) for value in labels.values()):
+            return {int(value): name.lower() for name, value in labels.items()}
+        return {int(value): str(name).lower() for value, name in labels.items()}
+    except ValueError:
+        raise ValueError(
+            f'dataset.json has labels {labels}, expected {{"1": "anterior"}} or {{"anterior": 1}}'
+        ) from None
+
+
 @app.command()
 def hippocampus(
     source: Annotated[Path, typer.Option(help="Folder with imagesTr/ and labelsTr/ (Decathlon layout).")],
@@ -151,8 +167,8 @@ def hippocampus(
     """Real volumes with labels in the Decathlon layout: Task04_Hippocampus, or what dataset.json describes."""
     described = source / "dataset.json"
     description = json.loads(described.read_text()) if described.is_file() else {}
-    names = {int(value): name for value, name in description.get("labels", HIPPOCAMPUS_NAMES).items()}
     try:
+        names = read_label_names(description.get("labels", HIPPOCAMPUS_NAMES))
         images = check_decathlon(source, names)
         groups = [group_of(path, group_rule) for path in images]
     except ValueError as error:
@@ -166,7 +182,9 @@ def hippocampus(
     manifest = {
         "name": description.get("name", "hippocampus"),
         "source": "Medical Segmentation Decathlon layout; Task04_Hippocampus if no dataset.json says otherwise",
-        "licence": description.get("licence", "CC BY-SA 4.0"),
+        "licence": description.get(
+            "licence", description.get("license", "not stated" if description else "CC BY-SA 4.0")
+        ),
         "spacing": np.median(spacings, axis=0).round(6).tolist(),
         "label_names": names | {0: "background"},
         "seed": seed,

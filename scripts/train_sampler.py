@@ -183,7 +183,7 @@ def main(
         str | None, typer.Option(help="Autoencoder, to save all as one checkpoint: output/pipeline.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None,

@@ -143,7 +143,7 @@ def main(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as an interruption would.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
     dry_run: DryRun = False,
     push_to_hub: Annotated[
         str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets the autoencoder and its card.")

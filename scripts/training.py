@@ -171,9 +171,9 @@ def _ignore_interrupt(worker: int) -> None:
 class Log:
     """``output/log.jsonl``, one record a line, and the trackers."""
 
-    def __init__(self, accelerator: Accelerator, output: Path, first: int) -> None:
-        self._accelerator, self._path = accelerator, output / "log.jsonl"
-        self._started = time.perf_counter()
+    def __init__(self, accelerator: Accelerator, output: Path, progress: Progress) -> None:
+        self._accelerator, self._path, first = accelerator, output / "log.jsonl", progress.step
+        self._started = time.perf_counter() - progress.seconds
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
             # A run that was killed has logged more than its checkpoint knows.
@@ -182,14 +182,18 @@ class Log:
             partial.write_text("".join(json.dumps(record) + "\n" for record in known if record["step"] <= first))
             os.replace(partial, self._path)
 
+    def seconds(self) -> float:
+        """Of training so far, in former starts too, as far as their checkpoints go."""
+        return time.perf_counter() - self._started
+
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record with the seconds since this start of the run."""
-        record["seconds"] = round(time.perf_counter() - self._started, 3)
+        """Add a record with the seconds of training so far."""
+        record["seconds"] = round(self.seconds(), 3)
         if self._accelerator.is_main_process:
             with self._path.open("a") as log:
                 finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
                 log.write(json.dumps(finite) + "\n")
-        self._accelerator.log(record, step=record["step"])
+        self._accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -212,7 +216,7 @@ def run(
         accelerator: of :func:`start`.
         output: folder for checkpoints and log.
         resume: go on from the newest checkpoint in ``output``.
-        stop_after: end after this iteration, as an interruption would.
+        stop_after: end after this iteration as if it were the last; a run that is resumed goes on from there.
 
     Raises:
         typer.BadParameter: not resumed, but ``output`` holds checkpoints; no validation gives what chooses the best; or the
@@ -245,7 +249,7 @@ def run(
         refuse_other_run(output)
     if average:  # only now, as a checkpoint's are in the memory of the CPU
         average.to(accelerator.device)
-    log = Log(accelerator, output, progress.step)
+    log = Log(accelerator, output, progress)
     if train["trackers"]:
         accelerator.init_trackers(
             output.name, config={k: v for k, v in train.items() if isinstance(v, (int, float, str))}
@@ -295,6 +299,7 @@ def run(
                 bar.set_postfix(loss=f"{record['loss']:.5f}")
                 log.write(record)
             if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
+                progress.seconds = log.seconds()
                 checkpoints.save(progress.step)
             if asked:
                 break

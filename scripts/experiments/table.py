@@ -8,7 +8,7 @@ count on any machine (``table_record.py``), so that a table can be made in parts
 
 A table's file says:
 
-- ``title`` and ``question``; ``prepare``: commands that make the data, once;
+- ``title`` and ``question``; ``source``: what people call the folder {data}; ``prepare``: commands that make the data, once;
 - ``script`` and ``arguments`` of the training; ``settings`` of every run (``section.key: value``); ``scales``: those of each
   ``--scale``, iterations and warm-up among them;
 - ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that name, or forms of its own, with attention's fields in
@@ -52,6 +52,8 @@ VARIANT = "variant"
 FORMS = Path(__file__).with_name("forms.yaml")
 # In the folder of a run: what was asked for, and that it is done.
 SETTINGS, FINISHED = "settings.json", "finished"
+# In a folder of data: the command that made it.
+MADE_BY = "made_by.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,18 @@ def number(value: float | None) -> float:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A log's records."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_recipe(name: str, section: str) -> dict[str, Any]:
+    """What a recipe says of a training (``section.key: value``), and not of others in its file."""
+    (path,) = (ROOT / "scripts" / "recipes").rglob(f"{name}.yaml")
+    words = yaml.safe_load(path.read_text())
+    return {
+        f"{part}.{key}": value
+        for part, fields in words.items()
+        if part == section or "iterations" not in fields
+        for key, value in fields.items()
+    }
 
 
 class Table:
@@ -135,9 +149,16 @@ class Table:
         return number(value)
 
     def asked(self, run: Run) -> dict[str, Any]:
-        """All that decides what a training gives."""
+        """All that decides what a training gives, but the code: its data, its settings, and what is done with it afterwards."""
         words = self.words["arguments"] + (self.tuning["arguments"] if self.is_trial(run) else [])
-        return {"script": self.words["script"], "arguments": words, "settings": run.settings}
+        recipe = words[words.index("--recipe") + 1] if "--recipe" in words else None
+        return {
+            "script": self.words["script"],
+            "arguments": words,
+            "settings": (read_recipe(recipe, self.section) if recipe else {}) | run.settings,
+            "prepare": [step["command"] for step in self.words.get("prepare", [])],
+            "then": [] if self.is_trial(run) else self.words.get("then", []),
+        }
 
     def is_trial(self, run: Run) -> bool:
         """Whether a run only helps to choose a rate."""
@@ -227,6 +248,20 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     return folder
 
 
+def prepare(makes: Path, command: list[str], runs: Path, data: Path | None) -> None:
+    """Make a table's data, unless they are there.
+
+    Raises:
+        RuntimeError: those that are there were made by another command.
+    """
+    note, words = makes.parent / MADE_BY, json.dumps(command)
+    if not makes.exists():
+        subprocess.run([sys.executable, *filled(command, runs, data)], cwd=ROOT, check=True)
+        note.write_text(words)
+    elif note.is_file() and note.read_text() != words:
+        raise RuntimeError(f"{makes.parent} was made by another command than the table has now: remove it")
+
+
 @dataclass(frozen=True)
 class Work:
     """Where a table's trainings are, and where what they gave is kept.
@@ -254,10 +289,7 @@ class Work:
         found = {run: table.kept(self.record, run) or table.kept(self.shared, run) for run in wanted}
         if not all(found.values()):
             for step in table.words.get("prepare", []):
-                if not (self.runs / step["makes"]).exists():
-                    subprocess.run(
-                        [sys.executable, *filled(step["command"], self.runs, self.data)], cwd=ROOT, check=True
-                    )
+                prepare(self.runs / step["makes"], step["command"], self.runs, self.data)
             for first in table.words.get("first", []):
                 train(table, table.run(**first), self.runs, self.data, threads)
 
@@ -323,8 +355,8 @@ def main(
     }
     target = record.folder
     command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
-    if data is not None:
-        command += f" --data data/{data.name}"
+    if "source" in table.words:
+        command += f" --data {table.words['source']}"
     trained = sorted({one.about["trained"] for one in finished.values()} - {""})
     more = profile(table, ended, target / "profile.png") if "profile" in table.words else []
     more += [f"Trained {' and '.join(trained)}.", ""] if trained else []

@@ -18,16 +18,14 @@ from make_twins import Kind
 from make_twins import main as make_twins
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
-from table_record import Record, digest
 from toys import write_sampler_recipe, write_tokens
 from with_variant import CHANNEL_GROUPS
 
 import train_sampler
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
-from hf_binaryformer.modeling.vq_transformer import ATTENTION_FIELDS, BinaryVQTransformer3DModel
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from recipe import PIXEL_RECIPES, RECIPES, VQ_RECIPES, load_recipe, parse
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -121,6 +119,19 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
     assert "\nprior atlas: 0.5.\n" in text and text.count("| softmax |") == 1
     assert (tmp_path / "evidence" / "toy" / "table.png").stat().st_size > 1000
     assert str(tmp_path) not in text
+
+
+def test_data_that_another_command_made_are_not_taken(table, tmp_path):
+    (tmp_path / "scripts" / "make.py").write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[1]).write_text(sys.argv[2])\n"
+    )
+    (tmp_path / "runs").mkdir()
+    commands = [["scripts/make.py", "{runs}/data", word] for word in ("one", "two")]
+    for _ in range(2):
+        run(table(prepare=[{"makes": "data", "command": commands[0]}]), tmp_path)
+        assert (tmp_path / "runs" / "data").read_text() == "one"
+    with pytest.raises(RuntimeError, match="was made by another command than the table has now: remove it"):
+        run(table(prepare=[{"makes": "data", "command": commands[1]}]), tmp_path)
 
 
 def test_a_control_that_ties_is_said_first(table, tmp_path):
@@ -240,44 +251,6 @@ def test_names_that_do_not_fit(table, tmp_path):
         tables.Table(table(controls=["nobody"]), "small")
     with pytest.raises(typer.BadParameter, match="has small, smoke"):
         tables.Table(table(), "paper")
-
-
-@pytest.mark.parametrize("path", sorted({*tables.FORMS.parent.glob("*.yaml")} - {tables.FORMS}), ids=lambda p: p.stem)
-def test_every_table_in_the_repository_is_complete(path):
-    words = tables.Table(path, "small").words
-    assert (ROOT / "scripts" / words["script"]).is_file()
-    assert 0 < words["tuning"]["share"] <= 1
-    for scale in words["scales"]:
-        table = tables.Table(path, scale)
-        for form in table.forms:
-            run, trial = (table.run(form, seed, 1e-3) for seed in (0, words["tuning"]["seed"]))
-            assert {run: 1}[run]
-            steps = [r.settings[f"{table.section}.{k}"] for r in (run, trial) for k in ("iterations", "warmup")]
-            assert steps[0] >= steps[2] >= steps[3] <= steps[1] < steps[0]
-            for key, value in run.settings.items():
-                assert parse(json.dumps(value)) == value and ("." in key) == (key != tables.VARIANT)
-            folder = {"sampler": VQ_RECIPES, "train": RECIPES}[words["section"]]
-            folder = PIXEL_RECIPES if words["script"] == "train_pixels.py" else folder
-            name = words["arguments"][words["arguments"].index("--recipe") + 1]
-            load_recipe(name, [f"{k}={json.dumps(v)}" for k, v in run.settings.items() if "." in k], folder)
-            fields = {k.removeprefix(f"{words['network']}."): v for k, v in run.settings.items()}
-            BinaryFormerConfig(**{k: v for k, v in fields.items() if k in ATTENTION_FIELDS})
-    assert len(words["seeds"]) >= 3 and words["tuning"]["seed"] not in words["seeds"]
-    assert {"uniform", "frozen"} <= set(words["controls"])
-
-
-RECORDED = [
-    path for path in sorted(tables.FORMS.parent.glob("*.yaml")) if (tables.EVIDENCE / path.stem / "runs.csv").is_file()
-]
-
-
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-def test_the_evidence_has_the_settings_that_its_table_has_now(path):
-    table, record = tables.Table(path, "small"), Record(tables.EVIDENCE / path.stem)
-    assert record.finished
-    for settings, one in record.finished.items():
-        run = table.run(one.about["form"], int(one.about["seed"]), float(one.about["rate"]))
-        assert settings == digest(table.asked(run)) and table.kept(record, run) is one
 
 
 @pytest.mark.parametrize("learned_scale", [False, True])

@@ -281,14 +281,27 @@ def test_hippocampus_command(decathlon: Path, tmp_path: Path) -> None:
         assert copy.get_data_dtype() == source.dtype
 
 
-def test_dataset_json_names_the_labels(decathlon: Path, tmp_path: Path) -> None:
-    described = {"name": "toy", "licence": "CC0", "labels": {"0": "background", "1": "one", "2": "two"}}
-    (decathlon / "dataset.json").write_text(json.dumps(described))
+@pytest.mark.parametrize(
+    ("described", "licence"),
+    [
+        ({"licence": "CC0", "labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}, "CC0"),
+        ({"labels": {"background": 0, "anterior": 1, "posterior": 2}}, "not stated"),
+    ],
+)
+def test_dataset_json_names_the_labels(described: dict, licence: str, decathlon: Path, tmp_path: Path) -> None:
+    (decathlon / "dataset.json").write_text(json.dumps({"name": "toy", **described}))
     result = invoke("hippocampus", "--source", decathlon, "--out", tmp_path / "new", "--group-rule", "none")
     assert result.exit_code == 0, result.output
     manifest = check_folder(tmp_path / "new")
-    assert (manifest["name"], manifest["licence"], manifest["label_names"]["2"]) == ("toy", "CC0", "two")
+    assert (manifest["name"], manifest["licence"]) == ("toy", licence)
+    assert manifest["label_names"] == {"0": "background", "1": "anterior", "2": "posterior"}
     assert len({row["group"] for row in manifest["cases"]}) == 12
+
+
+def test_a_dataset_json_with_other_labels_is_refused(decathlon: Path, tmp_path: Path) -> None:
+    (decathlon / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2]}}))
+    result = invoke("hippocampus", "--source", decathlon, "--out", tmp_path / "new")
+    assert result.exit_code == 2 and 'expected {"1": "anterior"} or {"anterior": 1}' in " ".join(result.output.split())
 
 
 def test_all_problems_are_reported_at_once(decathlon: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,15 @@ def test_a_log_that_was_cut_short_does_no_harm(tmp_path):
     assert log(tmp_path, "step") == list(range(1, 9))
 
 
+def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
+    for resume in (False, True):
+        clock = itertools.count()
+        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock.__next__))
+        train(tmp_path, resume=resume, stop_after=None if resume else 4)
+    seconds = log(tmp_path, "seconds")
+    assert len(seconds) == 8 and seconds == sorted(set(seconds)) and seconds[-1] < 20
+
+
 def test_what_is_not_a_number_is_null_in_the_log(tmp_path):
     train(tmp_path, validate_every=4, validation=[math.nan, 0.5])
     assert "NaN" not in (tmp_path / "log.jsonl").read_text() and log(tmp_path, "score") == [None, 0.5]
@@ -270,6 +281,18 @@ def test_trackers_get_the_records(tmp_path, trackers):
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
     drawn = {event.step: event.value for event in events.Scalars("loss")}
     assert [drawn[step] for step in log(tmp_path, "step")] == pytest.approx(log(tmp_path, "loss"))
+
+
+@pytest.mark.parametrize(
+    ("tracker", "written"), [("trackio", "trackio/run.db"), ("wandb", "wandb/offline-run-*/run-*.wandb")]
+)
+def test_trackers_that_are_not_required(tmp_path, tracker, written, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pytest.importorskip(tracker)
+    train(tmp_path / "run", trackers=[tracker])
+    assert len(list(tmp_path.glob(written))) == 1
 
 
 @pytest.mark.slow
