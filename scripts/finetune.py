@@ -4,8 +4,8 @@ Trains a segmentation network on a folder of ``prepare_data.py``, then segments 
 for each label beside the prior-atlas baseline. Every default stands in ``scripts/recipes/<recipe>.yaml``; ``--set
 train.iterations=100`` overrides one, and three the form of attention: that of the paper is ``--set
 model.attention_type=hamming --set model.bit_gradient=null --set model.learned_logit_scale=false``. A training starts from
-random weights, from a timm model where the recipe says so (``from_timm``), or with ``--set model.from_pretrained=NAME`` from a
-checkpoint: its folder, short name or Hub id. With ``--resume`` a run goes on from its own newest checkpoint, and ends with the
+random weights, from a timm model where the recipe says so (``from_timm``), or from a checkpoint that ``model.from_pretrained``
+names by its folder, short name or Hub id. With ``--resume`` a run goes on from its own newest checkpoint, and ends with the
 weights that it would have had without the stop.
 """
 
