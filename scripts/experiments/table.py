@@ -52,8 +52,8 @@ VARIANT = "variant"
 FORMS = Path(__file__).with_name("forms.yaml")
 # In the folder of a run: what was asked for, and that it is done.
 SETTINGS, FINISHED = "settings.json", "finished"
-# In a folder of data: the command that made it.
-MADE_BY = "made_by.json"
+# Ends the name of a file beside the data: the command that made them.
+MADE_BY = ".made_by.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe(name: str, section: str) -> dict[str, Any]:
-    """What a recipe says of a training (``section.key: value``), and not of others in its file."""
+    """What a recipe says of a training (``section.key: value``), and not of others in its file; read without its checks."""
     (path,) = (ROOT / "scripts" / "recipes").rglob(f"{name}.yaml")
     words = yaml.safe_load(path.read_text())
     return {
@@ -254,12 +254,12 @@ def prepare(makes: Path, command: list[str], runs: Path, data: Path | None) -> N
     Raises:
         RuntimeError: those that are there were made by another command.
     """
-    note, words = makes.parent / MADE_BY, json.dumps(command)
+    note, words = makes.with_name(makes.name + MADE_BY), json.dumps(command)
     if not makes.exists():
         subprocess.run([sys.executable, *filled(command, runs, data)], cwd=ROOT, check=True)
         note.write_text(words)
     elif note.is_file() and note.read_text() != words:
-        raise RuntimeError(f"{makes.parent} was made by another command than the table has now: remove it")
+        raise RuntimeError(f"{makes} was made by another command than the table has now: remove it")
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,11 @@ def test_data_that_another_command_made_are_not_taken(table, tmp_path):
     )
     (tmp_path / "runs").mkdir()
     commands = [["scripts/make.py", "{runs}/data", word] for word in ("one", "two")]
+    other = {"makes": "other", "command": ["scripts/make.py", "{runs}/other", "three"]}
     for _ in range(2):
-        run(table(prepare=[{"makes": "data", "command": commands[0]}]), tmp_path)
+        run(table(prepare=[{"makes": "data", "command": commands[0]}, other]), tmp_path)
         assert (tmp_path / "runs" / "data").read_text() == "one"
+        (tmp_path / "evidence" / "toy" / "runs.csv").unlink()
     with pytest.raises(RuntimeError, match="was made by another command than the table has now: remove it"):
         run(table(prepare=[{"makes": "data", "command": commands[1]}]), tmp_path)
 
