@@ -254,7 +254,7 @@ def info() -> None:
 @app.command()
 @one_line_errors
 def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo")) -> None:
-    """Try it on a real brain, the MNI152 template."""
+    """Try it on the MNI152 template, an average of real brains."""
     from hf_binaryformer.demo import run_demo
 
     with progress_bar("segmenting and filling MNI152") as progress:

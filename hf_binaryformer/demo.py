@@ -1,4 +1,4 @@
-"""The demo: the package's two main jobs on a real brain, with packaged checkpoints and without a network."""
+"""The demo: the package's two main jobs on the MNI152 template, with packaged checkpoints and without a network."""
 
 from __future__ import annotations
 

@@ -99,7 +99,8 @@ def main(
         "# Noise of the ternary gradient against the sequence length",
         "",
         f"Random tokens, d = {HEAD_DIM}, d_v = {VALUE_DIM}, {draws} draws; root mean squares over the norm of the "
-        "straight-through gradient. The scale of the ternary numbers is",
+        "straight-through gradient. Noise is what single draws are off their mean, bias what that mean is off the "
+        "straight-through gradient, scores the factor of the attention's logits. The scale of the ternary numbers is",
         "",
         *(
             f"- *{name}*: {meaning}" + (";" if number < len(RULES) - 1 else ".")

@@ -19,7 +19,7 @@ A table's file says:
   rate there are no trials;
 - ``measures`` (``name: {file, key, better}``, or with ``below`` the step of the log's first record whose key is below it, or its
   last); ``then``: commands that follow each training but trials, with its folder as
-  ``{folder}``; ``profile`` (``file``, ``key``, ``x``): many figures of a run by a number x, drawn into ``profile.png``;
+  ``{folder}``; ``profile`` (``file``, ``key``, ``x``, ``y``): many figures y of a run by a number x, drawn into ``profile.png``;
   ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``;
 - ``first``: trainings that others need (``form``, ``seed``, ``rate``);
 - ``like``: another table, whose words count where the file has none; ``runs``: one whose trainings it shares, as runs with the
@@ -357,9 +357,10 @@ def main(
     command = f"python scripts/experiments/table.py scripts/experiments/{path.name} --runs runs --scale {scale}"
     if "source" in table.words:
         command += f" --data {table.words['source']}"
-    trained = sorted({one.about["trained"] for one in finished.values()} - {""})
+    trained = {one.about["trained"] for one in finished.values()}
+    known = " and ".join(sorted(trained - {""}))
     more = profile(table, ended, target / "profile.png") if "profile" in table.words else []
-    more += [f"Trained {' and '.join(trained)}.", ""] if trained else []
+    more += [f"Trained {known}{'; some runs have no record of it' if '' in trained else ''}.", ""] if known else []
     (target / "README.md").write_text(markdown(table, figures, rates, command, more))
     draw(table, figures, target / "table.png")
     if "curves" in table.words:

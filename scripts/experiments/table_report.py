@@ -72,7 +72,7 @@ def markdown(
     tied = ties(table, figures)
     if tied:
         they = f"{' and '.join(tied)} {'is' if len(tied) == 1 else 'are'}"
-        lines += [f"**No evidence about attention: {they} not worse than {reference}.**", ""]
+        lines += [f"**No evidence about attention: {they} not clearly worse than {reference}.**", ""]
     lines += [table.words["question"].strip(), ""]
     seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
     lines += [
@@ -180,8 +180,8 @@ def profile(table: Table, ended: dict[str, list[Finished]], path: Path) -> list[
             lines = [f"| {wanted['x']} | {' | '.join(means)} |", "| --- |" + " ---: |" * len(means)]
         lines.append(f"| {form} | {' | '.join(f'{value:.3g}' for value in means.values())} |")
     axes.set_xlabel(wanted["x"])
-    axes.set_ylabel(wanted["key"])
+    axes.set_ylabel(wanted["y"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    return [f"## {wanted['key']} by {wanted['x']}", "", *lines, ""]
+    return [f"## {wanted['y']} by {wanted['x']}", "", *lines, ""]

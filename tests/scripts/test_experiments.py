@@ -139,9 +139,9 @@ def test_data_that_another_command_made_are_not_taken(table, tmp_path):
 def test_a_control_that_ties_is_said_first(table, tmp_path):
     forms = {"softmax": {"model.level": 5.0}, "uniform": {"model.level": 5.0}}
     text = run(table(forms=forms), tmp_path)
-    assert text.split("\n")[2] == "**No evidence about attention: uniform is not worse than softmax.**"
+    assert text.split("\n")[2] == "**No evidence about attention: uniform is not clearly worse than softmax.**"
     forms["uniform"] = {"model.level": 6.0}
-    assert "uniform is not worse than softmax" in run(table(forms=forms, seeds=[3, 4]), tmp_path / "other")
+    assert "uniform is not clearly worse than softmax" in run(table(forms=forms, seeds=[3, 4]), tmp_path / "other")
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_cut_goes_on(table, tmp_path):
@@ -164,7 +164,7 @@ LEVELS = {"softmax": {"model.level": 5.0}, "hamming": {"model.level": 4.0}, "uni
 def test_what_is_recorded_is_not_run_again_on_another_machine(table, tmp_path):
     """Nor what another table has recorded; but what has other settings, or lacks what the table shows, is."""
     (tmp_path / "scripts" / "after.py").write_text(AFTER)
-    profile = {"file": "many.json", "key": "bits", "x": "share"}
+    profile = {"file": "many.json", "key": "bits", "x": "share", "y": "bits"}
     words = {"curves": ["level"], "profile": profile, "then": [["scripts/after.py", "{folder}"]]}
     path = table(forms=LEVELS, **words)
     text = run(path, tmp_path)
@@ -356,7 +356,7 @@ def test_what_follows_a_training_and_a_measure_for_trials(table, tmp_path):
     tuning = yaml.safe_load(table().read_text())["tuning"] | {"measure": "dice"}
     words = {
         "then": [["scripts/after.py", "{folder}"]],
-        "profile": {"file": "many.json", "key": "bits", "x": "share"},
+        "profile": {"file": "many.json", "key": "bits", "x": "share", "y": "bits"},
         "measures": {"bound": {"file": "many.json", "key": "bound", "better": "lower"}, "dice": MEASURE},
     }
     text = run(table(**words, tuning=tuning), tmp_path)
