@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import warnings
@@ -23,21 +24,30 @@ FOLDER = "checkpoints"
 
 
 class Progress:
-    """How many iterations are done, in how long, and the best validation so far; travels with the checkpoints."""
+    """What a training knows of itself beside weights and optimizer; travels with the checkpoints.
+
+    Attributes:
+        step: iterations that are done.
+        seconds: how long they took.
+        best: the best validation so far.
+        name: of the run, for trackers that go on with it.
+        sums: of the losses since the last record of the log.
+        parts: how many of each are in them.
+    """
 
     def __init__(self) -> None:
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds, self.parts = 0, 0.0, 0
         self.best: float | None = None
+        self.name = secrets.token_hex(4)
+        self.sums: list[float] = []
 
     def state_dict(self) -> dict[str, Any]:
         """For Accelerate."""
-        return {"step": self.step, "seconds": self.seconds, "best": self.best}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """For Accelerate."""
-        self.step, self.best = state["step"], state["best"]
-        self.seconds = state.get("seconds", 0.0)  # which a former release did not count
+        vars(self).update(state)
 
 
 class Checkpoints:
@@ -72,7 +82,9 @@ class Checkpoints:
             (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
-            for old in checkpoints_of(self._output)[self._kept :]:
+            there = checkpoints_of(self._output)
+            damaged = [old for old in there if old.name > place.name]  # which `restore` passed over
+            for old in damaged + there[len(damaged) + self._kept :]:
                 shutil.rmtree(old)
         self._accelerator.wait_for_everyone()
 

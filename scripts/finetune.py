@@ -142,6 +142,8 @@ def main(
     if data is None or output is None:
         raise typer.BadParameter(DATA_NEEDED)
     folder = PreparedFolder(data)
+    if not folder.split("train"):
+        raise typer.BadParameter(f"{data} has no volume in the split 'train'")
     if evaluate != "none" and not folder.split(evaluate):
         raise typer.BadParameter(
             f"--evaluate {evaluate}: {data} has no volume in that split; give another one, or none"

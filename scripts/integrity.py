@@ -49,9 +49,9 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             problems.append(f"{name}: {bad} voxels are NaN or infinite")
         elif voxels.min() == voxels.max():
             problems.append(f"{name}: all voxels are {voxels.flat[0]:g}, expected an image with contrast")
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        spans_volume = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9
+        if not spans_volume:
             problems.append(f"{name}: the affine {affine.tolist()} spans no volume")
-            return problems
     if "label" in read:
         classes, label_affine = read["label"]
         if unexpected := sorted(set(np.unique(classes).tolist()) - set(known)):
@@ -60,7 +60,9 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape}")
         # Written so that a NaN in the label's affine is a difference too.
         elif (
-            "image" in read and not (apart := grid_distance(affine, label_affine, voxels.shape)) <= SAME_GRID_TOLERANCE
+            "image" in read
+            and spans_volume
+            and not (apart := grid_distance(affine, label_affine, voxels.shape)) <= SAME_GRID_TOLERANCE
         ):
             problems.append(f"{name}: image and label have different affines, {apart:.3g} voxels apart")
     return problems

@@ -23,10 +23,11 @@ from typing import Any, NoReturn
 import nibabel as nib
 import numpy as np
 import typer
-from PIL import Image
 from rich.progress import track
 
 from hashing import file_hash
+from hf_binaryformer.pipelines.overlay import label_overlay
+from hf_binaryformer.pipelines.volumes import read_volume
 from leakage import LeakageReport, check_leakage
 from shards import SPLITS, write_shards
 
@@ -120,7 +121,7 @@ def write_dataset(
         if report.errors:
             fail(f"{out} would leak: remove all but one of these files from the source, or put them into one group")
         for row in rows[::qc_every] if qc_every else []:
-            write_qc(folder, row)
+            write_qc(folder, row, manifest["label_names"])
         command = shlex.join(["python", *sys.argv])
         leakage = {"warnings": report.warnings, "statistics": report.statistics}
         manifest = manifest | {"command": command, "leakage": leakage, "cases": rows}
@@ -130,14 +131,12 @@ def write_dataset(
     return manifest
 
 
-def run_all(
-    function: Callable[..., Any], *arguments: Sequence[Any], workers: int, description: str, show: bool = True
-) -> list[Any]:
+def run_all(function: Callable[..., Any], *arguments: Sequence[Any], workers: int, description: str) -> list[Any]:
     """``map`` with a progress bar, in ``workers`` processes."""
     total = len(arguments[0])
 
     def progress(results: Iterable[Any]) -> list[Any]:
-        return list(track(results, description=description, total=total, disable=not show))
+        return list(track(results, description=description, total=total))
 
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -161,42 +160,19 @@ def show_leakage(report: LeakageReport) -> None:
 
 
 def fail(message: str) -> NoReturn:
+    """End with a message."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(2)
 
 
-def write_qc(out: Path, row: dict) -> None:
-    """qc/CASE.png: sagittal, coronal and axial slice through the labels' centre; above the image, below with labels.
-
-    Without labels, the slices go through the volume's centre and both rows show the image.
-    """
-    image = np.asanyarray(nib.Nifti1Image.from_filename(out / row["image"]).dataobj).astype(np.float32)
-    labels = np.zeros(image.shape, np.uint8)
+def write_qc(out: Path, row: dict[str, Any], label_names: dict[int, str]) -> None:
+    """qc/CASE.png: three views through the labels' centre, without labels through the volume's."""
+    image = read_volume(out / row["image"])
+    labels = np.zeros(image.array.shape, np.uint8)
     if "label" in row:
-        labels = np.asanyarray(nib.Nifti1Image.from_filename(out / row["label"]).dataobj)
-    low, high = np.percentile(image, (0.5, 99.5))
-    gray = (np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255)[..., None].repeat(3, axis=-1)
-    # Golden-angle hues: neighbouring label values get colours far apart.
-    colours = np.array(
-        [
-            Image.new("HSV", (1, 1), (int(i * 97.4) % 256, 200, 255)).convert("RGB").getpixel((0, 0))
-            for i in range(int(labels.max()) + 1)
-        ]
-    )
-    overlay = np.where((labels > 0)[..., None], 0.55 * gray + 0.45 * colours[labels], gray)
-    where = np.argwhere(labels > 0)
-    centre = where.mean(axis=0).round().astype(int) if len(where) else np.array(labels.shape) // 2
-    size = max(image.shape)
-    sheet = np.zeros((2 * size, 3 * size, 3), np.uint8)
-    for line, volume in enumerate((gray, overlay)):
-        for axis in range(3):
-            # Last remaining axis upwards (superior or anterior), first one to the right.
-            panel = np.take(volume, centre[axis], axis).swapaxes(0, 1)[::-1]
-            sheet[line * size :, axis * size :][: panel.shape[0], : panel.shape[1]] = panel
-    zoom = max(1, 192 // size)
-    Image.fromarray(sheet).resize((3 * size * zoom, 2 * size * zoom), Image.Resampling.NEAREST).save(
-        out / "qc" / f"{row['case']}.png"
-    )
+        labels = read_volume(out / row["label"], labels=True).array
+    picture = label_overlay(image.array, labels, image.spacing, label_names, title=row["case"], max_width=900)
+    picture.save(out / "qc" / f"{row['case']}.png")
 
 
 def split_groups(groups: list[str], test_fraction: float, validation_fraction: float, seed: int) -> dict[str, str]:

@@ -138,21 +138,21 @@ def publish(
         results: of an evaluation, if there was one.
 
     Raises:
-        typer.Exit: the upload failed; it was said where the checkpoint is and how to push it.
+        typer.Exit: the card or the upload failed; it was said where the checkpoint is and how to push it.
     """
-    (folder / "README.md").write_text(write_words(kind, folder, repo_id, output, recipe, data, results))
     try:
+        (folder / "README.md").write_text(card_text(kind, folder, repo_id, output, recipe, data, results))
         url = push(folder, repo_id)
     # Whatever it was, hours of training end here: say where the result is.
     except Exception as error:
         command = shlex.join(["python", "scripts/publish.py", str(folder), repo_id])
-        typer.echo(f"the upload to '{repo_id}' failed ({explain(error)})", err=True)
+        typer.echo(f"publishing to '{repo_id}' failed ({explain(error)})", err=True)
         typer.echo(f"the checkpoint is safe in {folder}; push it later with: {command}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"pushed to {url}")
 
 
-def write_words(
+def card_text(
     kind: str,
     folder: Path,
     repo_id: str,

@@ -86,7 +86,7 @@ def build_task(
         sources = [[noise.astype(np.float16)]]
     count, ceiling = train["iterations"] * train["batch_size"], recipe["vqmodel"]["intensity_ceiling"]
     patches = PatchSamples(sources, recipe["data"], ceiling, train["seed"], count)
-    samples = NestedDropout(patches, train.get("nested_dropout", 0.0), model.config.num_codebooks, train["seed"])
+    samples = NestedDropout(patches, train["nested_dropout"], model.config.num_codebooks, train["seed"])
 
     def losses(network: nn.Module, pair: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         batch, kept = pair
@@ -153,6 +153,10 @@ def main(
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
+    if settings["vqae"].get("accumulation", 1) != 1 or settings["vqae"].get("ema_decay"):
+        # Codebooks follow every batch that the encoder makes: they would do so several times an iteration, or leave averaged
+        # weights behind.
+        raise typer.BadParameter("the autoencoder's codebooks need accumulation 1 and ema_decay 0")
     if dry_run:
         settings["vqae"]["quantize_after"] = 0
         return rehearse(settings["vqae"], lambda accelerator: build_task(settings, [], [], accelerator))

@@ -112,8 +112,8 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
 
     Raises:
         typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, no
-            such type of numbers, no checkpoint to keep, best weights without validation, or weights split over processes
-            (FSDP) with what needs them whole.
+            such schedule or type of numbers, no checkpoint to keep, best weights without validation, or weights split over
+            processes (FSDP) with what needs them whole.
     """
     for key, value in (DEFAULTS | ATTENTION_DEFAULTS).items():
         train.setdefault(key, value)
@@ -123,12 +123,14 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         )
     if not isinstance(getattr(torch, str(train["save_dtype"]), None), torch.dtype):
         raise typer.BadParameter(f"save_dtype is '{train['save_dtype']}', expected float32, float16 or bfloat16")
+    if train["schedule"] not in ("cosine", "step"):
+        raise typer.BadParameter(f"schedule is '{train['schedule']}', expected cosine or step")
     if train["checkpoints_kept"] < 1:
         raise typer.BadParameter(f"checkpoints_kept is {train['checkpoints_kept']}, expected at least 1")
     train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
     if isinstance(train["trackers"], str):
         train["trackers"] = [train["trackers"]]
-    installed = [tracker.value if hasattr(tracker, "value") else str(tracker) for tracker in get_available_trackers()]
+    installed = [tracker.value for tracker in get_available_trackers()]
     missing = [name for name in train["trackers"] if name not in installed]
     if missing:
         raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
@@ -251,12 +253,18 @@ def run(
         average.to(accelerator.device)
     log = Log(accelerator, output, progress)
     if train["trackers"]:
-        accelerator.init_trackers(
-            output.name, config={k: v for k, v in train.items() if isinstance(v, (int, float, str))}
-        )
+        config = {k: v for k, v in train.items() if isinstance(v, (int, float, str))}
+        # A resumed run goes on in the trackers too, which may have seen more of it than its checkpoint.
+        same = {
+            "tensorboard": {"purge_step": progress.step + 1},
+            "trackio": {"name": progress.name, "resume": "allow"},
+            "wandb": {"id": progress.name, "resume": "allow"},
+        }
+        accelerator.init_trackers(output.name, config, {k: v for k, v in same.items() if k in train["trackers"]})
 
     last = min(train["iterations"], stop_after or train["iterations"])
-    batches, records = task.batches(progress.step), []
+    batches = task.batches(progress.step)
+    sums = torch.tensor(progress.sums, device=accelerator.device) if progress.parts else None
     bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
     with Interruption() as interruption:
         while progress.step < last:
@@ -267,7 +275,9 @@ def run(
                 with nullcontext() if part + 1 == train["accumulation"] else accelerator.no_sync(model):
                     losses = task.losses(model, batch, progress.step)
                     accelerator.backward(losses["loss"] / train["accumulation"])
-                records.append(torch.stack([value.detach().float() for value in losses.values()]))
+                values = torch.stack([value.detach().float() for value in losses.values()])
+                sums = values if sums is None else sums + values
+                progress.parts += 1
             accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
             optimizer.step()
             schedule.step()
@@ -285,8 +295,9 @@ def run(
                 progress.step % train["validate_every"] == 0 or progress.step == last
             )
             if progress.step % train["log_every"] == 0 or ends or validates:
-                means = accelerator.reduce(torch.stack(records).mean(0), "mean").tolist()
-                records.clear()
+                assert sums is not None
+                means = accelerator.reduce(sums / progress.parts, "mean").tolist()
+                sums, progress.parts = None, 0
                 record = {
                     "step": progress.step,
                     **dict(zip(losses, means, strict=True)),
@@ -300,6 +311,9 @@ def run(
                 log.write(record)
             if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
                 progress.seconds = log.seconds()
+                if sums is not None:
+                    sums = accelerator.reduce(sums, "mean")
+                progress.sums = [] if sums is None else sums.tolist()
                 checkpoints.save(progress.step)
             if asked:
                 break

@@ -131,6 +131,7 @@ class Table:
     def run(self, form: str, seed: int, rate: float) -> Run:
         """The settings of a training: common ones, the scale's, the form's, those of trials, rate and seed."""
         settings = {**self.words["settings"], **self.words["scales"][self.scale], **self.forms[form]}
+        settings[f"{self.section}.iterations"] *= settings.pop("times", 1)
         if seed == self.tuning["seed"]:  # a trial
             for key in (f"{self.section}.iterations", f"{self.section}.warmup"):
                 settings[key] = math.ceil(self.tuning["share"] * settings[key])
@@ -331,7 +332,10 @@ def trained_on(folder: Path) -> str:
 def main(
     path: Annotated[Path, typer.Argument(help="The table's .yaml file.")],
     runs: Annotated[Path, typer.Option(help="Folder for data and trainings.")],
-    data: Annotated[Path | None, typer.Option(help="The folder that the table's commands call {data}.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The folder that the table's commands call {data}; records do not tell one from another."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Trainings at one time.")] = 1,
     scale: Annotated[str, typer.Option(help="One of the table's scales.")] = DEFAULT_SCALE,
     evidence: Annotated[Path, typer.Option(help="Where the table goes, in a folder of its name.")] = EVIDENCE,

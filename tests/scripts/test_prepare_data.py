@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,10 +16,9 @@ from PIL import Image
 from scipy import ndimage
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 import prepare_data
 import synth_brain
+from hf_binaryformer.pipelines.overlay import label_overlay
 from prepared_folder import write_qc
 from synth_brain import SynthSettings, read_anatomy, synthesize
 
@@ -340,26 +338,17 @@ def test_split_sizes(seed: int) -> None:
     assert splits != prepare_data.split_groups(groups, 0.24, 0.1, seed + 1)
 
 
-def test_a_quality_picture_shows_the_image_above_and_its_labels_below(tmp_path: Path) -> None:
-    """A bright box with a labelled half: sagittal, coronal, axial through the labels' centre."""
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_quality_picture_has_the_case_its_labels_and_true_proportions(tmp_path: Path, labelled: bool) -> None:
     image, labels = np.zeros((10, 12, 14), np.float32), np.zeros((10, 12, 14), np.uint8)
     image[2:8, 3:9, 4:10] = 100
-    labels[2:8, 3:9, 4:7] = 1
-    row = {"case": "one", "image": "image.nii.gz", "label": "label.nii.gz"}
+    labels[2:8, 3:9, 4:7] = labelled
+    row = {"case": "one", "image": "image.nii.gz"} | ({"label": "label.nii.gz"} if labelled else {})
     for name, array in (("image", image), ("label", labels)):
-        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.0, 4.0, 1.0])), tmp_path / f"{name}.nii.gz")
     (tmp_path / "qc").mkdir()
-    write_qc(tmp_path, row)
-    side, zoom = 14, 192 // 14
-    sheet = np.asarray(Image.open(tmp_path / "qc" / "one.png"))[zoom // 2 :: zoom, zoom // 2 :: zoom].astype(int)
-    assert sheet.shape == (2 * side, 3 * side, 3)
-    centre = (4, 6, 5)  # 4.5, 5.5, 5 to the nearest, halves to the even
-    for axis in range(3):
-        shown, marked = (np.take(a, centre[axis], axis).T[::-1] > 0 for a in (image, labels))
-        above, below = (
-            sheet[line : line + len(shown), axis * side : axis * side + shown.shape[1]] for line in (0, side)
-        )
-        np.testing.assert_array_equal(above, 255 * shown[..., None].repeat(3, -1))
-        coloured = np.ptp(below, axis=-1) > 0
-        np.testing.assert_array_equal(coloured, marked)
-        np.testing.assert_array_equal(below[~marked], above[~marked])
+    write_qc(tmp_path, row, {0: "background", 1: "half"})
+    shown = np.asarray(Image.open(tmp_path / "qc" / "one.png"))
+    expected = label_overlay(image, labels, (1.0, 1.0, 4.0), {1: "half"}, title="one", max_width=900)
+    np.testing.assert_array_equal(shown, np.asarray(expected))
+    assert (np.ptp(shown.astype(int), axis=-1).max() > 40) == labelled

@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import prepare_data
+from integrity import pair_problems
 from leakage import check_leakage
 from public_data import DATA_SETS, load_data_set
 from shards import partition
@@ -200,17 +201,19 @@ def test_all_problems_of_spider_at_once(spider: Path, tmp_path: Path) -> None:
         assert expected in result.output, expected
 
 
-def test_crossmoda_is_resampled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [".", "source_training"])
+def test_crossmoda_is_resampled(tmp_path: Path, folder: str) -> None:
     """A ramp in mm stays the ramp, the tumour stays where it was, the cochlea becomes background."""
+    raw = tmp_path / "raw" / folder
     shape, affine = (60, 50, 6), np.diag([0.3, 0.3, 1.5, 1.0])
     for shift, number in enumerate((1, 2, 17, 104)):
         i, j, k = np.indices(shape)
         image = 100 + 0.3 * i + 7 * 0.3 * j + number * k**2
         labels = np.zeros(shape, np.int16)
         labels[20:40, 10 + 2 * shift : 20 + 2 * shift, 2:4], labels[5:9, 5:9, 1] = 1, 2
-        save(image.astype(np.float32), affine, tmp_path / "raw" / f"crossmoda_{number}_ceT1.nii.gz")
-        save(labels, affine, tmp_path / "raw" / f"crossmoda_{number}_Label.nii.gz")
-        save(image.astype(np.float32), affine, tmp_path / "raw" / f"crossmoda_{number}_hrT2.nii.gz")
+        save(image.astype(np.float32), affine, raw / f"crossmoda_{number}_ceT1.nii.gz")
+        save(labels, affine, raw / f"crossmoda_{number}_Label.nii.gz")
+        save(image.astype(np.float32), affine, raw / f"crossmoda_{number}_hrT2.nii.gz")
     result = invoke("crossmoda", "--source", tmp_path / "raw", "--out", tmp_path / "new")
     assert result.exit_code == 0, result.output
     manifest = check_manifest(tmp_path / "new")
@@ -229,6 +232,18 @@ def test_crossmoda_is_resampled(tmp_path: Path) -> None:
     found = image.get_fdata().ravel()
     np.testing.assert_allclose(found[inner], (100 + x + 7 * y + (z / 1.5) ** 2)[inner], atol=1e-3)
     assert found[(x < -1) | (x > 19)].max() == found.min(), "padding is as dark as the darkest voxel"
+
+
+def test_a_bad_affine_hides_no_other_problem(tmp_path: Path) -> None:
+    save(np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.eye(4), tmp_path / "image.nii")
+    content = bytearray((tmp_path / "image.nii").read_bytes())
+    content[280:328] = bytes(48)  # srow_x, srow_y, srow_z
+    (tmp_path / "image.nii").write_bytes(content)
+    save(np.full((2, 3, 5), 77, np.int16), np.eye(4), tmp_path / "label.nii")
+    found = pair_problems(tmp_path / "image.nii", tmp_path / "label.nii", [0, 1], tmp_path)
+    assert len(found) == 3, found
+    for problem, expected in zip(found, ("spans no volume", "label values [77]", "image shape"), strict=True):
+        assert expected in problem
 
 
 def test_one_image_under_two_patients_leaks(amos: Path, tmp_path: Path) -> None:

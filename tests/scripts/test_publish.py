@@ -201,7 +201,7 @@ def test_when_the_upload_fails_the_checkpoint_is_safe_and_can_be_pushed_later(
         finetune.main(str(recipe), data, Path("run"), evaluate="none", push_to_hub="tester/toy")
     assert stop.value.exit_code == 1
     said = capsys.readouterr().err
-    assert "the upload to 'tester/toy' failed (HfHubHTTPError" in said and "500" in said
+    assert "publishing to 'tester/toy' failed (HfHubHTTPError" in said and "500" in said
     assert (
         "the checkpoint is safe in run/model; push it later with: python scripts/publish.py run/model tester/toy"
         in said
@@ -212,6 +212,13 @@ def test_when_the_upload_fails_the_checkpoint_is_safe_and_can_be_pushed_later(
     names = {"config.json", "model.safetensors", "preprocessor_config.json"}
     card = check_repository(hub.repositories["tester/toy"], folder, names, tmp_path)
     assert "has not been evaluated" in card.text and not card.data.eval_results
+
+
+def test_when_the_card_cannot_be_written_the_checkpoint_is_safe(tmp_path, capsys):
+    with pytest.raises(typer.Exit):
+        publish.publish("segmentation", tmp_path, "tester/toy", tmp_path / "run", "toy", [])
+    said = capsys.readouterr().err
+    assert "publishing to 'tester/toy' failed (FileNotFoundError" in said and f"is safe in {tmp_path};" in said
 
 
 @pytest.mark.parametrize("name", ["toy", "a/b/c", "tester/a name", "tester/-toy", "tester/", "/toy", ""])

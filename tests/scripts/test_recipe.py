@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 import yaml
 
 from finetune import build_model
+from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from recipe import PIXEL_RECIPES, RECIPES, VQ_RECIPES, keep_recipe, load_recipe, parse
 
 ALL = [(folder, path.stem) for folder in (RECIPES, PIXEL_RECIPES, VQ_RECIPES) for path in sorted(folder.glob("*.yaml"))]
@@ -31,6 +33,13 @@ def test_every_recipe_has_only_what_there_is(folder, name):
 def test_a_network_wants_the_spacing_that_its_data_was_brought_to(recipe, data_set):
     prepared = yaml.safe_load((RECIPES.parent / "data_sets" / f"{data_set}.yaml").read_text())["spacing"]
     assert load_recipe(recipe, [])["processor"]["spacing"] == prepared
+
+
+def test_padding_to_the_prepared_size_does_not_change_how_a_scan_is_scaled():
+    processor = BinaryFormerImageProcessor(**load_recipe("amos", [])["processor"])
+    raw = np.random.default_rng(0).gamma(2.0, 100.0, (21, 26, 5)).astype(np.float32)
+    padded = np.pad(raw, ((5, 6), (3, 3), (0, 0)), constant_values=raw.min())
+    np.testing.assert_array_equal(processor.scale_volume(padded)[5:26, 3:29], processor.scale_volume(raw))
 
 
 @pytest.mark.parametrize(

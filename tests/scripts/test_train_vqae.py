@@ -248,6 +248,9 @@ def test_wrong_options_say_what_is_expected(recipe, prepared, tmp_path):
     settings = yaml.safe_load(recipe.read_text())
     with pytest.raises(typer.BadParameter, match=r"3 --data, but data\.sources in the recipe has 2"):
         train_vqae.load_sources(settings, [prepared] * 3, "train", show=False)
+    for override in ("vqae.accumulation=2", "vqae.ema_decay=0.9"):
+        with pytest.raises(typer.BadParameter, match="codebooks need accumulation 1 and ema_decay 0"):
+            train_vqae.main("brain-small", overrides=[override])
     with pytest.raises(typer.BadParameter, match="known are brain-small, oasis"):
         load_recipe("nothing", [], VQ_RECIPES)
     with pytest.raises(typer.BadParameter, match="must be divisible"):

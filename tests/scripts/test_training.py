@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,30 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, harm):
     with pytest.warns(UserWarning, match=r"step_00000006 is damaged \(.*(model|files\.json).*taking the one before"):
         resumed = train(tmp_path / "cut", resume=True)
     assert torch.equal(resumed, whole)
+
+
+def test_what_is_saved_after_a_damaged_checkpoint_stays(tmp_path):
+    train(tmp_path, stop_after=6, checkpoints_kept=3)
+    (newest(tmp_path) / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match="step_00000006 is damaged"):
+        train(tmp_path, resume=True, stop_after=5, checkpoints_kept=1)
+    (left,) = checkpoints_of(tmp_path)
+    assert left.name == "step_00000005" and not find_damage(left)
+
+
+def test_a_resumed_log_has_the_means_of_the_uninterrupted_one(tmp_path):
+    overrides = {"log_every": 4, "checkpoint_every": 3}
+    train(tmp_path / "whole", **overrides)
+
+    def stop(step):
+        if step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", on_step=stop, **overrides)
+    train(tmp_path / "cut", resume=True, **overrides)
+    assert log(tmp_path / "cut", "step") == log(tmp_path / "whole", "step") == [4, 8]
+    assert log(tmp_path / "cut", "loss") == log(tmp_path / "whole", "loss")
 
 
 def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
@@ -271,6 +296,8 @@ def test_unknown_names_are_refused(tmp_path):
         train(tmp_path, trackers=["nonsense"])
     with pytest.raises(typer.BadParameter, match="save_dtype is 'half16', expected float32"):
         train(tmp_path, save_dtype="half16")
+    with pytest.raises(typer.BadParameter, match="schedule is 'cosin', expected cosine or step"):
+        train(tmp_path, schedule="cosin")
     with pytest.raises(typer.BadParameter, match="checkpoints_kept is 0, expected at least 1"):
         train(tmp_path, checkpoints_kept=0)
 
@@ -281,6 +308,14 @@ def test_trackers_get_the_records(tmp_path, trackers):
     events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
     drawn = {event.step: event.value for event in events.Scalars("loss")}
     assert [drawn[step] for step in log(tmp_path, "step")] == pytest.approx(log(tmp_path, "loss"))
+
+
+def test_a_resumed_run_does_not_give_a_tracker_a_step_twice(tmp_path):
+    train(tmp_path, trackers=["tensorboard"], stop_after=6)
+    shutil.rmtree(newest(tmp_path))
+    train(tmp_path, trackers=["tensorboard"], resume=True)
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [*range(1, 9)]
 
 
 @pytest.mark.parametrize(
