@@ -8,27 +8,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from run_log import read_log
 from training import Task, run, start
 
 # The first step also sets things up: the second one's time is what a step costs.
 STEPS = 2
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        "--dry_run",
-        help="Train two steps on random data of the recipe's size, print what a step costs, save nothing; needs no data.",
-    ),
-]
-DATA_NEEDED = "--data and --output are needed, except with --dry-run"
 
 
 class RandomSamples(Dataset):
@@ -74,7 +65,7 @@ def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> Non
         run(task, train, accelerator, folder, resume=False, stop_after=None)
         if not accelerator.is_main_process:
             return
-        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        records = read_log(folder / "log.jsonl")
     on_gpu = accelerator.device.type == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
     whole = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data_folder import SPLITS
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
-from patches import SPLITS, image_paths, load_scaled
+from options import Overrides
+from patches import image_paths, load_scaled
 from recipe import VQ_RECIPES, load_recipe
 
 
@@ -56,7 +58,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of prepare_data.py, or of NIfTI files.")],
     output: Annotated[Path, typer.Option(help="Folder for the token files.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Encode every split."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")

@@ -13,9 +13,9 @@ from rich.table import Table
 from scipy.ndimage import zoom
 
 import hf_binaryformer as bf
+from data_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, score_labels, summarize
-from hf_binaryformer.pipelines.volumes import Volume, read_volume
-from slices import Case, PreparedFolder, read_label_array
+from hf_binaryformer.pipelines.volumes import Volume
 
 
 class PriorAtlas:
@@ -25,11 +25,11 @@ class PriorAtlas:
     """
 
     def __init__(self, cases: list[Case], labels: list[int]) -> None:
-        shapes = [read_label_array(case.label).shape for case in cases]
+        shapes = [read_labels(case).array.shape for case in cases]
         shape = np.mean(shapes, axis=0).round().astype(int)
         votes = np.zeros((max(labels) + 1, *shape), dtype=np.uint16)
         for case in cases:
-            resized = resize_nearest(read_label_array(case.label), shape)
+            resized = resize_nearest(read_labels(case).array, shape)
             for label in [0, *labels]:
                 votes[label] += resized == label
         self.majority = votes.argmax(0)
@@ -48,7 +48,7 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     """Segment every volume of a split, print a table, and return the figures.
 
     Returns:
-        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) what :func:`summarise` gives; under
+        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) what :func:`figures_of` gives; under
         ``cases`` the network's Dice of each label of each volume.
     """
     pipeline = bf.VolumeSegmentationPipeline.from_pretrained(str(model_folder))
@@ -57,12 +57,12 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     rows: dict[str, list[list[LabelScore]]] = {"network": []}
     cases = folder.split(split)
     for case in cases:
-        truth = read_truth(case)
+        truth = read_labels(case)
         rows["network"].append(network_scores(pipeline, case, truth, folder.label_names))
         if atlas is not None:
             guess = atlas.predict(truth.array.shape)
             rows.setdefault("prior atlas", []).append(scores(guess, truth, folder.label_names))
-    summary = {name: summarise(found) for name, found in rows.items()}
+    summary = {name: figures_of(found) for name, found in rows.items()}
     print_table(summary, f"Dice, {len(cases)} volumes of split '{split}'")
     return {
         "split": split,
@@ -82,19 +82,8 @@ def validation_figures(
 ) -> dict[str, float]:
     """Dice, NSD and HD95 (mm), means over labels and the first volumes of the validation split (None: all)."""
     cases = folder.split("validation")[:volumes]
-    mean = summarize([network_scores(pipeline, case, read_truth(case), folder.label_names) for case in cases])[-1]
+    mean = summarize([network_scores(pipeline, case, read_labels(case), folder.label_names) for case in cases])[-1]
     return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
-
-
-def read_truth(case: Case) -> Volume:
-    """The labels of a case.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if case.label is None:
-        raise ValueError(f"{case.name} has no labels to compare with: prepare the data from a source with labels")
-    return read_volume(case.label, labels=True)
 
 
 def network_scores(
@@ -110,7 +99,7 @@ def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[Labe
     return score_labels(found, truth.array, truth.spacing, label_names=names)
 
 
-def summarise(cases: list[list[LabelScore]]) -> dict[str, Any]:
+def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
     """Of one method: under ``labels`` for each label ``mean`` and ``sd`` of Dice over volumes, how many were NaN and are left
     out (``nan``), and the means ``nsd`` and ``hd95`` (mm); beside it their means over labels. None where all are NaN.
     """

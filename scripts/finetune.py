@@ -24,13 +24,16 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.data import Dataset
 
 import hf_binaryformer as bf
-from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
+from data_folder import PreparedFolder
+from dry_run import RandomSamples, rehearse
 from evaluation import evaluate_split, validation_figures
 from hf_binaryformer.pipelines.metrics import METRICS
-from publish import PUSH_NAMES, check_target, publish
+from options import DATA_NEEDED, DryRun, Output, Overrides, Private, PushToHub, Resume, StopAfter
+from publish import check_target, publish
 from recipe import keep_recipe, load_recipe
-from slices import PreparedFolder, SliceSamples
-from training import Task, build_optimizer, load_batches, run, start, write_summary
+from run_log import save_model, write_summary
+from slices import SliceSamples
+from training import Task, build_optimizer, load_batches, run, start
 
 
 def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[Any, Any]:
@@ -124,16 +127,14 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes, or the path of a .yaml file.")],
     data: Annotated[Path | None, typer.Option(help="Folder written by prepare_data.py.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
+    output: Output = None,
+    resume: Resume = False,
     evaluate: Annotated[str, typer.Option(help="Split to segment at the end: validation, test or none.")] = "test",
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
+    stop_after: StopAfter = None,
     dry_run: DryRun = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets model, processor and card.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    overrides: Overrides = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [])
@@ -159,10 +160,7 @@ def main(
     if not accelerator.is_main_process:
         return
     model = task.model.eval()
-    dtype = getattr(torch, settings["train"]["save_dtype"])
-    # Half-precision files still load as float32: the configuration keeps the type that the network computes in.
-    rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in model.state_dict().items()}
-    model.save_pretrained(output / "model", state_dict=rounded)
+    save_model(model, output / "model", settings["train"]["save_dtype"])
     processor.save_pretrained(output / "model")
     write_summary(settings, "train", output, accelerator.device)
     results = None

@@ -24,7 +24,7 @@ import yaml
 from hashing import file_hash
 from integrity import check_decathlon
 from leakage import check_leakage
-from prepared_folder import Case, fail, show_leakage, split_groups, write_case, write_dataset
+from prepared_folder import NewCase, fail, show_leakage, split_groups, write_case, write_dataset
 from public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from synth_brain import LABEL_NAMES, SynthSettings, read_anatomy, synthesize
 
@@ -50,7 +50,7 @@ class GroupRule(StrEnum):
     pairs = "pairs"
 
 
-def build_brain(out: Path, case: Case) -> dict:
+def build_brain(out: Path, case: NewCase) -> dict:
     """Synthesise one case; runs in a worker process."""
     torch.set_num_threads(1)  # one process per core is faster than threads inside each volume
     path, seed, contrast, skull, mild, settings = case.inputs
@@ -106,7 +106,7 @@ def synth_brain(
                 with_skull = skull is Skull.with_ or (skull is Skull.both and variant % 2 == 0)
                 kind = contrast.value if split == "train" else "t1"
                 inputs = (paths[number], (seed, number, variant), kind, with_skull, split != "train", settings)
-                cases.append(Case(f"brain_{number:02d}_{variant:02d}", f"anatomy_{number:02d}", split, inputs))
+                cases.append(NewCase(f"brain_{number:02d}_{variant:02d}", f"anatomy_{number:02d}", split, inputs))
     manifest = {
         "name": "synth-brain",
         "source": "images synthesised from the label maps of the SynthSeg project (Billot et al., 2023)",
@@ -130,7 +130,7 @@ def group_of(path: Path, rule: GroupRule) -> str:
     return f"pair_{(int(number[1]) + 1) // 2:04d}"
 
 
-def build_decathlon(out: Path, case: Case) -> dict:
+def build_decathlon(out: Path, case: NewCase) -> dict:
     """Copy one case to RAS order; voxel values stay as they are."""
     image_path, label_path = case.inputs
     image, label = (nib.as_closest_canonical(nib.Nifti1Image.from_filename(path)) for path in (image_path, label_path))
@@ -175,7 +175,7 @@ def hippocampus(
         fail(str(error))
     splits = split_groups(groups, test_fraction, validation_fraction, seed)
     cases = [
-        Case(path.name.removesuffix(".nii.gz"), group, splits[group], (path, source / "labelsTr" / path.name))
+        NewCase(path.name.removesuffix(".nii.gz"), group, splits[group], (path, source / "labelsTr" / path.name))
         for path, group in zip(images, groups, strict=False)
     ]
     spacings = np.array([nib.affines.voxel_sizes(nib.Nifti1Image.from_filename(path).affine) for path in images])

@@ -25,18 +25,19 @@ import numpy as np
 import typer
 from rich.progress import track
 
+from data_folder import SPLITS
 from hashing import file_hash
 from hf_binaryformer.pipelines.overlay import label_overlay
 from hf_binaryformer.pipelines.volumes import read_volume
 from leakage import LeakageReport, check_leakage
-from shards import SPLITS, write_shards
+from shards import write_shards
 
 # So many warnings are printed; the manifest has them all.
 SHOWN_WARNINGS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class NewCase:
     """One row of the manifest before its files exist; `inputs` is what its builder needs."""
 
     case: str
@@ -45,7 +46,7 @@ class Case:
     inputs: tuple[Any, ...]
 
 
-def write_case(out: Path, case: Case, image: nib.Nifti1Image, labels: nib.Nifti1Image | None, drawn: dict) -> dict:
+def write_case(out: Path, case: NewCase, image: nib.Nifti1Image, labels: nib.Nifti1Image | None, drawn: dict) -> dict:
     """Save the volumes and return the manifest's row, which has no key "label" where there are no labels."""
     row: dict[str, Any] = {"case": case.case, "group": case.group, "split": case.split}
     for kind, volume in (("image", image), ("label", labels)):
@@ -84,8 +85,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def write_dataset(
     out: Path,
-    cases: list[Case],
-    build: Callable[[Path, Case], dict],
+    cases: list[NewCase],
+    build: Callable[[Path, NewCase], dict],
     manifest: dict,
     workers: int,
     qc_every: int,

@@ -24,7 +24,7 @@ from hashing import file_hash
 from hf_binaryformer.pipelines.grids import affine_spacing, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 from integrity import pair_problems, raise_problems
-from prepared_folder import Case, run_all, split_groups, write_case, write_dataset
+from prepared_folder import NewCase, run_all, split_groups, write_case, write_dataset
 
 DATA_SETS = Path(__file__).parent / "data_sets"
 
@@ -139,7 +139,7 @@ def find_files(source: Path, template: str, data_set: DataSet) -> dict[tuple[str
     return found
 
 
-def find_cases(source: Path, data_set: DataSet, workers: int, seed: int) -> list[Case]:
+def find_cases(source: Path, data_set: DataSet, workers: int, seed: int) -> list[NewCase]:
     """Cases of a public layout, checked and split by patient.
 
     Raises:
@@ -171,7 +171,7 @@ def find_cases(source: Path, data_set: DataSet, workers: int, seed: int) -> list
     groups = [f"patient_{int(key[position]):04d}" for key in images]
     splits = split_groups(groups, data_set.test_fraction, data_set.validation_fraction, seed)
     return [
-        Case(name, group, splits[group], (image, label, data_set, source))
+        NewCase(name, group, splits[group], (image, label, data_set, source))
         for name, group, (image, label) in zip(names, groups, pairs, strict=True)
     ]
 
@@ -211,7 +211,7 @@ def whole_numbers(array: np.ndarray) -> np.ndarray:
     return array.astype(np.int16) if fits else array
 
 
-def build_public(out: Path, case: Case) -> dict:
+def build_public(out: Path, case: NewCase) -> dict:
     """Bring one case to RAS order and the data set's grid; runs in a worker process.
 
     Intensities are resampled, but not scaled: that is done by percentiles, once, when training loads the volume. The row's

@@ -23,8 +23,6 @@ from cards import CARDS, render_card
 from hf_binaryformer import __version__
 from recipe import KEPT
 
-# The option of the training scripts.
-PUSH_NAMES = ("--push-to-hub", "--push_to_hub")
 # Nothing else of a folder is uploaded; within folders too.
 PUBLISHED = ("README.md", "*.json", "*.safetensors")
 UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}

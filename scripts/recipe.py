@@ -34,7 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint_every": 1000,  # iterations, in the end and when interrupted; None: never
     "checkpoints_kept": 2,
     "workers": 0,
-    "epsilon": 1e-8,  # of AdamW
+    "betas": [0.9, 0.999],  # of AdamW ...
+    "epsilon": 1e-8,  # ... and what is added to its denominator
     "decay_factor": 0.98,  # of the rate in the schedule "step" ...
     "decay_every": 12,  # ... iterations
     "save_dtype": "float32",  # of the weights that are saved in the end
@@ -68,7 +69,7 @@ KEPT = "recipe.yaml"
 
 
 def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
-    """A recipe by name or path, with ``section.key=value`` overrides (values as YAML).
+    """A recipe by name or path, with ``section.key=value`` overrides (values as YAML) and the defaults of trainings.
 
     A file with ``like: other`` takes from that recipe, in its folder, what it does not say itself.
 
@@ -105,7 +106,7 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
             known = ", ".join(sorted(known_fields(section, recipe[section])))
             raise typer.BadParameter(f"--set {override}: {section} has no setting '{field}'; it has {known}")
         recipe[section][field] = parse(value)
-    return recipe
+    return with_defaults(recipe)
 
 
 def known_fields(section: str, given: dict[str, Any]) -> set[str]:
@@ -142,7 +143,7 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
     if not resume:
         refuse_other_run(output)
     elif path.is_file():
-        began, now = (with_defaults(yaml.safe_load(text)) for text in (path.read_text(), yaml.safe_dump(recipe)))
+        began, now = (yaml.safe_load(text) for text in (path.read_text(), yaml.safe_dump(recipe)))
         changed = [
             f"{section}.{field} (was {began.get(section, {}).get(field)}, is now {now.get(section, {}).get(field)})"
             for section in {**began, **now}
@@ -159,5 +160,5 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe in which nothing is left unsaid, such as what a former release did not know."""
+    """A recipe whose trainings leave nothing unsaid."""
     return {section: TRAININGS.get(section, {}) | fields for section, fields in recipe.items()}

@@ -6,80 +6,18 @@ the samples that an uninterrupted single process would have seen.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import monai.transforms as mt
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_folder import Case, read_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
-
-
-@dataclass(frozen=True)
-class Case:
-    """One volume of a prepared folder."""
-
-    name: str
-    group: str
-    split: str
-    image: Path
-    # None in a folder of images alone, which the autoencoder's scripts take.
-    label: Path | None
-
-
-class PreparedFolder:
-    """What ``prepare_data.py`` wrote: the manifest's cases and label names."""
-
-    def __init__(self, folder: Path) -> None:
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise FileNotFoundError(f"{folder} has no manifest.json: write it with scripts/prepare_data.py")
-        self.manifest = json.loads(manifest.read_text())
-        self.label_names = {int(k): str(v) for k, v in self.manifest["label_names"].items()}
-        self.cases = [
-            Case(
-                c["case"],
-                str(c["group"]),
-                c["split"],
-                folder / c["image"],
-                folder / c["label"] if "label" in c else None,
-            )
-            for c in self.manifest["cases"]
-        ]
-
-    def split(self, name: str) -> list[Case]:
-        """Cases of "train", "validation" or "test".
-
-        Raises:
-            ValueError: a group of the split also stands in another one.
-        """
-        chosen = [case for case in self.cases if case.split == name]
-        elsewhere = {case.group for case in self.cases if case.split != name}
-        leaked = sorted({case.group for case in chosen} & elsewhere)
-        if leaked:
-            raise ValueError(
-                f"groups {', '.join(leaked[:5])} of split '{name}' stand in other splits too: prepare the data anew"
-            )
-        return chosen
-
-
-def read_label_array(path: Path | None) -> np.ndarray:
-    """Labels (I, J, K) int64 in RAS order.
-
-    Raises:
-        ValueError: the case has none.
-    """
-    if path is None:
-        raise ValueError("the folder holds images without labels: prepare it from a source with labels")
-    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.int64)
 
 
 class SliceSamples(Dataset):
@@ -101,7 +39,7 @@ class SliceSamples(Dataset):
         self.labels: list[Tensor] = []
         self.foreground: list[np.ndarray] = []
         for case in cases:
-            image, label = read_volume(case.image), read_label_array(case.label)
+            image, label = read_volume(case.image), read_labels(case).array
             scaled = processor.scale_volume(image.array)
             # As the pipeline cuts a volume, so that a slice's position means the same here and there.
             box = foreground_box(scaled, image.spacing)

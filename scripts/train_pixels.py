@@ -22,11 +22,13 @@ from torch.utils.data import Dataset
 from transformers import ViTImageProcessor
 
 import hf_binaryformer as bf
-from dry_run import DATA_NEEDED, DryRun, RandomSamples, rehearse
+from dry_run import RandomSamples, rehearse
+from options import DATA_NEEDED, DryRun, Output, Overrides, Private, PushToHub, Resume, StopAfter
 from pixels import PixelSamples, load_splits, scale
-from publish import PUSH_NAMES, check_target, publish
+from publish import check_target, publish
 from recipe import PIXEL_RECIPES, keep_recipe, load_recipe
-from training import Task, build_optimizer, load_batches, run, start, write_summary
+from run_log import save_model, write_summary
+from training import Task, build_optimizer, load_batches, run, start
 
 
 @torch.no_grad()
@@ -91,16 +93,14 @@ def main(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the published files of MNIST, Fashion-MNIST or CIFAR-10.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
+    output: Output = None,
+    resume: Resume = False,
     evaluate: Annotated[str, typer.Option(help="Split to classify at the end: validation, test or none.")] = "test",
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
+    stop_after: StopAfter = None,
     dry_run: DryRun = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets model, processor and card.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    overrides: Overrides = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], PIXEL_RECIPES)
@@ -119,14 +119,13 @@ def main(
     run(task, settings["train"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
-    dtype = getattr(torch, settings["train"]["save_dtype"])
-    rounded = {key: t.to(dtype) if t.is_floating_point() else t for key, t in task.model.eval().state_dict().items()}
-    task.model.save_pretrained(output / "model", state_dict=rounded)
-    build_processor(settings["data"], task.model.config.num_channels).save_pretrained(output / "model")
+    model = task.model.eval()
+    save_model(model, output / "model", settings["train"]["save_dtype"])
+    build_processor(settings["data"], model.config.num_channels).save_pretrained(output / "model")
     write_summary(settings, "train", output, accelerator.device)
     results = None
     if evaluate != "none":
-        figure = accuracy(task.model, *splits[evaluate], settings, accelerator)
+        figure = accuracy(model, *splits[evaluate], settings, accelerator)
         results = {"split": evaluate, "images": len(splits[evaluate][0]), "accuracy": round(figure, 4)}
         (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(json.dumps(results))

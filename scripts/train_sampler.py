@@ -20,14 +20,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dry_run import DATA_NEEDED, DryRun, rehearse
+from dry_run import rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
-from publish import PUSH_NAMES, check_target, publish
+from options import DATA_NEEDED, DryRun, Output, Overrides, Private, PushToHub, Resume, StopAfter
+from publish import check_target, publish
 from recipe import VQ_RECIPES, keep_recipe, load_recipe
-from training import SEED_STRIDE, Task, build_optimizer, run, start, write_summary
+from run_log import write_summary
+from training import SEED_STRIDE, Task, build_optimizer, run, start
 
 
 def load_tokens(folder: Path, split: str, transformer: BinaryVQTransformer3DModel) -> Tensor:
@@ -178,22 +180,16 @@ def load_autoencoder(name: str, transformer: BinaryVQTransformer3DModel) -> Bina
 def main(
     recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/vq, or the path of a .yaml file.")],
     tokens: Annotated[Path | None, typer.Option(help="Folder written by encode_tokens.py.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, transformer and scheduler go.")] = None,
+    output: Output = None,
     vqmodel: Annotated[
         str | None, typer.Option(help="Autoencoder, to save all as one checkpoint: output/pipeline.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
+    resume: Resume = False,
+    stop_after: StopAfter = None,
     dry_run: DryRun = False,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option(
-            *PUSH_NAMES,
-            help="namespace/name on the Hub that gets the transformer, or with --vqmodel the whole pipeline, and its card.",
-        ),
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    overrides: Overrides = None,
 ) -> None:
     """Train and save."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")

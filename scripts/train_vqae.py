@@ -19,14 +19,16 @@ import typer
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dry_run import DATA_NEEDED, DryRun, rehearse
+from dry_run import rehearse
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
+from options import DATA_NEEDED, DryRun, Output, Overrides, Private, PushToHub, Resume, StopAfter
 from patches import NestedDropout, PatchSamples, image_paths, load_all
-from publish import PUSH_NAMES, check_target, publish
+from publish import check_target, publish
 from recipe import VQ_RECIPES, keep_recipe, load_recipe
-from training import Task, load_batches, run, start, write_summary
+from run_log import write_summary
+from training import Task, build_optimizer, load_batches, run, start
 
 
 def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: bool) -> list[list[np.ndarray]]:
@@ -72,13 +74,6 @@ def build_task(
         # Untrained weights, as large as the paper's, serve a dry run.
         kind = train["perceptual_loss"] if folders else untrained_slice_loss()
         perceptual = PerceptualLoss(kind).to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        train["learning_rate"],
-        weight_decay=train["weight_decay"],
-        betas=train["betas"],
-        eps=train["epsilon"],
-    )
     if folders:
         sources = load_sources(recipe, folders, "train", accelerator.is_main_process)
     else:
@@ -112,7 +107,7 @@ def build_task(
 
     return Task(
         model,
-        optimizer,
+        build_optimizer(model, train),
         batches=lambda first: load_batches(samples, train, accelerator, first),
         losses=losses,
         measures=measures,
@@ -141,19 +136,17 @@ def main(
     data: Annotated[
         list[Path] | None, typer.Option(help="Folder of prepare_data.py or of NIfTI files; may be repeated.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
-    stop_after: Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")] = None,
+    output: Output = None,
+    resume: Resume = False,
+    stop_after: StopAfter = None,
     dry_run: DryRun = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(*PUSH_NAMES, help="namespace/name on the Hub that gets the autoencoder and its card.")
-    ] = None,
-    private: Annotated[bool, typer.Option(help="Create that repository as a private one.")] = False,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    overrides: Overrides = None,
 ) -> None:
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
-    if settings["vqae"].get("accumulation", 1) != 1 or settings["vqae"].get("ema_decay"):
+    if settings["vqae"]["accumulation"] != 1 or settings["vqae"]["ema_decay"]:
         # Codebooks follow every batch that the encoder makes: they would do so several times an iteration, or leave averaged
         # weights behind.
         raise typer.BadParameter("the autoencoder's codebooks need accumulation 1 and ema_decay 0")

@@ -1,4 +1,4 @@
-"""The training loop of every script, and what belongs to it: the learning rate's course, the optimizer, the log.
+"""The training loop of every script, and what belongs to it: the learning rate's course, the optimizer, the batches.
 
 A script says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
 resuming, trackers and interruptions are here.
@@ -7,13 +7,11 @@ resuming, trackers and interruptions are here.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from tqdm.auto import tqdm
 
 from checkpoints import Checkpoints, Interruption, Progress, refuse_other_run
 from hf_binaryformer.modeling.attention import attention_modules
-from recipe import ATTENTION_DEFAULTS, DEFAULTS
+from run_log import Log
 
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
@@ -57,8 +55,7 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
 
     With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
     """
-    train = DEFAULTS | ATTENTION_DEFAULTS | train
-    frozen = train["freeze_query_key"]
+    frozen = train.get("freeze_query_key")  # which a network without attention does not have
     if frozen:
         for attention in attention_modules(model):
             for parameter in attention.qkv.parameters():
@@ -73,7 +70,7 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
         groups.setdefault((scale, decay), []).append(parameter)
     rate = train["learning_rate"]
     per_group = [{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()]
-    return torch.optim.AdamW(per_group, eps=train["epsilon"])
+    return torch.optim.AdamW(per_group, betas=train["betas"], eps=train["epsilon"])
 
 
 def _without_rows(gradient: Tensor, rows: int) -> Tensor:
@@ -108,15 +105,17 @@ class Task:
 
 
 def start(train: dict[str, Any], output: Path | None) -> Accelerator:
-    """Fill in a recipe's defaults, seed, and set up Accelerate.
+    """Check a training's settings, seed, and set up Accelerate.
+
+    Args:
+        train: the recipe's section, with its defaults; names of trackers become a list, and a type of numbers a word.
+        output: folder of the run; None: there is none.
 
     Raises:
         typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, no
             such schedule or type of numbers, no checkpoint to keep, best weights without validation, or weights split over
             processes (FSDP) with what needs them whole.
     """
-    for key, value in (DEFAULTS | ATTENTION_DEFAULTS).items():
-        train.setdefault(key, value)
     if train["best_by"] and not train["validate_every"]:
         raise typer.BadParameter(
             f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
@@ -138,7 +137,7 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
     )
     split = accelerator.distributed_type == DistributedType.FSDP
-    if split and (train["ema_decay"] or train["validate_every"] or train["freeze_query_key"]):
+    if split and (train["ema_decay"] or train["validate_every"] or train.get("freeze_query_key")):
         raise typer.BadParameter(
             "with FSDP no process has all weights: set ema_decay to 0, validate_every to null and freeze_query_key to false"
         )
@@ -168,43 +167,6 @@ def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerat
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal: the one that trains has to end first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Log:
-    """``output/log.jsonl``, one record a line, and the trackers."""
-
-    def __init__(self, accelerator: Accelerator, output: Path, progress: Progress) -> None:
-        self._accelerator, self._path, first = accelerator, output / "log.jsonl", progress.step
-        self._started = time.perf_counter() - progress.seconds
-        if accelerator.is_main_process:
-            output.mkdir(parents=True, exist_ok=True)
-            # A run that was killed has logged more than its checkpoint knows.
-            known = read_log(self._path) if self._path.is_file() and first else []
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in known if record["step"] <= first))
-            os.replace(partial, self._path)
-
-    def seconds(self) -> float:
-        """Of training so far, in former starts too, as far as their checkpoints go."""
-        return time.perf_counter() - self._started
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Add a record with the seconds of training so far."""
-        record["seconds"] = round(self.seconds(), 3)
-        if self._accelerator.is_main_process:
-            with self._path.open("a") as log:
-                finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-                log.write(json.dumps(finite) + "\n")
-        self._accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that was cut short, as by a full disk, is none."""
-    records = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 def run(
@@ -375,12 +337,3 @@ def validate(
             average.restore(task.model.parameters())
     accelerator.wait_for_everyone()
     return figures
-
-
-def write_summary(recipe: dict[str, Any], section: str, output: Path, device: torch.device) -> None:
-    """What a card says of the run, in ``output/training.json``: the last record, settings, device and torch's version."""
-    last = read_log(output / "log.jsonl")[-1]
-    chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
-    where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-    summary = {"iterations": last.pop("step"), **last, **chosen, **where, "torch": torch.__version__}
-    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")

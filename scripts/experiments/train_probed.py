@@ -23,9 +23,11 @@ from torch import Tensor
 from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from options import Overrides, Resume
 from recipe import VQ_RECIPES, keep_recipe, load_recipe
+from run_log import write_summary
 from train_sampler import build_task, load_tokens
-from training import run, start, write_summary
+from training import run, start
 
 
 def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +119,9 @@ def main(
     recipe: Annotated[str, typer.Option(help="As for train_sampler.py.")],
     tokens: Annotated[Path, typer.Option(help="Folder written by encode_tokens.py.")],
     output: Annotated[Path, typer.Option(help="Where checkpoints, log and probe.json go.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")] = False,
+    resume: Resume = False,
     probed: Annotated[int, typer.Option(min=1, help="Samples of the fixed batch.")] = 16,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="section.key=value")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Train and watch."""
     settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")

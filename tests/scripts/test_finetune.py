@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import finetune
 import hf_binaryformer as bf
-from evaluation import PriorAtlas, evaluate_split, read_truth, scores, summarise
+from data_folder import Case, PreparedFolder, read_labels
+from evaluation import PriorAtlas, evaluate_split, figures_of, scores
 from recipe import load_recipe
-from slices import Case, PreparedFolder, SliceSamples
+from slices import SliceSamples
 from training import build_optimizer, rate_factor
 
 ROOT = Path(__file__).parent.parent.parent
@@ -189,7 +190,7 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     nib.save(nib.Nifti1Image(truth, np.diag([2.0, 1, 1, 1])), tmp_path / "label.nii.gz")
     case = Case("one", "one", "test", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
     names = {0: "background", 1: "cube", 2: "nothing"}
-    found = summarise([scores(guess, read_truth(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
+    found = figures_of([scores(guess, read_labels(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
     cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
     assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
     assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0

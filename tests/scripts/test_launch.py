@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 import training
+from recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = sorted((ROOT / "scripts" / "launch").glob("*.yaml"))
@@ -143,7 +144,7 @@ def test_split_weights_refuse_what_needs_them_whole(toy, tmp_path, monkeypatch):
             self.distributed_type, self.num_processes = DistributedType.FSDP, 2
 
     monkeypatch.setattr(training, "Accelerator", Split)
-    train = yaml.safe_load(toy[0].read_text())["train"]
+    train = load_recipe(str(toy[0]), [])["train"]
     for change in ({"ema_decay": 0.9}, {"validate_every": 3}, {"freeze_query_key": True}):
         with pytest.raises(training.typer.BadParameter, match="no process has all weights"):
             training.start(train | change, tmp_path)

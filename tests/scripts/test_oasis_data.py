@@ -10,9 +10,9 @@ import pytest
 import yaml
 from test_public_data import check_manifest, flat, invoke, save
 
+from data_folder import PreparedFolder, read_labels
 from patches import image_paths, load_scaled
 from public_data import DATA_SETS
-from slices import PreparedFolder, read_label_array
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_oasis_without_labels_feeds_the_autoencoder(oasis: Path) -> None:
     low = np.percentile(stored, 0.5)
     high = np.percentile(stored[stored > low], 99.5)
     assert load_scaled(paths[0], vqmodel).max() == pytest.approx((stored.max() - low) / (high - low), abs=2e-3)
-    with pytest.raises(ValueError, match="without labels"):
-        read_label_array(PreparedFolder(out).split("train")[0].label)
+    with pytest.raises(ValueError, match="has no labels"):
+        read_labels(PreparedFolder(out).split("train")[0])
 
 
 def test_oasis_labels_are_all_or_none(oasis: Path) -> None:
@@ -60,7 +60,7 @@ def test_oasis_labels_are_all_or_none(oasis: Path) -> None:
     folder = PreparedFolder(oasis / "new")
     assert len(folder.label_names) == 36 and folder.label_names[14] == "left hippocampus"
     (case,) = (case for case in folder.cases if case.group == "patient_0457")
-    np.testing.assert_array_equal(read_label_array(case.label)[1:15], labels[::-1][:, 1:19])
+    np.testing.assert_array_equal(read_labels(case).array[1:15], labels[::-1][:, 1:19])
     # One label map for all subjects cannot be true.
     for other in path.parent.glob("*.nii.gz"):
         other.write_bytes(path.read_bytes())

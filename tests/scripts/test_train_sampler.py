@@ -19,6 +19,7 @@ import hf_binaryformer as bf
 import train_sampler
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from recipe import VQ_RECIPES, load_recipe
 from training import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +49,7 @@ def log(output: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_builds(path):
-    settings = yaml.safe_load(path.read_text())
+    settings = load_recipe(path.stem, [], VQ_RECIPES)
     transformer = BinaryVQTransformer3DModel(
         **settings["transformer"], train_block_sizes=settings["sampler"]["block_sizes"]
     )

@@ -245,7 +245,7 @@ def test_any_folder_of_nifti_has_a_held_out_share(tmp_path):
 
 
 def test_wrong_options_say_what_is_expected(recipe, prepared, tmp_path):
-    settings = yaml.safe_load(recipe.read_text())
+    settings = load_recipe(str(recipe), [])
     with pytest.raises(typer.BadParameter, match=r"3 --data, but data\.sources in the recipe has 2"):
         train_vqae.load_sources(settings, [prepared] * 3, "train", show=False)
     for override in ("vqae.accumulation=2", "vqae.ema_decay=0.9"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import shutil
@@ -19,10 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import hf_binaryformer as bf
+import run_log
 import training
 from checkpoints import MANIFEST, checkpoints_of, find_damage
+from recipe import ATTENTION_DEFAULTS, DEFAULTS
+from run_log import read_log
 
 SETTINGS = {
+    **DEFAULTS,
+    **ATTENTION_DEFAULTS,
     "iterations": 8,
     "batch_size": 4,
     "learning_rate": 0.05,
@@ -79,8 +83,7 @@ def train(output: Path, *, resume=False, stop_after=None, on_step=None, validati
 
 
 def log(output: Path, key: str) -> list[float]:
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [record[key] for record in records if key in record]
+    return [record[key] for record in read_log(output / "log.jsonl") if key in record]
 
 
 def newest(output: Path) -> Path:
@@ -188,7 +191,7 @@ def test_a_log_that_was_cut_short_does_no_harm(tmp_path):
 def test_the_seconds_of_all_starts_are_counted(tmp_path, monkeypatch):
     for resume in (False, True):
         clock = itertools.count()
-        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock.__next__))
+        monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=clock.__next__))
         train(tmp_path, resume=resume, stop_after=None if resume else 4)
     seconds = log(tmp_path, "seconds")
     assert len(seconds) == 8 and seconds == sorted(set(seconds)) and seconds[-1] < 20
