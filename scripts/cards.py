@@ -24,12 +24,6 @@ def dice_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def mean_dice(results: dict[str, Any], labels: int) -> float:
-    """Mean Dice of the network over the first labels of a ``results.json``."""
-    rows = list(results["rows"]["network"]["labels"].values())[:labels]
-    return sum(row["mean"] for row in rows) / labels
-
-
 def render_card(
     name: str, words: dict[str, Any], records: dict[str, Any], template: Path, licence: str | None
 ) -> ModelCard:
@@ -47,7 +41,7 @@ def render_card(
         jinja2.UndefinedError: the words name a figure that no record holds.
     """
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(records, dice_table=dice_table, mean_dice=mean_dice)
+    environment.globals.update(records, dice_table=dice_table)
 
     def fill(text: str) -> str:
         return environment.from_string(text).render()

@@ -16,7 +16,7 @@ def cards(tmp_path, monkeypatch):
     names = ["summary", "usage", "network", "data", "results", "commands", "training", "limits"]
     sections = "\n".join(f"  {name}: text" for name in names if name != "results")
     metric = "- {dataset: d, name: mean, type: dice, value: '{{ results.rows.network.mean }}'}"
-    results = "  results: |-\n    mean {{ mean_dice(results, 2) }}\n    {{ dice_table(results) }}"
+    results = "  results: |-\n    mean {{ results.rows.network.mean }}\n    {{ dice_table(results) }}"
     (tmp_path / "toy.yaml").write_text(
         f"task: image-segmentation\nmetrics:\n  {metric}\nsections:\n{sections}\n{results}\n"
     )
@@ -30,7 +30,7 @@ def cards(tmp_path, monkeypatch):
 
 def test_figures_come_from_the_records(cards):
     card = write_card.render("toy")
-    assert "mean 0.6" in card.text
+    assert "mean 0.7" in card.text
     assert "| b | 0.700 ± 0.100 |" in card.text and "| **mean** | **0.700** |" in card.text
     assert card.data.eval_results[0].metric_value == 0.7
     assert "Research only, not for clinical use." in card.text
