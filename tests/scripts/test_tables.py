@@ -27,7 +27,6 @@ def test_every_table_in_the_repository_is_complete(path):
         table = tables.Table(path, scale)
         for form in table.forms:
             run, trial = (table.run(form, seed, 1e-3) for seed in (0, words["tuning"]["seed"]))
-            assert {run: 1}[run]
             steps = [r.settings[f"{table.section}.{k}"] for r in (run, trial) for k in ("iterations", "warmup")]
             assert steps[0] >= steps[2] >= steps[3] <= steps[1] < steps[0]
             for key, value in run.settings.items():
