@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from data_folder import SPLITS
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from options import Overrides
 from patches import image_paths, load_scaled
+from prepared_folder import SPLITS
 from recipe import VQ_RECIPES, load_recipe
 
 

@@ -24,14 +24,14 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.data import Dataset
 
 import hf_binaryformer as bf
-from data_folder import PreparedFolder
 from dry_run import RandomSamples, rehearse
-from evaluation import evaluate_split, validation_figures
 from hf_binaryformer.pipelines.metrics import METRICS
 from options import DATA_NEEDED, DryRun, Output, Overrides, Private, PushToHub, Resume, StopAfter
+from prepared_folder import PreparedFolder
 from publish import check_target, publish
 from recipe import keep_recipe, load_recipe
 from run_log import save_model, write_summary
+from segmentation_scores import evaluate_split, validation_figures
 from slices import SliceSamples
 from training import Task, build_optimizer, load_batches, run, start
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from data_folder import PreparedFolder
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 from hf_binaryformer.pipelines.vq_sampling import IntensityScale
+from prepared_folder import PreparedFolder
 
 # Crops with too little in them are drawn again, this often at most.
 MAX_DRAWS = 10

@@ -21,10 +21,10 @@ import torch
 import typer
 import yaml
 
+from folder_writer import NewCase, fail, show_leakage, split_groups, write_case, write_dataset
 from hashing import file_hash
 from integrity import check_decathlon
 from leakage import check_leakage
-from prepared_folder import NewCase, fail, show_leakage, split_groups, write_case, write_dataset
 from public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from synth_brain import LABEL_NAMES, SynthSettings, read_anatomy, synthesize
 

@@ -20,11 +20,11 @@ import yaml
 from monai.data import MetaTensor
 from monai.transforms import ResizeWithPadOrCrop
 
+from folder_writer import NewCase, run_all, split_groups, write_case, write_dataset
 from hashing import file_hash
 from hf_binaryformer.pipelines.grids import affine_spacing, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 from integrity import pair_problems, raise_problems
-from prepared_folder import NewCase, run_all, split_groups, write_case, write_dataset
 
 DATA_SETS = Path(__file__).parent / "data_sets"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_folder import SPLITS
+from prepared_folder import SPLITS
 
 
 def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:

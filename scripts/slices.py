@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data_folder import Case, read_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
+from prepared_folder import Case, read_labels
 
 
 class SliceSamples(Dataset):

@@ -26,6 +26,7 @@ from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from run_log import read_log
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -317,10 +318,7 @@ def test_a_probed_training_is_the_training(tmp_path):
     last_weights = ["sampler.ema_decay=0", "transformer.dropout=0"]
     train_sampler.main(str(recipe), tokens, tmp_path / "plain", overrides=last_weights)
     train_probed.main(str(recipe), tokens, tmp_path / "probed", probed=4, overrides=last_weights)
-    losses, probed = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("plain", "probed")
-    )
+    losses, probed = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "probed"))
     assert [r["loss"] for r in losses] == [r["loss"] for r in probed]
     figures = json.loads((tmp_path / "probed" / "probe.json").read_text())
     assert figures["end"] == {key: probed[-1][key] for key in figures["end"]} and figures["start"] != figures["end"]

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import finetune
 import hf_binaryformer as bf
-from data_folder import Case, PreparedFolder, read_labels
-from evaluation import PriorAtlas, evaluate_split, figures_of, scores
+from prepared_folder import Case, PreparedFolder, read_labels
 from recipe import load_recipe
+from run_log import read_log
+from segmentation_scores import PriorAtlas, evaluate_split, figures_of, scores
 from slices import SliceSamples
 from training import build_optimizer, rate_factor
 
@@ -45,7 +46,7 @@ def run(recipe: Path, prepared: Path, output: Path, **options) -> dict[str, torc
 
 
 def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in read_log(output / "log.jsonl")]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -124,7 +125,7 @@ def test_a_training_starts_from_a_checkpoint(recipe, prepared, tmp_path):
 def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
     overrides = ["train.validate_every=2", "train.best_by=validation_dice", "train.learning_rate=0.003"]
     run(recipe, prepared, tmp_path, overrides=overrides)
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    records = read_log(tmp_path / "log.jsonl")
     dice = [record["validation_dice"] for record in records if "validation_dice" in record]
     assert len(dice) == 3 and sum({"validation_nsd", "validation_hd95"} <= {*record} for record in records) == 3
     results = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False)
@@ -166,7 +167,7 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared
     arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none"]
     arguments += [word for override in overrides for word in ("--set", override)]
     run_on_two_processes("finetune.py", arguments, tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
+    assert read_log(tmp_path / "two" / "log.jsonl")[0]["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     for key, tensor in one.items():

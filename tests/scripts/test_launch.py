@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 
 import training
 from recipe import load_recipe
+from run_log import read_log
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = sorted((ROOT / "scripts" / "launch").glob("*.yaml"))
@@ -82,7 +82,7 @@ def check(output: Path, *launched: subprocess.Popen) -> None:
     for process in launched:
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    records = read_log(output / "log.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6] and {r["processes"] for r in records} == {2}
     assert (output / "model" / "model.safetensors").is_file()
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from test_public_data import check_manifest, flat, invoke, save
 
-from data_folder import PreparedFolder, read_labels
 from patches import image_paths, load_scaled
+from prepared_folder import PreparedFolder, read_labels
 from public_data import DATA_SETS
 
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import prepare_data
 import synth_brain
+from folder_writer import write_qc
 from hf_binaryformer.pipelines.overlay import label_overlay
-from prepared_folder import write_qc
 from synth_brain import SynthSettings, read_anatomy, synthesize
 
 # The label table of the brain checkpoint, written out a second time.

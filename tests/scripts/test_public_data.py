@@ -260,7 +260,7 @@ def test_a_failure_leaves_nothing(amos: Path, tmp_path: Path, monkeypatch: pytes
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("prepared_folder.write_shards", full_disk)
+    monkeypatch.setattr("folder_writer.write_shards", full_disk)
     assert invoke("amos", "--source", amos, "--out", tmp_path / "new", "--shards").exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["amos22"]
 

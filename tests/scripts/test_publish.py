@@ -27,6 +27,7 @@ import publish
 import train_pixels
 import train_sampler
 import train_vqae
+from run_log import read_log
 
 # Of huggingface_hub itself, about how it hands a file to its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -110,7 +111,7 @@ def test_a_segmentation_network_is_pushed_once_by_two_processes_and_loads_elsewh
     done = call(hub, tmp_path / "home", command)
     assert done.returncode == 0, done.stderr
     assert hub.requests.count("POST /api/repos/create") == 1
-    assert json.loads((output / "log.jsonl").read_text().splitlines()[0])["processes"] == 2
+    assert read_log(output / "log.jsonl")[0]["processes"] == 2
     repository = hub.repositories[repo_id]
     assert repository.private
     names = {"config.json", "model.safetensors", "preprocessor_config.json"}

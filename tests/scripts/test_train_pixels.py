@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor
 import hf_binaryformer as bf
 import train_pixels
 from pixels import PixelSamples, load_images, load_splits, read_cifar, read_idx
+from run_log import read_log
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +147,7 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, mnist, t
     arguments = ["--recipe", str(recipe), "--data", str(mnist), "--evaluate", "none"]
     arguments += [word for override in overrides for word in ("--set", override)]
     run_on_two_processes("train_pixels.py", arguments, tmp_path / "two")
-    ours, theirs = (
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
+    ours, theirs = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert theirs[0]["processes"] == 2
     np.testing.assert_allclose([r["loss"] for r in theirs], [r["loss"] for r in ours], rtol=1e-4)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")

@@ -20,6 +20,7 @@ import train_sampler
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from recipe import VQ_RECIPES, load_recipe
+from run_log import read_log
 from training import build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +44,7 @@ def run(recipe, tokens, output, overrides=(), **options) -> dict[str, torch.Tens
 
 
 def log(output: Path, key: str) -> list[float]:
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    records = read_log(output / "log.jsonl")
     return [record[key] for record in records if key in record]
 
 

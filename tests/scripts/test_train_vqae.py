@@ -20,6 +20,7 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_networks import ResidualConv3d
 from patches import NestedDropout, PatchSamples, image_paths, load_scaled, mirrored, window
 from recipe import VQ_RECIPES, load_recipe
+from run_log import read_log
 from training import start
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,7 +44,7 @@ def run(recipe: Path, data: list[Path], output: Path, **options) -> dict[str, to
 
 
 def log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return read_log(output / "log.jsonl")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

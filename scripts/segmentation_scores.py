@@ -13,9 +13,9 @@ from rich.table import Table
 from scipy.ndimage import zoom
 
 import hf_binaryformer as bf
-from data_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, score_labels, summarize
 from hf_binaryformer.pipelines.volumes import Volume
+from prepared_folder import Case, PreparedFolder, read_labels
 
 
 class PriorAtlas:
