@@ -287,7 +287,8 @@ def run(
     accelerator.end_training()
     if progress.step < last:
         saved = "which is saved: go on with --resume" if train["checkpoint_every"] else "and no checkpoint was wanted"
-        typer.echo(f"interrupted after iteration {progress.step}, {saved}", err=True)
+        if accelerator.is_main_process:
+            typer.echo(f"interrupted after iteration {progress.step}, {saved}", err=True)
         raise typer.Exit(INTERRUPTED)
     if average:
         average.copy_to(task.model.parameters())

@@ -16,19 +16,33 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_SECONDS = 240
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def environment(threads: int) -> dict[str, str]:
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
 
 
-def start(script: str, arguments: list[str], output: Path, iterations: int) -> subprocess.Popen:
-    """A process in a session of its own, once its log has so many iterations (it logs every one)."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments, "--output", str(output)]
-    # Sums in the same order as here.
-    settings = dict(env=environment(torch.get_num_threads()), start_new_session=True, text=True)
+def command_line(overrides: list[str], **values: object) -> list[str]:
+    """Words of a command line: ``--name value`` of each, and ``--set`` before each override."""
+    words = [(f"--{name}", str(value)) for name, value in values.items()] + [("--set", o) for o in overrides]
+    return [word for pair in words for word in pair]
+
+
+def launch(script: str, arguments: list[str], output: Path, processes: int) -> subprocess.Popen:
+    """A script in a session of its own, on one process or on two."""
+    command = [sys.executable, *(TWO_PROCESSES if processes == 2 else []), str(ROOT / "scripts" / script)]
+    # One process adds up in the same order as the tests' own.
+    threads = torch.get_num_threads() if processes == 1 else 1
+    settings = dict(env=environment(threads), start_new_session=True, text=True)
+    command += [*arguments, "--output", str(output)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **settings)
+
+
+def start(script: str, arguments: list[str], output: Path, iterations: int, processes: int = 1) -> subprocess.Popen:
+    """A script, once its log has so many iterations (it logs every one)."""
     log, started = output / "log.jsonl", time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **settings)
+    process = launch(script, arguments, output, processes)
     with ended_with_the_test(process):
         while not log.is_file() or len(log.read_text().splitlines()) < iterations:
             assert process.poll() is None, process.stderr.read()
@@ -58,9 +72,11 @@ def kill_in_training(script: str, arguments: list[str], output: Path, iterations
     return any((output / "checkpoints").glob("step_????????"))
 
 
-def interrupt_in_training(script: str, arguments: list[str], output: Path, iterations: int) -> tuple[int, str]:
-    """Press Ctrl-C, which reaches the script and all processes that it started; returns exit status and stderr."""
-    process = start(script, arguments, output, iterations)
+def interrupt_in_training(
+    script: str, arguments: list[str], output: Path, iterations: int, processes: int = 1
+) -> tuple[int, str]:
+    """Press Ctrl-C, which reaches the script and all processes of its session; returns exit status and stderr."""
+    process = start(script, arguments, output, iterations, processes)
     with ended_with_the_test(process):
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
@@ -69,10 +85,7 @@ def interrupt_in_training(script: str, arguments: list[str], output: Path, itera
 
 def run_on_two_processes(script: str, arguments: list[str], output: Path) -> None:
     """Train to the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "scripts" / script), *arguments, "--output", str(output)]
-    settings = dict(env=environment(1), start_new_session=True, text=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **settings)
+    process = launch(script, arguments, output, processes=2)
     with ended_with_the_test(process):
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, said

@@ -13,6 +13,7 @@ import pytest
 import toys
 import typer
 import yaml
+from launching import command_line
 from typer.testing import CliRunner
 
 import finetune
@@ -67,7 +68,7 @@ def test_two_steps_without_data(script, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    printed = invoke(script, "--recipe", recipe, "--dry_run", *(w for o in overrides for w in ("--set", o)))
+    printed = invoke(script, "--dry_run", *command_line(overrides, recipe=recipe))
     report = json.loads(printed.strip().splitlines()[-1])
     assert set(report) == KEYS
     assert len(report["losses"]) == 2 and all(math.isfinite(loss) for loss in report["losses"])
@@ -153,8 +154,7 @@ def test_labels_of_a_dry_run_are_those_that_prepare_data_writes(name):
     ],
 )
 def test_recipes_with_the_papers_figures_take_two_steps(script, recipe, size, overrides):
-    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--recipe", recipe, "--dry-run"]
-    command += [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, ROOT / "scripts" / f"{script}.py", "--dry-run", *command_line(overrides, recipe=recipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import torch
 import toys
 import typer
 import yaml
-from launching import interrupt_in_training, kill_in_training, run_on_two_processes
+from launching import command_line, interrupt_in_training, kill_in_training, run_on_two_processes
 from safetensors.torch import load_file
 
 import finetune
@@ -90,9 +90,9 @@ def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
 
 
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
-    overrides = ["train.iterations=12"]
+    overrides = ["train.iterations=12", "train.mixed_precision=bf16", "train.workers=1"]
     whole = run(recipe, prepared, tmp_path / "whole", overrides=overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none", "--set", *overrides]
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
     resume = kill_in_training("finetune.py", arguments, tmp_path / "cut", 12)
     resumed = run(recipe, prepared, tmp_path / "cut", overrides=overrides, resume=resume)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
@@ -134,12 +134,22 @@ def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
 
 def test_interrupted_from_a_terminal_while_workers_load_it_is_saved(recipe, prepared, tmp_path):
     overrides = ["train.iterations=2000", "train.workers=1", "train.checkpoint_every=2000", "train.validate_every=null"]
-    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none"]
-    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
     status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3)
     assert status == 130 and "which is saved: go on with --resume" in said, said
     step = int(next((tmp_path / "checkpoints").glob("step_????????")).name[5:])
     assert 3 <= step < 2000
+    run(recipe, prepared, tmp_path, overrides=overrides, resume=True, stop_after=step + 2)
+    assert len(losses(tmp_path)) == step + 2
+
+
+@pytest.mark.slow
+def test_interrupted_from_a_terminal_two_processes_save_once(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=2000", "train.checkpoint_every=2000", "train.validate_every=null"]
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3, processes=2)
+    assert status != 0 and said.count("which is saved: go on with --resume") == 1, said
+    step = len(losses(tmp_path))
     run(recipe, prepared, tmp_path, overrides=overrides, resume=True, stop_after=step + 2)
     assert len(losses(tmp_path)) == step + 2
 
@@ -164,8 +174,7 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared
     # A form that draws nothing; Dice is that of the whole batch.
     overrides = ["model.attention_type=hamming", "model.bit_gradient=null", "model.learned_logit_scale=false"]
     one = run(recipe, prepared, tmp_path / "one", overrides=overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--evaluate", "none"]
-    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
     run_on_two_processes("finetune.py", arguments, tmp_path / "two")
     assert read_log(tmp_path / "two" / "log.jsonl")[0]["processes"] == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)

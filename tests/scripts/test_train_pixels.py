@@ -12,7 +12,7 @@ import torch
 import toys
 import typer
 import yaml
-from launching import kill_in_training, run_on_two_processes
+from launching import command_line, kill_in_training, run_on_two_processes
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor
@@ -144,8 +144,7 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, mnist, t
     # No random draws in the network.
     overrides = ["model.attention_type=softmax", "model.bit_gradient=null", "train.best_by=validation_accuracy"]
     one = run(recipe, mnist, tmp_path / "one", overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(mnist), "--evaluate", "none"]
-    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments = command_line(overrides, recipe=recipe, data=mnist, evaluate="none")
     run_on_two_processes("train_pixels.py", arguments, tmp_path / "two")
     ours, theirs = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     assert theirs[0]["processes"] == 2
@@ -164,7 +163,7 @@ def test_a_split_that_there_is_not_is_said_before_the_training(recipe, mnist, tm
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, mnist, tmp_path):
     overrides = ["train.iterations=12"]
     whole = run(recipe, mnist, tmp_path / "whole", overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(mnist), "--evaluate", "none", "--set", *overrides]
+    arguments = command_line(overrides, recipe=recipe, data=mnist, evaluate="none")
     resume = kill_in_training("train_pixels.py", arguments, tmp_path / "cut", 12)
     resumed = run(recipe, mnist, tmp_path / "cut", overrides, resume=resume)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())

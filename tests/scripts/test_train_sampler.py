@@ -12,7 +12,7 @@ import torch
 import toys
 import typer
 import yaml
-from launching import kill_in_training, run_on_two_processes
+from launching import command_line, kill_in_training, run_on_two_processes
 from safetensors.torch import load_file
 
 import hf_binaryformer as bf
@@ -103,7 +103,7 @@ def test_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, tokens, tmp_path):
     overrides = ["sampler.iterations=12"]
     whole = run(recipe, tokens, tmp_path / "whole", overrides)
-    arguments = ["--recipe", str(recipe), "--tokens", str(tokens), "--set", *overrides]
+    arguments = command_line(overrides, recipe=recipe, tokens=tokens)
     resume = kill_in_training("train_sampler.py", arguments, tmp_path / "cut", 12)
     resumed = run(recipe, tokens, tmp_path / "cut", overrides, resume=resume)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
@@ -125,8 +125,7 @@ def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, tokens, 
     # A form that draws nothing.
     overrides = ["transformer.attention_type=sign", "transformer.bit_gradient=ste", "transformer.dropout=0.0"]
     one = run(recipe, tokens, tmp_path / "one", overrides)
-    arguments = ["--recipe", str(recipe), "--tokens", str(tokens)]
-    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments = command_line(overrides, recipe=recipe, tokens=tokens)
     run_on_two_processes("train_sampler.py", arguments, tmp_path / "two")
     assert log(tmp_path / "two", "processes")[0] == 2
     np.testing.assert_allclose(log(tmp_path / "two", "loss"), log(tmp_path / "one", "loss"), rtol=1e-4)

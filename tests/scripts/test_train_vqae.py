@@ -11,7 +11,7 @@ import torch
 import toys
 import typer
 import yaml
-from launching import kill_in_training, run_on_two_processes
+from launching import command_line, kill_in_training, run_on_two_processes
 from safetensors.torch import load_file
 
 import encode_tokens
@@ -100,7 +100,7 @@ def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
 def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
     overrides = ["vqae.iterations=12"]
     whole = run(recipe, [prepared], tmp_path / "whole", overrides=overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(prepared), "--set", *overrides]
+    arguments = command_line(overrides, recipe=recipe, data=prepared)
     resume = kill_in_training("train_vqae.py", arguments, tmp_path / "cut", 12)
     resumed = run(recipe, [prepared], tmp_path / "cut", overrides=overrides, resume=resume)
     assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
@@ -140,8 +140,7 @@ def test_gradient_checkpointing_computes_stages_twice_and_changes_nothing(recipe
 def test_two_processes_see_one_process_batches(recipe, prepared, tmp_path):
     overrides = ["vqae.iterations=8", "vqae.quantize_after=3"]
     run(recipe, [prepared], tmp_path / "one", overrides=overrides)
-    arguments = ["--recipe", str(recipe), "--data", str(prepared)]
-    arguments += [word for override in overrides for word in ("--set", override)]
+    arguments = command_line(overrides, recipe=recipe, data=prepared)
     run_on_two_processes("train_vqae.py", arguments, tmp_path / "two")
     ours, theirs = log(tmp_path / "one"), log(tmp_path / "two")
     assert theirs[0]["processes"] == 2
