@@ -20,6 +20,8 @@ from hashing import file_hash
 # Written last: names every file of a checkpoint with its hash.
 MANIFEST = "files.json"
 PARTIAL = ".partial"
+# The weights of the best validation, beside the checkpoints, and in their metadata what it gave.
+BEST_WEIGHTS, VALIDATION = "best.safetensors", "validation"
 FOLDER = "checkpoints"
 
 

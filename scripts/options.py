@@ -9,7 +9,7 @@ import typer
 
 Output = Annotated[Path | None, typer.Option(help="Where checkpoints, log, model and results go.")]
 Resume = Annotated[bool, typer.Option(help="Go on from the newest checkpoint in --output.")]
-StopAfter = Annotated[int | None, typer.Option(help="End after this iteration, as if it were the last.")]
+StopAfter = Annotated[int | None, typer.Option(min=1, help="End after this iteration, as if it were the last.")]
 DryRun = Annotated[
     bool,
     typer.Option(

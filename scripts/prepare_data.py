@@ -142,16 +142,21 @@ def read_label_names(labels: dict[str, str] | dict[str, int]) -> dict[int, str]:
     """Names of label values, in lower case, from a dataset.json: value: name (Decathlon) or name: value (nnU-Net v2).
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or not the values that a network has: 0 (background, which may be left out), 1, 2 and so on.
     """
     try:
         if all(isinstance(value, int) for value in labels.values()):
-            return {int(value): name.lower() for name, value in labels.items()}
-        return {int(value): str(name).lower() for value, name in labels.items()}
+            names = {int(value): name.lower() for name, value in labels.items()}
+        else:
+            names = {int(value): str(name).lower() for value, name in labels.items()}
     except ValueError:
         raise ValueError(
             f'dataset.json has labels {labels}, expected {{"1": "anterior"}} or {{"anterior": 1}}'
         ) from None
+    names = {0: "background"} | names
+    if sorted(names) != list(range(len(names))) or len(names) > 256:
+        raise ValueError(f"dataset.json has the label values {sorted(names)}, expected 0, 1, 2 and so on, at most 255")
+    return names
 
 
 @app.command()
@@ -186,7 +191,7 @@ def hippocampus(
             "licence", description.get("license", "not stated" if description else "CC BY-SA 4.0")
         ),
         "spacing": np.median(spacings, axis=0).round(6).tolist(),
-        "label_names": names | {0: "background"},
+        "label_names": names,
         "seed": seed,
         "settings": {
             "group_rule": group_rule.value,

@@ -6,6 +6,7 @@ Such a file says which files are images and labels, what the labels mean and bec
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,9 @@ def find_files(source: Path, template: str, data_set: DataSet) -> dict[tuple[str
         for text, name, _, _ in Formatter().parse(template)
     )
     found = {}
-    for path in sorted(source.rglob("*")):
+    # Folders may be links, as where one download serves several people.
+    paths = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names]
+    for path in sorted(paths):
         match = re.fullmatch(pattern, path.relative_to(source).as_posix())
         if match and path.is_file() and int(match["patient"]) >= data_set.min_patient:
             found[tuple(match[name] for name in data_set.fields)] = path

@@ -29,15 +29,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from checkpoints import Checkpoints, Interruption, Progress, refuse_other_run
+from checkpoints import BEST_WEIGHTS, VALIDATION, Checkpoints, Interruption, Progress, refuse_other_run
 from hf_binaryformer.modeling.attention import attention_modules
-from run_log import Log
+from run_log import Log, to_json
 
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
-BEST_WEIGHTS = "best.safetensors"
 
 
 def rate_factor(step: int, train: dict[str, Any]) -> float:
@@ -161,12 +160,13 @@ def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerat
     size = train["batch_size"] // accelerator.num_processes // train["accumulation"]
     ahead = 4 if train["workers"] else None
     subset, workers = Subset(samples, numbers), train["workers"]
-    return iter(DataLoader(subset, size, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_ignore_interrupt))
+    return iter(DataLoader(subset, size, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_ignore_signals))
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the one that trains has to end first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and SIGTERM of launchers and schedulers, reach all processes of a run: the one that trains has to end first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run(
@@ -253,13 +253,17 @@ def run(
             if accelerator.num_processes > 1:  # all or none
                 asked = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
             ends = progress.step == last or asked
-            validates = bool(task.validate and train["validate_every"]) and (
-                progress.step % train["validate_every"] == 0 or progress.step == last
+            validation_every = train["validate_every"] if task.validate else None
+            validates = due(progress.step, validation_every, last)
+            # Where a run that is not stopped logs too: an early end does not take losses away from its next record.
+            whole_record = any(
+                due(progress.step, every, train["iterations"]) for every in (train["log_every"], validation_every)
             )
-            if progress.step % train["log_every"] == 0 or ends or validates:
+            if whole_record or validates or ends:
                 assert sums is not None
                 means = accelerator.reduce(sums / progress.parts, "mean").tolist()
-                sums, progress.parts = None, 0
+                if whole_record:
+                    sums, progress.parts = None, 0
                 record = {
                     "step": progress.step,
                     **dict(zip(losses, means, strict=True)),
@@ -300,6 +304,11 @@ def run(
         load_model(task.model, output / BEST_WEIGHTS)
 
 
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether what happens after each ``every`` iterations, and in the end, happens now."""
+    return every is not None and (step % every == 0 or step == last)
+
+
 def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
     """The weights of a network that is split over processes (FSDP), in ``whole`` on the main process; all must call this."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -332,7 +341,8 @@ def validate(
             if math.isfinite(value) and (progress.best is None or value > progress.best):
                 progress.best = value
                 partial = output / f"{BEST_WEIGHTS}.partial"
-                save_model(task.model, str(partial))
+                about = figures | {"weights_of_iteration": progress.step}
+                save_model(task.model, str(partial), {VALIDATION: to_json(about)})
                 os.replace(partial, output / BEST_WEIGHTS)
         if average:
             average.restore(task.model.parameters())

@@ -20,13 +20,16 @@ CONFIDENCE = 0.95
 Figures = dict[str, dict[str, list[float]]]
 
 
+def deviation(values: list[float]) -> float:
+    """The standard deviation; NaN of one value, and where a training gave no number."""
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
 def paired(values: list[float], reference: list[float]) -> tuple[float, float]:
-    """Mean difference from the reference by seed, and the half-width of its t-interval (NaN for one seed)."""
+    """Mean difference from the reference by seed, and the half-width of its t-interval (NaN where there is none)."""
     differences = [a - b for a, b in zip(values, reference, strict=True)]
     mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return mean, math.nan
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    error = deviation(differences) / math.sqrt(len(differences))
     return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
 
 
@@ -102,12 +105,13 @@ def markdown(
             "| --- | ---: | ---: | ---: |",
         ]
         for form, values in per_form.items():
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
             cell = "" if form == reference else difference(values, per_form[reference])
             tried_rates = table.tuning["rates"]
             ends = "*" if len(tried_rates) > 2 and rates[form] in (min(tried_rates), max(tried_rates)) else ""
             label = f"{form} (control)" if form in table.words["controls"] else form
-            lines.append(f"| {label} | {rates[form]:g}{ends} | {statistics.mean(values):.4g} ± {spread:.2g} | {cell} |")
+            lines.append(
+                f"| {label} | {rates[form]:g}{ends} | {statistics.mean(values):.4g} ± {deviation(values):.2g} | {cell} |"
+            )
         lines.append("")
         if table.pairs:
             lines += ["| also | difference |", "| --- | ---: |"]
@@ -156,8 +160,8 @@ def draw_curves(table: Table, ended: dict[str, list[Finished]], path: Path) -> N
 
 
 def means_by_x(found: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of several series at each x."""
-    return {x: statistics.mean(one[x] for one in found) for x in found[0]}
+    """The mean of several series at each x that all have."""
+    return {x: statistics.mean(one[x] for one in found) for x in found[0] if all(x in one for one in found)}
 
 
 def profile(table: Table, ended: dict[str, list[Finished]], path: Path) -> list[str]:
@@ -171,7 +175,7 @@ def profile(table: Table, ended: dict[str, list[Finished]], path: Path) -> list[
     for number, (form, of_form) in enumerate(ended.items()):
         found = [one.series[wanted["key"]] for one in of_form]
         means = means_by_x(found)
-        spread = [statistics.stdev([one[x] for one in found]) if len(found) > 1 else 0.0 for x in means]
+        spread = [deviation([one[x] for one in found]) for x in means]
         style = "-" if number < 10 else "--"
         axes.errorbar(
             [float(x) for x in means], list(means.values()), spread, ls=style, color=f"C{number % 10}", label=form

@@ -73,12 +73,12 @@ def kill_in_training(script: str, arguments: list[str], output: Path, iterations
 
 
 def interrupt_in_training(
-    script: str, arguments: list[str], output: Path, iterations: int, processes: int = 1
+    script: str, arguments: list[str], output: Path, iterations: int, processes: int = 1, number: int = signal.SIGINT
 ) -> tuple[int, str]:
-    """Press Ctrl-C, which reaches the script and all processes of its session; returns exit status and stderr."""
+    """Press Ctrl-C, which reaches all processes of the script's session, or send another signal; exit status and stderr."""
     process = start(script, arguments, output, iterations, processes)
     with ended_with_the_test(process):
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, said = process.communicate(timeout=PATIENCE_SECONDS)
     return process.returncode, said
 

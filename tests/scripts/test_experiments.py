@@ -221,6 +221,17 @@ def test_paired_interval_is_the_t_tests():
     assert np.isnan(table_report.paired([1.0], [0.5])[1])
 
 
+def test_what_is_not_a_number_and_uneven_logs_spoil_no_table():
+    assert np.isnan(table_report.paired([0.3, np.nan], [0.2, 0.1])).all()
+    assert np.isnan(table_report.deviation([np.inf, 1.0])) and table_report.deviation([1.0, 3.0]) == pytest.approx(
+        2**0.5
+    )
+    assert table_report.means_by_x([{"20": 1.0, "33": 9.0, "40": 2.0}, {"20": 3.0, "40": 4.0}]) == {
+        "20": 2.0,
+        "40": 3.0,
+    }
+
+
 def test_when_a_figure_of_the_log_is_first_below(table, tmp_path):
     measures = {"dice": MEASURE, "steps": {"file": "log.jsonl", "key": "level", "below": 2.5, "better": "lower"}}
     forms = {"softmax": {"model.level": 5.0}, "hamming": {"model.level": 4.0}, "uniform": {"model.level": 1.0}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -132,10 +133,11 @@ def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
     assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(dice), abs=1e-3)
 
 
-def test_interrupted_from_a_terminal_while_workers_load_it_is_saved(recipe, prepared, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["terminal", "scheduler"])
+def test_interrupted_while_workers_load_it_is_saved(recipe, prepared, tmp_path, number):
     overrides = ["train.iterations=2000", "train.workers=1", "train.checkpoint_every=2000", "train.validate_every=null"]
     arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
-    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3)
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3, number=number)
     assert status == 130 and "which is saved: go on with --resume" in said, said
     step = int(next((tmp_path / "checkpoints").glob("step_????????")).name[5:])
     assert 3 <= step < 2000
@@ -144,14 +146,16 @@ def test_interrupted_from_a_terminal_while_workers_load_it_is_saved(recipe, prep
 
 
 @pytest.mark.slow
-def test_interrupted_from_a_terminal_two_processes_save_once(recipe, prepared, tmp_path):
-    overrides = ["train.iterations=2000", "train.checkpoint_every=2000", "train.validate_every=null"]
-    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
-    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3, processes=2)
+def test_two_processes_interrupted_and_resumed_equal_uninterrupted(recipe, prepared, tmp_path):
+    arguments = command_line(["train.iterations=40"], recipe=recipe, data=prepared, evaluate="none")
+    run_on_two_processes("finetune.py", arguments, tmp_path / "whole")
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path / "cut", 3, processes=2)
     assert status != 0 and said.count("which is saved: go on with --resume") == 1, said
-    step = len(losses(tmp_path))
-    run(recipe, prepared, tmp_path, overrides=overrides, resume=True, stop_after=step + 2)
-    assert len(losses(tmp_path)) == step + 2
+    assert 3 <= len(losses(tmp_path / "cut")) < 40
+    run_on_two_processes("finetune.py", [*arguments, "--resume"], tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
 
 
 def test_what_cannot_be_evaluated_is_said_before_the_training(recipe, prepared, tmp_path):

@@ -284,6 +284,7 @@ def test_hippocampus_command(decathlon: Path, tmp_path: Path) -> None:
     [
         ({"licence": "CC0", "labels": {"0": "background", "1": "Anterior", "2": "Posterior"}}, "CC0"),
         ({"labels": {"background": 0, "anterior": 1, "posterior": 2}}, "not stated"),
+        ({"labels": {"1": "anterior", "2": "posterior"}}, "not stated"),
     ],
 )
 def test_dataset_json_names_the_labels(described: dict, licence: str, decathlon: Path, tmp_path: Path) -> None:
@@ -300,6 +301,14 @@ def test_a_dataset_json_with_other_labels_is_refused(decathlon: Path, tmp_path: 
     (decathlon / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2]}}))
     result = invoke("hippocampus", "--source", decathlon, "--out", tmp_path / "new")
     assert result.exit_code == 2 and 'expected {"1": "anterior"} or {"anterior": 1}' in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("value", [3, 300])
+def test_label_values_that_no_network_has_are_refused(decathlon: Path, tmp_path: Path, value: int) -> None:
+    (decathlon / "dataset.json").write_text(json.dumps({"labels": {"anterior": 1, "posterior": value}}))
+    result = invoke("hippocampus", "--source", decathlon, "--out", tmp_path / "new")
+    words = " ".join(result.output.split())
+    assert result.exit_code == 2 and f"label values [0, 1, {value}], expected 0, 1, 2 and so on" in words
 
 
 def test_all_problems_are_reported_at_once(decathlon: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import prepare_data
 from integrity import pair_problems
 from leakage import check_leakage
-from public_data import DATA_SETS, load_data_set
+from public_data import DATA_SETS, find_files, load_data_set
 from shards import partition
 
 
@@ -244,6 +244,17 @@ def test_a_bad_affine_hides_no_other_problem(tmp_path: Path) -> None:
     assert len(found) == 3, found
     for problem, expected in zip(found, ("spans no volume", "label values [77]", "image shape"), strict=True):
         assert expected in problem
+
+
+def test_folders_may_be_links(amos: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for folder in amos.iterdir():
+        (linked / folder.name).symlink_to(folder)
+    data_set = load_data_set(DATA_SETS / "amos.yaml")
+    for template in (data_set.image, data_set.label):
+        found, there = (find_files(source, template, data_set) for source in (linked, amos))
+        assert found.keys() == there.keys() and found
 
 
 def test_one_image_under_two_patients_leaks(amos: Path, tmp_path: Path) -> None:

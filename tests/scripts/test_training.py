@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -20,7 +21,7 @@ from torch import nn
 import hf_binaryformer as bf
 import run_log
 import training
-from checkpoints import MANIFEST, checkpoints_of, find_damage
+from checkpoints import BEST_WEIGHTS, MANIFEST, checkpoints_of, find_damage
 from recipe import ATTENTION_DEFAULTS, DEFAULTS
 from run_log import read_log
 
@@ -140,16 +141,20 @@ def test_what_is_saved_after_a_damaged_checkpoint_stays(tmp_path):
     assert left.name == "step_00000005" and not find_damage(left)
 
 
-def test_a_resumed_log_has_the_means_of_the_uninterrupted_one(tmp_path):
+@pytest.mark.parametrize("saved", [False, True], ids=["died", "interrupted"])
+def test_a_resumed_log_has_the_means_of_the_uninterrupted_one(tmp_path, saved):
     overrides = {"log_every": 4, "checkpoint_every": 3}
     train(tmp_path / "whole", **overrides)
 
     def stop(step):
         if step == 5:
-            raise InterruptedError
+            if not saved:
+                raise InterruptedError
+            os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(InterruptedError):
+    with pytest.raises(typer.Exit if saved else InterruptedError):
         train(tmp_path / "cut", on_step=stop, **overrides)
+    assert log(tmp_path / "cut", "step") == ([4, 6] if saved else [4])
     train(tmp_path / "cut", resume=True, **overrides)
     assert log(tmp_path / "cut", "step") == log(tmp_path / "whole", "step") == [4, 8]
     assert log(tmp_path / "cut", "loss") == log(tmp_path / "whole", "loss")
@@ -232,6 +237,17 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert newest(tmp_path).name == "step_00000002"
 
 
+def test_gradients_are_clipped(tmp_path):
+    # Plain gradient descent: no step is longer than its rate times the largest norm.
+    start = train(tmp_path / "start", stop_after=1, accumulation=2, max_grad_norm=0.0)
+    clipped, free = (
+        train(tmp_path / str(norm), stop_after=1, accumulation=2, max_grad_norm=norm, warmup_start=1.0)
+        for norm in (0.01, 1e9)
+    )
+    assert torch.dist(clipped, start).item() == pytest.approx(0.05 * 0.01, rel=1e-3)
+    assert torch.dist(free, start) > 10 * torch.dist(clipped, start)
+
+
 def test_accumulated_batches_are_the_whole_batch(tmp_path):
     # The gradients of the samples one by one, against those of their halves.
     four = train(tmp_path / "four", accumulation=4, max_grad_norm=1e9)
@@ -276,11 +292,16 @@ def test_the_best_weights_by_validation_are_kept(tmp_path, best_by, chosen):
     sums = log(tmp_path, "weight")
     assert len(sums) == 4 and len(set(sums)) == 4 and log(tmp_path, "score") == [0.5, 0.1, 0.9, 0.2]
     assert float(weights[:3].sum()) == pytest.approx(sums[chosen], abs=1e-6)
+    settings = {"train": SETTINGS | {"best_by": best_by}}
+    run_log.write_summary(settings, "train", tmp_path, torch.device("cpu"))
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert summary["weight"] == sums[chosen] and summary["iterations"] == 8
+    assert summary.get("weights_of_iteration") == (2 * (chosen + 1) if best_by else None)
 
 
 def test_the_best_so_far_survives_a_restart(tmp_path):
     train(tmp_path, validate_every=2, best_by="score", validation=[0.9, 0.1], stop_after=4)
-    best = load_file(tmp_path / training.BEST_WEIGHTS)
+    best = load_file(tmp_path / BEST_WEIGHTS)
     weights = train(tmp_path, validate_every=2, best_by="score", validation=[0.5, 0.2], resume=True)
     assert torch.equal(weights[:3], best["0.weight"].flatten())
 
