@@ -133,7 +133,7 @@ def draw(table: Table, figures: Figures, path: Path) -> None:
             axes.plot([statistics.mean(values)], [row], "|", color="black", markersize=14)
         axes.set_yticks(range(len(per_form)), list(per_form))
         axes.invert_yaxis()
-        axes.set_xlabel(textwrap.fill(titled(table, name), 40))
+        axes.set_xlabel(textwrap.fill(titled(table, name), 36))
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 
