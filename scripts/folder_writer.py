@@ -1,7 +1,7 @@
 """Writing a prepared folder: how its cases are split, written in one piece, checked for leaks and shown.
 
 images/CASE.nii.gz and, where there are labels, labels/CASE.nii.gz on one grid in RAS order, manifest.json, qc/CASE.png, and
-on demand shards/. Intensities are those of the source: ``slices.py`` and ``patches.py`` scale them by the recipe's
+where asked for shards/. Intensities are those of the source: ``slices.py`` and ``patches.py`` scale them by the recipe's
 percentiles when they load a volume, and nothing scales them before.
 """
 
@@ -123,13 +123,18 @@ def write_dataset(
             fail(f"{out} would leak: remove all but one of these files from the source, or put them into one group")
         for row in rows[::qc_every] if qc_every else []:
             write_qc(folder, row, manifest["label_names"])
-        command = shlex.join(["python", *sys.argv])
         leakage = {"warnings": report.warnings, "statistics": report.statistics}
-        manifest = manifest | {"command": command, "leakage": leakage, "cases": rows}
+        manifest = manifest | {"leakage": leakage, "cases": rows}
         if shard_mb is not None:
             write_shards(folder, manifest, shard_mb)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        write_manifest(folder, manifest)
     return manifest
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """manifest.json, with the command that this process was called by."""
+    whole = {"command": shlex.join(["python", *sys.argv])} | manifest
+    (folder / "manifest.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def run_all(function: Callable[..., Any], *arguments: Sequence[Any], workers: int, description: str) -> list[Any]:

@@ -1,9 +1,10 @@
-"""python scripts/prepare_data.py amos --source amos22 --out data/amos --shards
+"""python scripts/prepare_data.py amos --source amos22 --out data/amos
 
 Writes a data folder that `scripts/finetune.py` and `scripts/train_vqae.py` read: images/CASE.nii.gz and labels/CASE.nii.gz
 on one grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
 `amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; scripts/data_sets/*.yaml), `hippocampus` (any folder
-in the layout of the Medical Segmentation Decathlon) and `synth-brain` (images synthesised from label maps).
+in the layout of the Medical Segmentation Decathlon), `synth-brain` (images synthesised from label maps) and `shards` (the
+Parquet shards of a folder that was prepared elsewhere, by their folder or Hub id).
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ import torch
 import typer
 import yaml
 
-from folder_writer import NewCase, fail, show_leakage, split_groups, write_case, write_dataset
+from folder_writer import (
+    NewCase,
+    fail,
+    new_folder,
+    show_leakage,
+    split_groups,
+    write_case,
+    write_dataset,
+    write_manifest,
+)
 from hashing import file_hash
 from integrity import check_decathlon
 from leakage import check_leakage
 from public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
+from shards import fetch_shards, read_shards
 from synth_brain import LABEL_NAMES, SynthSettings, read_anatomy, synthesize
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
@@ -215,7 +226,7 @@ def add_public(name: str) -> None:
         seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
         workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
         qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 10,
-        shards: Annotated[bool, typer.Option(help="Also write Parquet shards that stream.")] = False,
+        shards: Annotated[bool, typer.Option(help="Beside the files, Parquet shards that stream.")] = True,
         shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 500,
     ) -> None:
         try:
@@ -225,6 +236,21 @@ def add_public(name: str) -> None:
             fail(str(error))
 
     app.command(name, help=f"{load_data_set(file).source}: public layout to a prepared folder.")(command)
+
+
+@app.command("shards")
+def unpack_shards(
+    source: Annotated[str, typer.Option(help="Folder of shards, or the id of such a data set on the Hub.")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+) -> None:
+    """Shards that prepare_data.py wrote: back to the prepared folder, with its splits."""
+    try:
+        with new_folder(out) as folder:
+            manifest = read_shards(fetch_shards(source), folder)
+            write_manifest(folder, manifest)
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(f"{len(manifest['cases'])} volumes -> {out}")
 
 
 for public_name in ("amos", "crossmoda", "oasis", "spider"):

@@ -139,13 +139,13 @@ class Handler(BaseHTTPRequestHandler):
         if answer := fixed.get(f"{self.command} {path}"):
             return answer(body)
         patterns = {
-            r"GET /api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?": self.info,
+            r"GET /api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/[^/]+)?": self.info,
             r"GET /api/models/([^/]+/[^/]+)/auth-check/write": self.check_write,
-            r"GET /api/models/([^/]+/[^/]+)/tree/[^/]+": self.tree,
+            r"GET /api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/tree/[^/]+": self.tree,
             r"POST /api/models/([^/]+/[^/]+)/preupload/main": self.preupload,
             r"POST /api/models/([^/]+/[^/]+)/commit/main": self.commit,
             r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": self.lfs_batch,
-            r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/[^/]+/(.+)": self.resolve,
+            r"(?:GET|HEAD) /((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)": self.resolve,
             r"PUT /objects/(\w+)": self.store,
             r"POST /objects/(\w+)/verify": self.verify,
         }

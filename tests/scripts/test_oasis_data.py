@@ -29,9 +29,10 @@ def oasis(tmp_path: Path) -> Path:
 
 def test_oasis_without_labels_feeds_the_autoencoder(oasis: Path) -> None:
     out = oasis / "new"
-    result = invoke("oasis", "--source", oasis / "raw", "--out", out, "--config", oasis / "small.yaml", "--shards")
+    result = invoke("oasis", "--source", oasis / "raw", "--out", out, "--config", oasis / "small.yaml", "--no-shards")
     assert result.exit_code == 0, result.output
     manifest = check_manifest(out)
+    assert not (out / "shards").exists()
     assert all("label" not in row for row in manifest["cases"])
     assert {row["group"] for row in manifest["cases"]} >= {"patient_0001", "patient_0457"}
     paths = image_paths(out, "train", 0.1, 0)

@@ -18,7 +18,6 @@ import prepare_data
 from integrity import pair_problems
 from leakage import check_leakage
 from public_data import DATA_SETS, find_files, load_data_set
-from shards import partition
 
 
 def invoke(*arguments: object):
@@ -81,7 +80,7 @@ def test_amos_and_its_stream(amos: Path, tmp_path: Path) -> None:
     from datasets import load_dataset
 
     out = tmp_path / "new"
-    result = invoke("amos", "--source", amos, "--out", out, "--shards", "--qc-every", 4)
+    result = invoke("amos", "--source", amos, "--out", out, "--qc-every", 4)
     assert result.exit_code == 0, result.output
     manifest = check_manifest(out)
     rows = {row["case"]: row for row in manifest["cases"]}
@@ -332,13 +331,6 @@ def test_check_leakage_command(tmp_path: Path) -> None:
     save(np.ones((8, 8, 8)), np.eye(4), tmp_path / "b.nii.gz")
     result = invoke("check-leakage", tmp_path)
     assert result.exit_code == 2 and "b.nii.gz (1 files) changed" in flat(result.output)
-
-
-def test_parts_keep_order_and_limit() -> None:
-    rows = [{"case": str(n)} for n in range(6)]
-    parts = partition(rows, [4, 4, 3, 20, 1, 9], 10)
-    assert [[row["case"] for row in part] for part in parts] == [["0", "1"], ["2"], ["3"], ["4", "5"]]
-    assert partition([], [], 10) == []
 
 
 @pytest.mark.parametrize(
