@@ -16,7 +16,7 @@ A table's file says:
 - ``reference``: the form that others are compared with; ``controls``: those that must do worse, or the table is no evidence;
 - ``tuning``: the learning ``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share``
   of the iterations and of the warm-up, and ``arguments`` or a ``measure`` (else the first) that judge them on other data; for one
-  rate there are no trials;
+  rate there are no trials, nor for the forms whose rates ``rates_of`` says (``form: rate``);
 - ``measures`` (``name: {file, key, better}``, or with ``below`` the step of the log's first record whose key is below it, or its
   last); ``then``: commands that follow each training but trials, with its folder as
   ``{folder}``; ``profile`` (``file``, ``key``, ``x``, ``y``): many figures y of a run by a number x, drawn into ``profile.png``;
@@ -306,9 +306,12 @@ class Work:
         """The rate of each form, the best by the trials' measure on a seed that the table does not count; and the trials."""
         table = self.table
         rates = table.tuning["rates"]
-        if len(rates) == 1:
-            return dict.fromkeys(table.forms, rates[0]), []
-        tried = [table.run(form, table.tuning["seed"], rate) for form in table.forms for rate in rates]
+        said = dict.fromkeys(table.forms if len(rates) == 1 else [], rates[0]) | table.tuning.get("rates_of", {})
+        tried = [
+            table.run(form, table.tuning["seed"], rate) for form in table.forms if form not in said for rate in rates
+        ]
+        if not tried:
+            return said, []
         (measure,) = table.wanted(tried[0])
         best: dict[str, tuple[float, float]] = {}
         for run, one in self.train_all(tried).items():
@@ -317,9 +320,9 @@ class Work:
                 continue
             if run.form not in best or table.better(measure, value, best[run.form][0]):
                 best[run.form] = value, run.rate
-        if diverged := [form for form in table.forms if form not in best]:
+        if diverged := [form for form in table.forms if form not in {*best, *said}]:
             raise RuntimeError(f"no trial of {', '.join(diverged)} has a finite {measure}: give lower rates")
-        return {form: rate for form, (_, rate) in best.items()}, tried
+        return {form: rate for form, (_, rate) in best.items()} | said, tried
 
 
 def trained_on(folder: Path) -> str:

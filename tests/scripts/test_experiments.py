@@ -122,6 +122,23 @@ def test_every_form_gets_its_best_rate_and_the_same_seeds(table, tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize("rates", [[0.1], [0.1, 0.2]])
+def test_a_form_whose_rate_is_said_has_no_trials(table, tmp_path, rates):
+    tuning = {
+        "seed": 9,
+        "rates": rates,
+        "rates_of": {"hamming": 0.35},
+        "share": 0.5,
+        "arguments": ["--evaluate", "validation"],
+    }
+    text = run(table(tuning=tuning), tmp_path)
+    with (tmp_path / "evidence" / "toy" / "runs.csv").open() as file:
+        rows = [(row["form"], row["rate"]) for row in csv.DictReader(file)]
+    assert rows.count(("hamming", "0.35")) == 3 and sum(form == "hamming" for form, _ in rows) == 3
+    assert rows.count(("softmax", "0.1")) == 3 + (len(rates) > 1)
+    assert "| hamming | 0.35 | 3.95 ± 0.1 |" in text
+
+
 def test_data_that_another_command_made_are_not_taken(table, tmp_path):
     (tmp_path / "scripts" / "make.py").write_text(
         "import pathlib, sys\npathlib.Path(sys.argv[1]).write_text(sys.argv[2])\n"
