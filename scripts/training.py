@@ -305,8 +305,8 @@ def run(
 
 
 def due(step: int, every: int | None, last: int) -> bool:
-    """Whether what happens after each ``every`` iterations, and in the end, happens now."""
-    return every is not None and (step % every == 0 or step == last)
+    """Whether what happens after each ``every`` iterations (None, 0: never), and in the end, happens now."""
+    return bool(every) and (step % every == 0 or step == last)
 
 
 def gather(model: nn.Module, whole: nn.Module) -> nn.Module:

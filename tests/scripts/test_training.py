@@ -388,3 +388,8 @@ def test_theta_and_learned_scales_have_rates_of_their_own():
     rates = {id(p): (group["lr"], group["eps"]) for group in optimizer.param_groups for p in group["params"]}
     wanted = {"key_theta.weight": 0.05, "attn.weight": 0.5, "attn.log_scale": 5.0, "head.weight": 0.5}
     assert {name: rates[id(p)] for name, p in model.named_parameters()} == {k: (v, 1e-5) for k, v in wanted.items()}
+
+
+@pytest.mark.parametrize(("every", "steps"), [(3, [3, 6, 7]), (None, []), (0, [])])
+def test_what_happens_every_so_often_happens_in_the_end_or_never(every, steps):
+    assert [step for step in range(1, 8) if training.due(step, every, last=7)] == steps
