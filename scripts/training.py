@@ -306,7 +306,7 @@ def run(
 
 def due(step: int, every: int | None, last: int) -> bool:
     """Whether what happens after each ``every`` iterations (None, 0: never), and in the end, happens now."""
-    return bool(every) and (step % every == 0 or step == last)
+    return (step % every == 0 or step == last) if every else False
 
 
 def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
