@@ -17,10 +17,10 @@ if TYPE_CHECKING:
         BinaryFormerForSemanticSegmentation,
         BinaryFormerModel,
     )
-    from hf_binaryformer.modeling.pretrained import from_pretrained
     from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
     from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
     from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+    from hf_binaryformer.pipelines.loading import from_pretrained
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
     from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
     from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
@@ -40,7 +40,7 @@ _HOME = {
     "BinaryVQTransformer3DModel": "modeling.vq_transformer",
     "VolumeSegmentationPipeline": "pipelines.segmentation",
     "binarize_attention": "modeling.encoder",
-    "from_pretrained": "modeling.pretrained",
+    "from_pretrained": "pipelines.loading",
 }
 
 __all__ = [

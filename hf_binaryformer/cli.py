@@ -1,7 +1,4 @@
-"""The command line, `binaryformer`: what is typed, shown and refused.
-
-:mod:`hf_binaryformer.jobs` and :mod:`hf_binaryformer.generation_jobs` do the work.
-"""
+"""The command line, `binaryformer`: what is typed, shown and refused; :mod:`hf_binaryformer.commands` does the work."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
-from hf_binaryformer import generation_jobs, jobs
+from hf_binaryformer.commands import generation_jobs, jobs
 from hf_binaryformer.pipelines.provenance import versions
 
 P = ParamSpec("P")
@@ -52,6 +49,8 @@ class Selection(str, Enum):
     raster = "raster"
 
 
+# Of commands whose words another program reads, which is imported only then.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options that mean the same in several commands.
 Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
@@ -231,6 +230,24 @@ def evaluate(
     show_scores(content)
 
 
+@app.command(context_settings=PASSED_ON, add_help_option=False, options_metavar="SOURCE [OPTIONS]")
+@one_line_errors
+def prepare(context: typer.Context) -> None:
+    """Make a data folder to train on, out of a public data set, your own volumes or label maps."""
+    from hf_binaryformer.commands.prepare import app as program
+
+    program(context.args, prog_name="binaryformer prepare")
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False, options_metavar="--recipe NAME [OPTIONS]")
+@one_line_errors
+def train(context: typer.Context) -> None:
+    """Train a network by a recipe; --help lists the recipes."""
+    from hf_binaryformer.commands.train import train as run
+
+    run(context.args)
+
+
 @app.command()
 @one_line_errors
 def info() -> None:
@@ -255,7 +272,7 @@ def info() -> None:
 @one_line_errors
 def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo")) -> None:
     """Try it on the MNI152 template, an average of real brains."""
-    from hf_binaryformer.demo import run_demo
+    from hf_binaryformer.commands.demo import run_demo
 
     with progress_bar("segmenting and filling MNI152") as progress:
         content = run_demo(folder, progress=progress)

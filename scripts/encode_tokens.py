@@ -1,95 +1,12 @@
 """python scripts/encode_tokens.py --recipe brain-small --vqmodel runs/vqae/vqmodel --data data/brain --output data/tokens
 
-Turns the volumes of a folder into tokens for ``train_sampler.py``: ``<output>/<split>.safetensors`` for each split that
-has volumes, with one tensor ``tokens`` uint8 (n, num_codebooks, d, h, w). The training split holds ``data.token_copies`` of
-each volume: the first as inference would place it on the grid, the others mirrored, shifted and brightened at random.
+Turns the volumes of a folder into tokens for ``train_sampler.py``. The program is
+:mod:`hf_binaryformer.training.encode_tokens`.
 """
 
-from __future__ import annotations
-
-import json
-import os
-from pathlib import Path
-from typing import Annotated, Any
-
-import numpy as np
-import torch
 import typer
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
-from hf_binaryformer.pipelines.vq_sampling import place_on_grid
-from options import Overrides
-from patches import image_paths, load_scaled
-from prepared_folder import SPLITS
-from recipe import VQ_RECIPES, load_recipe
-
-
-def placed_copy(volume: np.ndarray, data: dict[str, Any], rng: np.random.Generator | None) -> np.ndarray:
-    """A scaled volume on the recipe's grid, float32; augmented where random numbers are given."""
-    placed, _ = place_on_grid(volume.astype(np.float32), data["volume_shape"])
-    if rng is None:
-        return placed
-    if data["flip_axis"] is not None and rng.random() < 0.5:
-        placed = np.flip(placed, data["flip_axis"])
-    shift = rng.integers(-data["token_max_shift"], data["token_max_shift"] + 1, 3)
-    pad = data["token_max_shift"]
-    window = tuple(slice(pad + s, pad + s + n) for s, n in zip(shift, placed.shape, strict=True))
-    return np.pad(placed, pad)[window] * np.float32(1 + rng.uniform(-1, 1) * data["max_gain"])
-
-
-@torch.no_grad()
-def encode(model: BinaryVQModel, path: Path, recipe: dict[str, Any], copies: int, seed: list[int]) -> Tensor:
-    """Tokens uint8 (copies, K, d, h, w) of one file."""
-    data, vqmodel = recipe["data"], recipe["vqmodel"]
-    volume, rng, tokens = load_scaled(path, vqmodel), np.random.default_rng(seed), []
-    for copy in range(copies):
-        placed = placed_copy(volume, data, rng if copy else None).clip(0, vqmodel["intensity_ceiling"])
-        x = torch.from_numpy(np.ascontiguousarray(placed))[None, None].to(model.device)
-        tokens.append(model.encode(x).tokens.to("cpu", torch.uint8))
-    return torch.cat(tokens)
-
-
-def main(
-    recipe: Annotated[str, typer.Option(help="Name in scripts/recipes/vq, or the path of a .yaml file.")],
-    vqmodel: Annotated[Path, typer.Option(help="Autoencoder: folder, short name or Hub id.")],
-    data: Annotated[Path, typer.Option(help="Folder of prepare_data.py, or of NIfTI files.")],
-    output: Annotated[Path, typer.Option(help="Folder for the token files.")],
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    overrides: Overrides = None,
-) -> None:
-    """Encode every split."""
-    settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
-    model = BinaryVQModel.from_pretrained(vqmodel).eval().to(device)
-    if model.config.codebook_size > 2**8:
-        raise typer.BadParameter(f"codebook_size is {model.config.codebook_size}; uint8 holds tokens of at most 256")
-    # Volumes are scaled as the autoencoder was trained, whatever the recipe says now.
-    settings["vqmodel"] = {key: model.config[key] for key in ("spacing", "percentiles", "intensity_ceiling")}
-    seed, fraction = settings["vqae"]["seed"], settings["data"]["validation_fraction"]
-    output.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for split in SPLITS:
-        paths = image_paths(data, split, fraction, seed)
-        if not paths:
-            continue
-        copies = settings["data"]["token_copies"] if split == "train" else 1
-        shown = tqdm(paths, desc=split)
-        tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
-        written[split] = output / f"{split}.safetensors.partial"
-        save_file({"tokens": torch.cat(tokens)}, written[split])
-    # All at the end: no split of this autoencoder beside one of another.
-    for split in SPLITS:
-        (output / f"{split}.safetensors").unlink(missing_ok=True)
-    for split, partial in written.items():
-        os.replace(partial, output / f"{split}.safetensors")
-    if (data / "manifest.json").is_file():
-        # What a card of networks trained on these tokens has to name.
-        stated = json.loads((data / "manifest.json").read_text())
-        source = {key: stated[key] for key in ("name", "source", "licence") if key in stated}
-        (output / "manifest.json").write_text(json.dumps(source, indent=1) + "\n")
-
+from hf_binaryformer.training.encode_tokens import main
 
 if __name__ == "__main__":
     typer.run(main)

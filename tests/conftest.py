@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any import of huggingface_hub: no test may reach the network.
@@ -25,6 +26,14 @@ def seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_another_test() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process for all that follow."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 import hf_binaryformer as bf
 from hf_binaryformer.modeling.configuration import BINARY_TYPES
-from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints, load_image_processor
+from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
-from write_card import CARDS, render
+from hf_binaryformer.training.cards import checkpoint_card
 
 ROOT = Path(__file__).parent.parent
+CARDS = ROOT / "model_cards"
 TINY_BRAIN, TINY_VQ = "binaryformer-tiny-brain", "binaryvq-tiny-brain"
 
 
@@ -40,7 +41,7 @@ def test_small_and_one_bit_wide(name):
 
 @pytest.mark.parametrize("name", known_checkpoints())
 def test_card_is_rendered_from_the_records(name):
-    card = str(render(name))
+    card = str(checkpoint_card(name, CARDS))
     assert (CARDS / f"{name}.md").read_text() == card, "run: python scripts/write_card.py " + name
     assert (PACKAGED / name / "README.md").read_text() == card
     assert "not for clinical use" in card and "| --- |" in card
@@ -49,7 +50,7 @@ def test_card_is_rendered_from_the_records(name):
 def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
     name = "binaryformer-tiny-hippocampus"
     folder = ROOT / "published" / name
-    card = render(name)
+    card = checkpoint_card(name, CARDS)
     assert (CARDS / f"{name}.md").read_text() == (folder / "README.md").read_text() == str(card)
     assert card.data.license == "cc-by-sa-4.0" and name not in known_checkpoints()
     assert {p.name for p in folder.iterdir()} == {
@@ -94,7 +95,7 @@ def test_segments_slices_of_a_real_brain():
         np.asarray(load(resolution=1).dataobj)
         for load in (datasets.load_mni152_template, datasets.load_mni152_wm_template)
     )
-    model, processor = bf.from_pretrained(TINY_BRAIN), load_image_processor(TINY_BRAIN)
+    model, processor = bf.from_pretrained(TINY_BRAIN), bf.BinaryFormerImageProcessor.from_pretrained(TINY_BRAIN)
     scaled = processor.scale_volume(template)
     box = foreground_box(scaled, (1.0, 1.0, 1.0))
     volume = torch.from_numpy(scaled[box]).movedim(1, 0)[:, :160, :160]
@@ -108,7 +109,7 @@ def test_segments_slices_of_a_real_brain():
 
 @pytest.mark.slow
 def test_demo_repeats_the_card(tmp_path):
-    from hf_binaryformer.demo import run_demo
+    from hf_binaryformer.commands.demo import run_demo
 
     record = json.loads((CARDS / "evidence" / TINY_BRAIN / "mni152.json").read_text())
     report = run_demo(tmp_path)

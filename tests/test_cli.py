@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from hf_binaryformer import cli, jobs
+from hf_binaryformer import cli
+from hf_binaryformer.commands import jobs
 from hf_binaryformer.kernels import available_backends
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig

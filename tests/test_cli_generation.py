@@ -203,7 +203,7 @@ def test_nothing_stays_behind_when_the_last_file_fails(files, checkpoint, monkey
     def full_disk(*arguments: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("hf_binaryformer.generation_jobs.write_json", full_disk)
+    monkeypatch.setattr("hf_binaryformer.commands.generation_jobs.write_json", full_disk)
     options = ("--model", checkpoint, "--steps", 2, "--report", out / "r.json", "--overlay", out / "o.png")
     assert "no space left" in error_line(run("inpaint", source, "--mask", mask, "-o", out / "f.nii.gz", *options))
     assert "no space left" in error_line(run("synthesize", "-o", out / "f.nii.gz", *options))

@@ -19,10 +19,10 @@ import hf_binaryformer as bf
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_binaryformer"
-# Each may import itself and what stands before it. The face is what lies directly in the package: cli, jobs, demo.
-FLOORS = ["kernels", "modeling", "pipelines", "face", "scripts"]
+# Each may import itself and what stands before it. The face is what lies directly in the package: the command line.
+FLOORS = ["kernels", "modeling", "pipelines", "data", "training", "commands", "face", "scripts"]
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
-SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+SCRIPTS = {path.stem for path in (ROOT / "scripts").rglob("*.py")}
 
 
 def name_of(path: Path) -> str:
@@ -71,6 +71,33 @@ def wrong_way(floor: str, tree: ast.Module) -> list[str]:
     return found
 
 
+def module_of(path: Path) -> str:
+    """Name that a file is imported by: scripts find each other by their bare names."""
+    if not path.is_relative_to(PACKAGE):
+        return path.stem
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circles(trees: dict[str, ast.Module]) -> list[tuple[str, ...]]:
+    """Modules that import each other, by whatever way, also inside functions."""
+    edges = {name: {target for one in imported(tree) if (target := owner(one, trees))} for name, tree in trees.items()}
+    reached: dict[str, set[str]] = {}
+    for name in trees:
+        frontier = edges[name] - {name}
+        reached[name] = set()
+        while frontier:
+            reached[name] |= frontier
+            frontier = set().union(*(edges[one] for one in frontier)) - reached[name]
+    together = {name: {one for one in reached[name] if name in reached[one]} for name in trees}
+    return sorted({tuple(sorted(group)) for group in together.values() if group})
+
+
+def owner(name: str, trees: dict[str, ast.Module]) -> str | None:
+    """The module that an imported name lies in: itself, or what it is taken from."""
+    return next((one for one in (name, name.rpartition(".")[0]) if one in trees), None)
+
+
 def unsafe(tree: ast.Module) -> list[str]:
     """What can run code that comes in a file: pickles, and the calls that read them."""
     found = [name for name in imported(tree) if {"pickle", "joblib", "dill", "shelve"} & set(name.split("."))]
@@ -91,6 +118,16 @@ def test_imports_run_one_way(path):
     assert wrong_way(floor_of(path), tree_of(path)) == []
 
 
+def test_no_two_modules_import_each_other():
+    # The package's root names everything, lazily, and nothing but its version is taken from it.
+    assert circles({module_of(p): tree_of(p) for p in SOURCES if p != PACKAGE / "__init__.py"}) == []
+
+
+def test_circles_are_seen():
+    code = {"a": "import b", "b": "def f():\n    from c import x", "c": "import a", "d": "import a"}
+    assert circles({name: ast.parse(text) for name, text in code.items()}) == [("a", "b", "c")]
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=name_of)
 def test_kernels_know_torch_only(path):
     roots = {name.partition(".")[0] for name in imported(tree_of(path))}
@@ -105,6 +142,9 @@ def test_kernels_know_torch_only(path):
         ("modeling", "from hf_binaryformer import pipelines"),
         ("pipelines", "from hf_binaryformer import BinaryFormerModel"),
         ("pipelines", "import hf_binaryformer"),
+        ("data", "from hf_binaryformer.training.loop import run"),
+        ("training", "import hf_binaryformer as bf"),
+        ("commands", "from hf_binaryformer import cli"),
         ("face", "import finetune"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,47 +69,12 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
         ) from error
 
 
-def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
-    """The model or pipeline behind a short name, a folder, or a Hub id.
-
-    Args:
-        name: see :func:`resolve_checkpoint`.
-        options: handed to the class's own ``from_pretrained``.
-
-    Returns:
-        An instance of the class that the checkpoint was saved from; models are in evaluation mode.
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration file.
 
     Raises:
-        CheckpointNotFoundError: no such checkpoint.
-        CheckpointError: it cannot be used.
-
-    Example:
-        >>> model = from_pretrained("binaryformer-tiny-brain")
-        >>> model.config.attention_type
-        'sign'
+        CheckpointError: it is missing, or no JSON.
     """
-    hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
-    folder = resolve_checkpoint(name, **hub_options)
-    is_pipeline = (folder / PIPELINE_CONFIG).is_file()
-    config = _read_json(folder / (PIPELINE_CONFIG if is_pipeline else MODEL_CONFIG))
-    # transformers and diffusers each have their own word for the class.
-    saved_from = str((config.get("architectures") or [config.get("_class_name", "(none)")])[0])
-    # Looked up among the public names when it is needed: pipelines stand above this module.
-    public = import_module("hf_binaryformer")
-    own: Any = getattr(public, saved_from) if saved_from in public.__all__ else None
-    if not hasattr(own, "from_pretrained"):
-        raise CheckpointError(f"{folder} holds a '{saved_from}', expected one of this package's own classes")
-    return own.from_pretrained(folder, **options)
-
-
-def load_image_processor(name: str | os.PathLike[str], **options: Any) -> Any:
-    """The image processor of a checkpoint, by the same names as :func:`from_pretrained`."""
-    from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-
-    return BinaryFormerImageProcessor.from_pretrained(name, **options)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -154,7 +118,7 @@ class CheckpointMixin:
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
         _require_safetensors(folder)
-        _read_json(folder / MODEL_CONFIG)
+        read_json(folder / MODEL_CONFIG)
         lenient = options.get("ignore_mismatched_sizes", False)
         report_wanted = options.pop("output_loading_info", False)
         try:
@@ -197,11 +161,11 @@ class DiffusersCheckpointMixin:
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
         if subfolder is None and (folder / PIPELINE_CONFIG).is_file():
-            index = _read_json(folder / PIPELINE_CONFIG)
+            index = read_json(folder / PIPELINE_CONFIG)
             subfolder = next((n for n, v in index.items() if isinstance(v, list) and v[-1] == cls.__name__), None)
         folder = folder / (subfolder or "")
         is_model = issubclass(cls, nn.Module)
-        config = _read_json(folder / getattr(cls, "config_name", MODEL_CONFIG))
+        config = read_json(folder / getattr(cls, "config_name", MODEL_CONFIG))
         if (saved_from := config.get("_class_name")) != cls.__name__:
             raise CheckpointError(f"{folder} holds a '{saved_from}', expected a '{cls.__name__}': load it as that")
         if not is_model:

@@ -130,11 +130,11 @@ class VolumeSegmentationPipeline:
             CheckpointNotFoundError, CheckpointError: as there.
             BackendUnavailableError: the backend cannot run here.
         """
+        from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
         from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
-        from hf_binaryformer.modeling.pretrained import load_image_processor
 
         model = BinaryFormerForSemanticSegmentation.from_pretrained(name, **options)
-        processor = load_image_processor(name, **options)
+        processor = BinaryFormerImageProcessor.from_pretrained(name, **options)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline = cls(model, processor, device=device, dtype=dtype, batch_size=batch_size)
         pipeline.model.set_attention_backend(backend)

@@ -1,4 +1,4 @@
-"""PYTHONPATH=scripts python scripts/experiments/gradient_variance.py: the noise of the ternary gradient, by sequence length.
+"""python scripts/experiments/gradient_variance.py: the noise of the ternary gradient, by sequence length.
 
 Random tokens x (N, d), projections W_q, W_k and a random gradient of the output. The ternary gradient estimates the
 straight-through one, which draws nothing. Of many draws, ``noise`` is the root of the mean squared deviation from their mean and
@@ -16,9 +16,9 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
-from with_variant import SimulatedSigns
 
 from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
+from with_variant import SimulatedSigns
 
 EVIDENCE = Path(__file__).parents[2] / "model_cards" / "evidence" / "gradient_variance"
 HEAD_DIM, VALUE_DIM = 64, 16
@@ -114,7 +114,7 @@ def main(
     for row in rows:
         cells = " | ".join(f"{row[name]:.2f}" for name in figures)
         lines.append(f"| {row['N']} | {row['sharpness']:g} times | {row['scale']} | {cells} |")
-    lines += ["", "```", "PYTHONPATH=scripts python scripts/experiments/gradient_variance.py", "```", ""]
+    lines += ["", "```", "python scripts/experiments/gradient_variance.py", "```", ""]
     (evidence / "README.md").write_text("\n".join(lines))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("query noise", "weights noise"), strict=True):

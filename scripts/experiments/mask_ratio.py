@@ -1,4 +1,4 @@
-"""PYTHONPATH=scripts python scripts/experiments/mask_ratio.py --run runs/sampler --tokens data/tokens
+"""python scripts/experiments/mask_ratio.py --run runs/sampler --tokens data/tokens
 
 What a masked token costs, by how many are: for each share of masked tokens the mean cross-entropy of one in bits, written as
 ``bits`` into ``mask_ratio.json`` in the run's folder. As the shares are equally spaced, their mean is nearly the evidence lower
@@ -19,7 +19,7 @@ import typer
 
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from train_sampler import load_tokens
+from hf_binaryformer.training.sampler import load_tokens
 
 BATCH = 8
 # The middles of ten equal parts of 0 to 1.

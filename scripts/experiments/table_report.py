@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from scipy import stats
 
 if TYPE_CHECKING:
-    from table import Table
+    from table_file import Table
     from table_record import Finished
 
 # Differences are given with their interval at this confidence.

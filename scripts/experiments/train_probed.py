@@ -1,4 +1,4 @@
-"""PYTHONPATH=scripts python scripts/experiments/train_probed.py --recipe R --tokens T --output O
+"""python scripts/experiments/train_probed.py --recipe R --tokens T --output O
 
 The training of train_sampler.py with a look inside.
 Every time the log is written, a fixed batch shows how attention stands, in float32 whatever the training's precision:
@@ -23,11 +23,11 @@ from torch import Tensor
 from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from options import Overrides, Resume
-from recipe import VQ_RECIPES, keep_recipe, load_recipe
-from run_log import write_summary
-from train_sampler import build_task, load_tokens
-from training import run, start
+from hf_binaryformer.training.loop import run, start
+from hf_binaryformer.training.options import Overrides, Resume
+from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe
+from hf_binaryformer.training.run_log import write_summary
+from hf_binaryformer.training.sampler import build_task, load_tokens
 
 
 def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:

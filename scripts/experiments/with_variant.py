@@ -1,4 +1,4 @@
-"""PYTHONPATH=scripts python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...
+"""python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...
 
 A training with a form of attention that the package does not have, computed in floating point with all N x N numbers.
 
@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import training
 from hf_binaryformer.modeling import attention as attention_module
 from hf_binaryformer.modeling.attention import BinaryAttention, TokenWeight, attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.training import loop
 
 MEANS = 3.0
 CHANNEL_GROUPS = 4
@@ -106,18 +106,18 @@ def attend_channel_groups(self: BinaryAttention, query: Tensor, key: Tensor, val
 Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
 
 
-def with_losses(change: Callable[[training.Task, dict[str, Any]], Losses]) -> None:
+def with_losses(change: Callable[[loop.Task, dict[str, Any]], Losses]) -> None:
     """Have every training take its losses from ``change(task, train)``, made before it starts."""
-    inner = training.run
+    inner = loop.run
 
-    def run(task: training.Task, train: dict[str, Any], *rest: Any) -> None:
+    def run(task: loop.Task, train: dict[str, Any], *rest: Any) -> None:
         inner(replace(task, losses=change(task, train)), train, *rest)
 
-    changed: Any = training
+    changed: Any = loop
     changed.run = run
 
 
-def from_ste(task: training.Task, train: dict[str, Any]) -> Losses:
+def from_ste(task: loop.Task, train: dict[str, Any]) -> Losses:
     """The script's losses, with the gradient of the bits that is drawn for the step: the same after a resume."""
     modules = attention_modules(task.model)
     configured = [module.config.bit_gradient for module in modules]
@@ -131,7 +131,7 @@ def from_ste(task: training.Task, train: dict[str, Any]) -> Losses:
     return losses
 
 
-def taught(teacher: nn.Module, task: training.Task, train: dict[str, Any]) -> Losses:
+def taught(teacher: nn.Module, task: loop.Task, train: dict[str, Any]) -> Losses:
     """Half the script's loss, half the cross-entropy of masked tokens to the teacher's predictions, in nats."""
     seen: list[Tensor] = []
     task.model.head.register_forward_hook(lambda module, inputs, output: seen.append(output))

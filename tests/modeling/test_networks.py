@@ -28,7 +28,8 @@ from hf_binaryformer.modeling.modeling import (
     BinaryFormerForSemanticSegmentation,
     BinaryFormerModel,
 )
-from hf_binaryformer.modeling.pretrained import CheckpointError, CheckpointNotFoundError, from_pretrained
+from hf_binaryformer.modeling.pretrained import CheckpointError, CheckpointNotFoundError
+from hf_binaryformer.pipelines.loading import from_pretrained
 
 ATTENTION_TYPES = ["softmax", "sign", "sign_stopgrad", "hamming", "hamming_grouped", "hamming_bernoulli", "uniform"]
 CLASSES = [BinaryFormerModel, BinaryFormerForSemanticSegmentation, BinaryFormerForImageClassification]

@@ -11,14 +11,16 @@ import pytest
 import torch
 import typer
 
-import benchmark_attention
-import benchmark_check
-import benchmark_measure
-from benchmark_check import exact_attention, tolerance_of
-from benchmark_encoder import image_of
-from benchmark_figures import block_costs, figure_2b
-from benchmark_measure import Result, Subject, extra_bytes, measure_peaks, time_interleaved, with_ratios
-from benchmark_subjects import (
+import attention as benchmark_attention
+import check as benchmark_check
+import measure as benchmark_measure
+from check import exact_attention, tolerance_of
+from encoder import image_of
+from figures import block_costs, figure_2b
+from hf_binaryformer.kernels import unpack_sign_bits
+from hf_binaryformer.kernels.cpu_library import LIBRARY
+from measure import Result, Subject, extra_bytes, measure_peaks, time_interleaved, with_ratios
+from subjects import (
     SCORE_LIMIT,
     SECOND_SET,
     Hamming,
@@ -29,8 +31,6 @@ from benchmark_subjects import (
     numpy_attention,
     plain_numpy_attention,
 )
-from hf_binaryformer.kernels import unpack_sign_bits
-from hf_binaryformer.kernels.cpu_library import LIBRARY
 
 TOKENS = 33
 ROW_KEYS = ["name", "tokens", "head_dim", "value_dim", "dtype", "pass", "milliseconds", "ratio_to_sdpa", "peak_bytes"]
@@ -118,7 +118,7 @@ def test_everything_is_measured_and_written(tmp_path, capsys):
     assert plot.stat().st_size > 10_000
 
     command = shlex.split(record["command"])
-    assert command[:2] == ["python", "scripts/benchmark_attention.py"]
+    assert command[:2] == ["python", "scripts/benchmarks/attention.py"]
     assert command[command.index("--encoder-blocks") + 1] == "1" and "--no-memory" in command
     assert str(tmp_path) not in record["command"]
     shown = capsys.readouterr().out

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 
-import mask_ratio
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from make_twins import Kind, twins
-from make_twins import main as make_twins
 from safetensors.torch import load_file, save_file
 
-import train_sampler
+import mask_ratio
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from hf_binaryformer.training import sampler
+from make_twins import Kind, twins
+from make_twins import main as make_twins
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -53,7 +53,7 @@ def test_bits_by_mask_ratio(tmp_path):
         network.head.weight.mul_(20)
     settings = {"seed": 0, "batch_size": 8, "validation_times": 40}
     accelerator = Accelerator(cpu=True)
-    bound = train_sampler.validate(network, tokens, scheduler, settings, accelerator)["validation_bits_per_token"]
+    bound = sampler.validate(network, tokens, scheduler, settings, accelerator)["validation_bits_per_token"]
     found = measure()
     assert found["bits_per_position"] == pytest.approx(bound, rel=0.03)
     assert bound > 2 * np.log2(5)

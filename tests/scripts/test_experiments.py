@@ -8,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import table as tables
-import table_report
 import torch
-import train_probed
 import typer
 import yaml
-from make_twins import Kind
-from make_twins import main as make_twins
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from toys import write_sampler_recipe, write_tokens
-from with_variant import CHANNEL_GROUPS
 
-import train_sampler
+import table as tables
+import table_file
+import table_report
+import train_probed
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from run_log import read_log
+from hf_binaryformer.training import sampler
+from hf_binaryformer.training.run_log import read_log
+from make_twins import Kind
+from make_twins import main as make_twins
+from with_variant import CHANNEL_GROUPS
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -261,13 +262,13 @@ def test_when_a_figure_of_the_log_is_first_below(table, tmp_path):
 def test_pairs_that_a_table_has_are_compared(table, tmp_path, monkeypatch):
     known = tmp_path / "forms.yaml"
     known.write_text(yaml.safe_dump({"common": {}, "forms": {}, "compare": [["hamming", "uniform"], ["hamming", "x"]]}))
-    monkeypatch.setattr(tables, "FORMS", known)
+    monkeypatch.setattr(table_file, "FORMS", known)
     text = run(table(), tmp_path)
     assert "| hamming less uniform | +3 ± " in text and "less x" not in text
 
 
 def test_the_pairs_are_of_forms_that_are_known():
-    known = yaml.safe_load(tables.FORMS.read_text())
+    known = yaml.safe_load(table_file.FORMS.read_text())
     assert {form for pair in known["compare"] for form in pair} <= {*known["forms"]}
 
 
@@ -279,9 +280,9 @@ def test_a_form_that_diverges_at_every_rate_is_named(table, tmp_path):
 
 def test_names_that_do_not_fit(table, tmp_path):
     with pytest.raises(typer.BadParameter, match="names nobody, but its forms are"):
-        tables.Table(table(controls=["nobody"]), "small")
+        table_file.Table(table(controls=["nobody"]), "small")
     with pytest.raises(typer.BadParameter, match="has small, smoke"):
-        tables.Table(table(), "paper")
+        table_file.Table(table(), "paper")
 
 
 @pytest.mark.parametrize("learned_scale", [False, True])
@@ -324,7 +325,7 @@ def test_probes_look_at_float32_and_at_the_mean_of_ternary_gradients():
 
 
 def test_the_probed_training_starts_as_tables_start_it(tmp_path):
-    growth = tables.Table(ROOT / "scripts" / "experiments" / "growth.yaml", "smoke")
+    growth = table_file.Table(ROOT / "scripts" / "experiments" / "growth.yaml", "smoke")
     growth.forms = {"hamming": growth.forms["hamming"]}
     make_twins(tmp_path / "data" / "mirror", Kind.mirror, 64, 16, 8, 4, 0)
     folder = tables.train(growth, growth.run("hamming", 0, 1e-3), tmp_path, None, 1)
@@ -332,7 +333,7 @@ def test_the_probed_training_starts_as_tables_start_it(tmp_path):
 
 
 def test_a_variant_starts_as_tables_start_it(tmp_path):
-    closing = tables.Table(ROOT / "scripts" / "experiments" / "closing.yaml", "smoke")
+    closing = table_file.Table(ROOT / "scripts" / "experiments" / "closing.yaml", "smoke")
     make_twins(tmp_path / "data" / "mirror", Kind.mirror, 64, 16, 8, 4, 0)
     folder = tables.train(closing, closing.run("hamming-channel-groups", 0, 1e-3), tmp_path, None, 1)
     assert folder == tmp_path / "copying" / "smoke" / "hamming-channel-groups-rate0.001-seed0"
@@ -344,7 +345,7 @@ def test_a_probed_training_is_the_training(tmp_path):
     (tmp_path / "tokens").mkdir()
     tokens, recipe = write_tokens(tmp_path / "tokens"), write_sampler_recipe(tmp_path / "toy.yaml")
     last_weights = ["sampler.ema_decay=0", "transformer.dropout=0"]
-    train_sampler.main(str(recipe), tokens, tmp_path / "plain", overrides=last_weights)
+    sampler.main(str(recipe), tokens, tmp_path / "plain", overrides=last_weights)
     train_probed.main(str(recipe), tokens, tmp_path / "probed", probed=4, overrides=last_weights)
     losses, probed = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "probed"))
     assert [r["loss"] for r in losses] == [r["loss"] for r in probed]

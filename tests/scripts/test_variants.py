@@ -6,18 +6,18 @@ import csv
 from types import SimpleNamespace
 from typing import Any
 
-import gradient_variance
 import pytest
 import torch
 import torch.nn.functional as F
-import with_variant
 from torch import Tensor
 
-import training
+import gradient_variance
+import with_variant
 from hf_binaryformer.modeling import attention as attention_module
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.training import loop
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def package_as_it_was(monkeypatch):
     monkeypatch.setattr(BinaryAttention, "_attend_sign", BinaryAttention._attend_sign)
     monkeypatch.setattr(BinaryAttention, "_attend_hamming", BinaryAttention._attend_hamming)
     monkeypatch.setattr(attention_module, "TokenWeight", attention_module.TokenWeight)
-    monkeypatch.setattr(training, "run", training.run)
+    monkeypatch.setattr(loop, "run", loop.run)
 
 
 def attention(kind: str, **fields: Any) -> BinaryAttention:
@@ -81,9 +81,7 @@ def test_channel_groups_with_equal_weights_are_the_papers_form():
 
 def test_from_ste_changes_the_gradient_little_by_little(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        training, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(2000)]
-    )
+    monkeypatch.setattr(loop, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(2000)])
     with_variant.apply("from-ste")
     module = attention("hamming", bit_gradient="none")
     model = torch.nn.ModuleList([module, BinaryAttention(16, 2, config=module.config)])  # which share one configuration
@@ -93,12 +91,12 @@ def test_from_ste_changes_the_gradient_little_by_little(monkeypatch):
         seen.append(module.config.bit_gradient == "ste")
         return {}
 
-    task = training.Task(model, None, None, losses)
-    training.run(task, {"iterations": 2000}, None, None, False, None)
+    task = loop.Task(model, None, None, losses)
+    loop.run(task, {"iterations": 2000}, None, None, False, None)
     first = list(seen)
     assert [sum(first[i : i + 500]) / 500 for i in range(0, 2000, 500)] == pytest.approx([0.75, 0.25, 0, 0], abs=0.06)
     assert first[0] and module.config.bit_gradient == "none"
-    training.run(task, {"iterations": 2000}, None, None, False, None)
+    loop.run(task, {"iterations": 2000}, None, None, False, None)
     assert seen[2000:] == first, "a resumed training draws the same"
 
 

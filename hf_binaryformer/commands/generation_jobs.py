@@ -1,0 +1,268 @@
+"""What `inpaint` and `synthesize` do, without the command line: from files to files, all of a job's results or none."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_binaryformer.commands.jobs import Progress, usable_device
+from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_binaryformer.pipelines.volumes import Volume
+    from hf_binaryformer.pipelines.vq_sampling import VQSamplingPipeline
+
+DEFAULT_MODEL = "binaryvq-tiny-brain"
+DEFAULT_STEPS, DEFAULT_TEMPERATURE = 200, 0.8
+# More columns than this are too small to see anything in.
+MAX_COLUMNS = 4
+
+
+def inpaint_file(
+    source: Path,
+    mask: Path,
+    output: Path,
+    *,
+    std_map: Path | None = None,
+    overlay: Path | None = None,
+    report: Path | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    temperature: float = DEFAULT_TEMPERATURE,
+    feather: int = 0,
+    selection: str | None = None,
+    model: str = DEFAULT_MODEL,
+    backend: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    truth: Path | None = None,
+    title: str = "",
+    progress: Progress | bool = False,
+) -> dict[str, Any]:
+    """Fill the hole of a volume on its own grid.
+
+    Args:
+        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder; what it holds inside the hole is not looked at.
+        mask: on the same grid, whole numbers, not 0 is the hole.
+        output: volume to write; several samples become a 4D NIfTI.
+        std_map: volume to write with the standard deviation over samples, of which there must be two.
+        overlay: PNG to write: hole, result, and what else there is (truth, standard deviation).
+        report: JSON to write, the same as what is returned.
+        samples: number of results.
+        seed: of all that is random; the same seed gives the same bytes.
+        steps, temperature, feather, selection: see ``BinaryVQInpaintPipeline``.
+        model: short name, folder or Hub id.
+        backend: who computes Hamming attention; None chooses.
+        dtype: "float32", "bfloat16" or "float16".
+        device: torch device; None chooses.
+        truth: volume on the same grid, shown in the overlay.
+        title: first line of the overlay; the source's name if empty.
+        progress: called with (done, total) after each step, or whether to show the pipeline's own bar.
+
+    Raises:
+        ValueError, OSError: bad input (see :mod:`hf_binaryformer.pipelines.volumes`) or unusable output.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
+
+    volume_suffixes = _suffixes(samples)
+    wanted = ((output, volume_suffixes), (std_map, _suffixes(1)), (overlay, (".png",)), (report, (".json",)))
+    targets = check_outputs(wanted, [source, mask, *([truth] if truth else [])])
+    if std_map is not None and samples < 2:
+        raise ValueError(f"a std map needs at least 2 samples, asked for is {samples}: add --samples 8, for example")
+    volume, hole = read_volume(source), read_volume(mask, labels=True)
+    true_volume = read_volume(truth) if truth else None
+    if true_volume is not None:
+        check_same_grid(volume, true_volume)
+
+    import torch
+
+    from hf_binaryformer.pipelines.panels import volume_panels
+    from hf_binaryformer.pipelines.volumes import write_image
+    from hf_binaryformer.pipelines.vq_inpainting import EMPTY_MASK, BinaryVQInpaintPipeline
+
+    pipeline = _load(BinaryVQInpaintPipeline, model)
+    callback = _set_up(pipeline, device, dtype, backend, progress)
+    with warnings.catch_warnings():
+        # The report says it too, and whoever reads that has been told.
+        warnings.filterwarnings("ignore", message=EMPTY_MASK)
+        result = pipeline(
+            volume,
+            hole,
+            num_inference_steps=steps,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+            num_samples=samples,
+            output_type="np",
+            callback_on_step_end=callback,
+            feather=feather,
+            selection=selection,
+        )
+    settings = _settings(pipeline, model, dtype, seed, steps, temperature)
+    chosen = selection or pipeline.scheduler.config.selection
+    content = {**result.report, "feather": feather, "selection": chosen, **settings}
+    with all_or_nothing(targets) as temporary:
+        result.save(temporary[output])
+        if std_map is not None:
+            description = f"{GENERATED} Standard deviation. {NOTICE}"
+            write_image(temporary[std_map], result.std[0, 0], volume, description=description)
+        if overlay is not None:
+            columns = {"hole": volume.array, "result": result.images[0, 0]}
+            if true_volume is not None:
+                columns["truth"] = true_volume.array
+            picture = volume_panels(
+                columns,
+                volume.spacing,
+                hole=hole.array != 0,
+                hide_hole_in=["hole"],
+                maps={} if result.std is None else {f"std of {samples} samples": result.std[0, 0]},
+                title=title or source.name,
+            )
+            picture.save(temporary[overlay], format="PNG", optimize=True)
+        if report is not None:
+            write_json(temporary[report], content)
+    return content
+
+
+def synthesize_file(
+    output: Path,
+    *,
+    overlay: Path | None = None,
+    report: Path | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    steps: int = DEFAULT_STEPS,
+    temperature: float = DEFAULT_TEMPERATURE,
+    model: str = DEFAULT_MODEL,
+    backend: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    progress: Progress | bool = False,
+) -> dict[str, Any]:
+    """Make volumes out of nothing, on the checkpoint's grid, intensities 0 to about 1.
+
+    Args:
+        output, overlay, report, samples, seed, steps, temperature, model, backend, dtype, device, progress: as for
+            :func:`inpaint_file`.
+
+    Raises:
+        ValueError, OSError, BackendUnavailableError: as there.
+    """
+    targets = check_outputs(((output, _suffixes(samples)), (overlay, (".png",)), (report, (".json",))), [])
+
+    import torch
+
+    from hf_binaryformer.pipelines.panels import volume_panels
+    from hf_binaryformer.pipelines.volumes import write_image
+    from hf_binaryformer.pipelines.vq_inpainting import as_one
+    from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
+
+    pipeline = _load(BinaryVQPipeline, model)
+    start = time.perf_counter()
+    result = pipeline(
+        batch_size=samples,
+        num_inference_steps=steps,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+        callback_on_step_end=_set_up(pipeline, device, dtype, backend, progress),
+    )
+    images = result.images[:, 0]
+    like = _centred(images[0], pipeline.spacing)
+    content = {
+        "notice": NOTICE,
+        "generated": GENERATED,
+        "shape": list(images.shape[1:]),
+        "spacing_mm": list(pipeline.spacing),
+        "samples": samples,
+        "token_grid": list(result.tokens.shape[2:]),
+        "steps": pipeline.num_timesteps,
+        "attention_type": pipeline.transformer.config.attention_type,
+        "device": str(pipeline.device),
+        "seconds": time.perf_counter() - start,
+        "versions": versions(),
+        **_settings(pipeline, model, dtype, seed, steps, temperature),
+    }
+    with all_or_nothing(targets) as temporary:
+        write_image(temporary[output], as_one(images), like, description=f"{GENERATED} {NOTICE}")
+        if overlay is not None:
+            shown = {f"sample {number}": image for number, image in enumerate(images[:MAX_COLUMNS], 1)}
+            volume_panels(shown, like.spacing, title=Path(model).name).save(
+                temporary[overlay], format="PNG", optimize=True
+            )
+        if report is not None:
+            write_json(temporary[report], content)
+    return content
+
+
+def _suffixes(samples: int) -> tuple[str, ...]:
+    """Endings of a volume file that can hold so many samples.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES, OUTPUT_SUFFIXES
+
+    if samples < 1:
+        raise ValueError(f"samples is {samples}, expected at least 1")
+    return OUTPUT_SUFFIXES if samples == 1 else NIFTI_SUFFIXES
+
+
+def _load(kind: type[VQSamplingPipeline], model: str) -> Any:
+    from diffusers.utils import logging
+
+    # Bars for loading small files would run through the one that counts.
+    logging.disable_progress_bar()
+    return kind.from_pretrained(model)
+
+
+def _set_up(
+    pipeline: VQSamplingPipeline, device: str | None, dtype: str, backend: str | None, progress: Progress | bool
+) -> Any:
+    """Put the pipeline on its device, in its number format; the callback that shows progress."""
+    import torch
+
+    pipeline.to(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline.set_attention_backend(backend)
+    pipeline.set_autocast(dtype)
+    pipeline.set_progress_bar_config(disable=progress is not True, desc="sampling")
+
+    def tell(owner: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        if callable(progress):
+            progress(step + 1, owner.num_timesteps)
+        return tensors
+
+    return tell
+
+
+def _settings(
+    pipeline: VQSamplingPipeline, model: str, dtype: str, seed: int, steps: int, temperature: float
+) -> dict[str, Any]:
+    from hf_binaryformer.pipelines.segmentation import attention_backend
+
+    return {
+        "model": Path(model).name,
+        "backend": attention_backend(pipeline.transformer, pipeline.device.type),
+        "dtype": dtype,
+        "seed": seed,
+        "steps_asked_for": steps,
+        "temperature": temperature,
+    }
+
+
+def _centred(array: np.ndarray, spacing: tuple[float, float, float]) -> Volume:
+    """An array in RAS order as a volume whose middle lies at the origin."""
+    import numpy as np
+    from nibabel.orientations import io_orientation
+
+    from hf_binaryformer.pipelines.volumes import Volume, VolumeSource
+
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -(np.array(array.shape) - 1) / 2 * spacing
+    return Volume(array, affine, VolumeSource(None, "nifti", array.shape, affine, io_orientation(affine)))

@@ -1,0 +1,235 @@
+"""What the commands do, without the command line: from files to files, all of a job's results or none of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.pipelines.provenance import NOTICE, versions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_binaryformer.pipelines.volumes import Volume
+
+DEFAULT_MODEL = "binaryformer-tiny-brain"
+
+Progress = Callable[[int, int], None]
+
+
+def segment_file(
+    source: Path,
+    output: Path,
+    *,
+    overlay: Path | None = None,
+    report: Path | None = None,
+    probabilities: Path | None = None,
+    model: str = DEFAULT_MODEL,
+    backend: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    title: str = "",
+    progress: Progress | bool = False,
+) -> dict[str, Any]:
+    """Segment one volume on its own grid.
+
+    Args:
+        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.
+        output: label volume to write (.nii, .nii.gz, .mha or .nrrd).
+        overlay: PNG to write, see :func:`hf_binaryformer.pipelines.overlay.label_overlay`.
+        report: JSON to write, the same as what is returned.
+        probabilities: NIfTI to write, 4D, one volume for each label from 0, values 0 to 1 in steps of 1/255.
+        model: short name, folder or Hub id.
+        backend: who computes Hamming attention; None chooses.
+        dtype: "float32", "bfloat16" or "float16".
+        device: torch device; None chooses.
+        title: first line of the overlay; the source's name if empty.
+        progress: called with (done, total), or whether to show the pipeline's own bar.
+
+    Raises:
+        ValueError, OSError: bad input (see :mod:`hf_binaryformer.pipelines.volumes`) or unusable output.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES, OUTPUT_SUFFIXES, read_volume
+
+    wanted = ((output, OUTPUT_SUFFIXES), (probabilities, NIFTI_SUFFIXES), (overlay, (".png",)), (report, (".json",)))
+    targets = check_outputs(wanted, [source])
+    volume = read_volume(source)
+
+    import torch
+    from transformers.utils import logging
+
+    from hf_binaryformer.pipelines.overlay import label_overlay
+    from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+
+    # Bars for loading small files would run through the one that counts.
+    logging.disable_progress_bar()
+    pipeline = VolumeSegmentationPipeline.from_pretrained(
+        model, device=usable_device(device), dtype=getattr(torch, dtype)
+    )
+    pipeline.model.set_attention_backend(backend)
+    result = pipeline(volume, return_probabilities=probabilities is not None, progress=progress)
+    with all_or_nothing(targets) as temporary:
+        result.save(temporary[output])
+        if probabilities is not None:
+            assert result.probabilities is not None
+            _write_probabilities(temporary[probabilities], result.probabilities, volume)
+        if overlay is not None:
+            picture = label_overlay(
+                volume.array, result.labels, volume.spacing, result.label_names, title=title or source.name
+            )
+            picture.save(temporary[overlay], format="PNG", optimize=True)
+        if report is not None:
+            write_json(temporary[report], result.report)
+    return result.report
+
+
+def usable_device(name: str | None) -> str | None:
+    """The device itself, once a tensor has been put on it; None stays None.
+
+    Raises:
+        ValueError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device '{name}' cannot be used here ({reason}): leave --device out to have one chosen"
+        ) from error
+    return name
+
+
+def _write_probabilities(path: Path, probabilities: np.ndarray, like: Volume) -> None:
+    """(C, I, J, K) in RAS order as 4D NIfTI (own axes, C) on the grid of the input; stored in steps of 1/255."""
+    import nibabel as nib
+    import numpy as np
+    from nibabel.orientations import apply_orientation, axcodes2ornt, ornt_transform
+
+    from hf_binaryformer.pipelines.volumes import write_image
+
+    write_image(path, probabilities[0], like, description=NOTICE)
+    grid: Any = nib.load(path)
+    back = ornt_transform(axcodes2ornt("RAS"), like.source.orientation)
+    # nibabel stores the array as it is beside a slope that was set by hand, so it is scaled here, label by label.
+    own = np.empty((*grid.shape, len(probabilities)), dtype=np.uint8)
+    for label, probability in enumerate(probabilities):
+        own[..., label] = np.rint(255 * apply_orientation(probability, back).astype(np.float32))
+    image = type(grid)(own, grid.affine, grid.header)
+    image.header.set_data_dtype(np.uint8)
+    image.header.set_slope_inter(1 / 255, 0)
+    image.to_filename(path)
+
+
+def read_label_names(path: Path) -> dict[int, str]:
+    """Label names from JSON: {"1": "cortex", ...}, the report of `segment`, a data set's manifest, or a model's config.
+
+    Raises:
+        ValueError: the file holds neither.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = next((content[key] for key in ("labels", "label_names", "id2label") if key in content), content)
+        if isinstance(names, list):
+            names = {row["label"]: row["name"] for row in names}
+        return {int(number): str(name) for number, name in names.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f'{path} does not hold label names ({error}); expected JSON like {{"1": "cortex"}}') from error
+
+
+def pair_volumes(pred: Path, truth: Path) -> list[tuple[str, Path, Path]]:
+    """(case, prediction, truth): the two files, or every file of two folders by equal name.
+
+    Raises:
+        FileNotFoundError: one does not exist.
+        ValueError: a file against a folder, no volumes, or names that only one folder has.
+    """
+    for path in (pred, truth):
+        if not path.exists():
+            raise FileNotFoundError(f"'{path}' does not exist")
+    if pred.is_dir() != truth.is_dir():
+        raise ValueError(f"prediction '{pred}' and truth '{truth}': give two files or two folders")
+    if not pred.is_dir():
+        return [(pred.name, pred, truth)]
+    from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES
+
+    suffixes = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+    ours, theirs = ({p.name for p in folder.glob("[!.]*") if p.name.endswith(suffixes)} for folder in (pred, truth))
+    if ours != theirs:
+        only = "; ".join(
+            f"{len(names)} only in '{folder}' ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            for folder, names in ((pred, ours - theirs), (truth, theirs - ours))
+            if names
+        )
+        raise ValueError(f"every file needs one of the same name in the other folder; {only}")
+    if not ours:
+        raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(suffixes)}")
+    return [(name, pred / name, truth / name) for name in sorted(ours)]
+
+
+def evaluate_files(
+    pred: Path,
+    truth: Path,
+    *,
+    report: Path | None = None,
+    labels: Path | None = None,
+    tolerance: float = 1.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Dice, NSD and HD95 of one prediction, or of a folder of them against a folder of truths with equal file names.
+
+    Args:
+        pred: label volume or folder.
+        truth: label volume or folder.
+        report: JSON to write, the same as what is returned.
+        labels: JSON with label names, see :func:`read_label_names`; None scores the labels that occur.
+        tolerance: of the NSD, in mm.
+        progress: called with (done, total) after each case.
+
+    Returns:
+        "cases" (scores of each), "labels" (mean over cases for each label) and "mean" (over labels); null is NaN.
+
+    Raises:
+        ValueError, OSError: see :func:`pair_volumes`; unreadable volumes, or grids that differ.
+    """
+    pairs = pair_volumes(pred, truth)
+    if report is not None:
+        check_outputs([(report, (".json",))], [pred, truth])
+    names = None if labels is None else read_label_names(labels)
+
+    from hf_binaryformer.pipelines.metrics import score_labels, summarize
+    from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
+
+    cases = []
+    for done, (_, pred_path, truth_path) in enumerate(pairs, 1):
+        ours, theirs = read_volume(pred_path, labels=True), read_volume(truth_path, labels=True)
+        check_same_grid(ours, theirs)
+        try:
+            cases.append(score_labels(ours.array, theirs.array, theirs.spacing, label_names=names, tolerance=tolerance))
+        except ValueError as error:
+            raise ValueError(f"'{pred_path}' against '{truth_path}': {error}") from error
+        if progress is not None:
+            progress(done, len(pairs))
+    *rows, mean = summarize(cases)
+    content = {
+        "notice": NOTICE,
+        "prediction": str(pred),
+        "truth": str(truth),
+        "tolerance_mm": tolerance,
+        "mean": mean.as_json(),
+        "labels": [row.as_json() for row in rows],
+        "cases": [
+            {"case": case, "labels": [score.as_json() for score in scores]}
+            for (case, _, _), scores in zip(pairs, cases, strict=True)
+        ],
+        "versions": versions(),
+    }
+    if report is not None:
+        with all_or_nothing([report]) as temporary:
+            write_json(temporary[report], content)
+    return content

@@ -1,0 +1,157 @@
+"""binaryformer prepare amos --source amos22 --out data/amos
+
+In a clone: ``scripts/prepare_data.py``. Writes a data folder to train on: images/CASE.nii.gz and labels/CASE.nii.gz on one
+grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
+`amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; ``data/data_sets/*.yaml``), `hippocampus` (any folder
+in the layout of the Medical Segmentation Decathlon), `synth-brain` (images synthesised from label maps) and `shards` (the
+Parquet shards of a folder that was prepared elsewhere, by their folder or Hub id).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_binaryformer.data.decathlon import GroupRule, prepare_decathlon
+from hf_binaryformer.data.folder_writer import fail, new_folder, show_leakage, write_manifest
+from hf_binaryformer.data.hashing import file_hash
+from hf_binaryformer.data.leakage import check_leakage
+from hf_binaryformer.data.public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
+from hf_binaryformer.data.shards import fetch_shards, read_shards
+from hf_binaryformer.data.synth_dataset import Contrast, Skull, prepare_synth_brain, read_settings
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
+
+
+@app.command("synth-brain")
+def synth_brain(
+    labels: Annotated[Path, typer.Option(help="Folder of training_seg_NN.nii.gz (FreeSurfer label values, 1 mm).")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    variants: Annotated[int, typer.Option(min=1, help="Volumes per training anatomy.")] = 6,
+    eval_variants: Annotated[int, typer.Option(min=1, help="Volumes per validation or test anatomy.")] = 2,
+    contrast: Annotated[Contrast, typer.Option(help="Of the training volumes; the others are T1-like.")] = Contrast.t1,
+    skull: Annotated[Skull, typer.Option(help="both: every second variant without.")] = Skull.both,
+    ranges: Annotated[
+        Path | None,
+        typer.Option("--settings", help="even-t1, or a .yaml with fields of SynthSettings that differ."),
+    ] = None,
+    train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = "1-16",
+    validation: Annotated[str, typer.Option()] = "17-18",
+    test: Annotated[str, typer.Option()] = "19-20",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; about 2 GB each.")] = 1,
+    qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 7,
+) -> None:
+    """T1-like (or random-contrast) images synthesised from whole-head label maps, split by anatomy."""
+    splits = {"train": parse_numbers(train), "validation": parse_numbers(validation), "test": parse_numbers(test)}
+    try:
+        prepare_synth_brain(
+            labels,
+            out,
+            splits,
+            variants=variants,
+            eval_variants=eval_variants,
+            contrast=contrast,
+            skull=skull,
+            settings=read_settings(ranges),
+            seed=seed,
+            workers=workers,
+            qc_every=qc_every,
+        )
+    except ValueError as error:
+        fail(str(error))
+
+
+@app.command()
+def hippocampus(
+    source: Annotated[Path, typer.Option(help="Folder with imagesTr/ and labelsTr/ (Decathlon layout).")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of all volumes.")] = 0.24,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of the volumes not in test.")] = 0.10,
+    group_rule: Annotated[GroupRule, typer.Option(help="pairs: IDs 2k-1 and 2k stay together.")] = GroupRule.pairs,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 20,
+) -> None:
+    """Real volumes with labels in the Decathlon layout: Task04_Hippocampus, or what dataset.json describes."""
+    try:
+        prepare_decathlon(
+            source,
+            out,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            group_rule=group_rule,
+            seed=seed,
+            qc_every=qc_every,
+        )
+    except ValueError as error:
+        fail(str(error))
+
+
+def add_public(name: str) -> None:
+    """Register the command of a public data set, which its YAML file describes."""
+    file = DATA_SETS / f"{name}.yaml"
+
+    def command(
+        source: Annotated[Path, typer.Option(help="Folder of the download, in its public layout.")],
+        out: Annotated[Path, typer.Option(help="New folder to write.")],
+        config: Annotated[
+            Path, typer.Option(help="Label map, size, spacing.", show_default="the data set's own")
+        ] = file,
+        seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+        workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+        qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 10,
+        shards: Annotated[bool, typer.Option(help="Beside the files, Parquet shards that stream.")] = True,
+        shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 500,
+    ) -> None:
+        try:
+            data_set = load_data_set(config)
+            prepare_public(data_set, source, out, seed, workers, qc_every, shard_mb if shards else None)
+        except (ValueError, ImportError) as error:
+            fail(str(error))
+
+    app.command(name, help=f"{load_data_set(file).source}: public layout to a prepared folder.")(command)
+
+
+@app.command("shards")
+def unpack_shards(
+    source: Annotated[str, typer.Option(help="Folder of shards, or the id of such a data set on the Hub.")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+) -> None:
+    """Shards that `prepare` wrote: back to the prepared folder, with its splits."""
+    try:
+        with new_folder(out) as folder:
+            manifest = read_shards(fetch_shards(source), folder)
+            write_manifest(folder, manifest)
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(f"{len(manifest['cases'])} volumes -> {out}")
+
+
+for public_name in ("amos", "crossmoda", "oasis", "spider"):
+    add_public(public_name)
+
+
+@app.command("check-leakage")
+def check_folder(folder: Annotated[Path, typer.Argument(help="Prepared folder.")]) -> None:
+    """Look for leaks between the splits of a prepared folder, and for files that are not what the manifest says."""
+    described = folder / "manifest.json"
+    if not described.is_file():
+        fail(f"{folder} has no manifest.json: write it with `binaryformer prepare`")
+    rows = json.loads(described.read_text())["cases"]
+    files = [(folder / row[kind], row[f"{kind}_sha256"]) for row in rows for kind in ("image", "label") if kind in row]
+    if missing := [path.name for path, _ in files if not path.is_file()]:
+        fail(f"{folder} lacks {', '.join(missing[:8])} ({len(missing)} files): prepare the data anew")
+    if changed := [path.relative_to(folder).as_posix() for path, value in files if file_hash(path) != value]:
+        fail(f"{', '.join(changed[:8])} ({len(changed)} files) changed since {described}: prepare the data anew")
+    report = check_leakage(folder, rows)
+    show_leakage(report)
+    if report.errors:
+        fail(f"{len(report.errors)} leaks in {folder}: prepare the data anew")
+    typer.echo(f"No leak in {len(rows)} volumes, {len(report.warnings)} warnings")
+
+
+if __name__ == "__main__":
+    app()

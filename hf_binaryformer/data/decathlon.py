@@ -1,0 +1,140 @@
+"""Real volumes with labels in the layout of the Medical Segmentation Decathlon (imagesTr/, labelsTr/, dataset.json)."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from hf_binaryformer.data.folder_writer import NewCase, split_groups, write_case, write_dataset
+from hf_binaryformer.data.integrity import pair_problems, raise_problems
+
+HIPPOCAMPUS_NAMES = {0: "background", 1: "anterior", 2: "posterior"}
+
+
+class GroupRule(StrEnum):
+    """Which files belong to one subject: each its own (``none``), or those with the numbers 2k-1 and 2k (``pairs``)."""
+
+    none = "none"
+    pairs = "pairs"
+
+
+def check_decathlon(source: Path, names: dict[int, str]) -> list[Path]:
+    """Images of a Decathlon folder, every one with a good label file.
+
+    Raises:
+        ValueError: lists all problems of all files at once.
+    """
+    images = sorted(path for path in (source / "imagesTr").glob("*.nii.gz") if not path.name.startswith("."))
+    if not images:
+        raise ValueError(f"{source} holds no imagesTr/*.nii.gz; expected the Decathlon layout imagesTr/, labelsTr/")
+    problems = []
+    for path in images:
+        label_path = source / "labelsTr" / path.name
+        if label_path.is_file():
+            problems += pair_problems(path, label_path, names, source)
+        else:
+            problems.append(f"{path.name}: no labelsTr/{path.name}")
+    image_names = {path.name for path in images}
+    lonely = [path.name for path in (source / "labelsTr").glob("*.nii.gz") if path.name not in image_names]
+    problems += [f"labelsTr/{name}: no imagesTr/{name}" for name in sorted(lonely) if not name.startswith(".")]
+    raise_problems(source, problems)
+    return images
+
+
+def group_of(path: Path, rule: GroupRule) -> str:
+    """`pairs`: files 2k-1 and 2k are one subject (Hippocampus: most likely left and right side of one person)."""
+    stem = path.name.removesuffix(".nii.gz")
+    if rule is GroupRule.none:
+        return stem
+    number = re.search(r"(\d+)$", stem)
+    if number is None:
+        raise ValueError(f"{path.name}: --group-rule pairs needs a number at the end of the name; use none")
+    return f"pair_{(int(number[1]) + 1) // 2:04d}"
+
+
+def build_decathlon(out: Path, case: NewCase) -> dict:
+    """Copy one case to RAS order; voxel values stay as they are."""
+    image_path, label_path = case.inputs
+    image, label = (nib.as_closest_canonical(nib.Nifti1Image.from_filename(path)) for path in (image_path, label_path))
+    classes = np.asanyarray(label.dataobj).astype(np.uint8)
+    return write_case(out, case, image, nib.Nifti1Image(classes, image.affine), {})
+
+
+def read_label_names(labels: dict[str, str] | dict[str, int]) -> dict[int, str]:
+    """Names of label values, in lower case, from a dataset.json: value: name (Decathlon) or name: value (nnU-Net v2).
+
+    Raises:
+        ValueError: neither, or not the values that a network has: 0 (background, which may be left out), 1, 2 and so on.
+    """
+    try:
+        if all(isinstance(value, int) for value in labels.values()):
+            names = {int(value): name.lower() for name, value in labels.items()}
+        else:
+            names = {int(value): str(name).lower() for value, name in labels.items()}
+    except ValueError:
+        raise ValueError(
+            f'dataset.json has labels {labels}, expected {{"1": "anterior"}} or {{"anterior": 1}}'
+        ) from None
+    names = {0: "background"} | names
+    if sorted(names) != list(range(len(names))) or len(names) > 256:
+        raise ValueError(f"dataset.json has the label values {sorted(names)}, expected 0, 1, 2 and so on, at most 255")
+    return names
+
+
+def prepare_decathlon(
+    source: Path,
+    out: Path,
+    *,
+    test_fraction: float,
+    validation_fraction: float,
+    group_rule: GroupRule,
+    seed: int,
+    qc_every: int,
+) -> None:
+    """Check all of a Decathlon folder, then write the prepared folder.
+
+    Args:
+        source: folder with imagesTr/ and labelsTr/; without a dataset.json it is taken for Task04_Hippocampus.
+        out: new folder.
+        test_fraction: share of all volumes, 0 to 1, in whole groups.
+        validation_fraction: share of the volumes not in test.
+        group_rule: which files belong to one subject.
+        seed: of the split.
+        qc_every: a picture for every n-th case; 0: none.
+
+    Raises:
+        ValueError: lists all problems of all files at once; nothing is written.
+        typer.Exit: ``out`` is not empty, or a file stands in two splits; nothing is written.
+    """
+    described = source / "dataset.json"
+    description = json.loads(described.read_text()) if described.is_file() else {}
+    names = read_label_names(description.get("labels", HIPPOCAMPUS_NAMES))
+    images = check_decathlon(source, names)
+    groups = [group_of(path, group_rule) for path in images]
+    splits = split_groups(groups, test_fraction, validation_fraction, seed)
+    cases = [
+        NewCase(path.name.removesuffix(".nii.gz"), group, splits[group], (path, source / "labelsTr" / path.name))
+        for path, group in zip(images, groups, strict=True)
+    ]
+    spacings = np.array([nib.affines.voxel_sizes(nib.Nifti1Image.from_filename(path).affine) for path in images])
+    manifest = {
+        "name": description.get("name", "hippocampus"),
+        "source": "Medical Segmentation Decathlon layout; Task04_Hippocampus if no dataset.json says otherwise",
+        "licence": description.get(
+            "licence", description.get("license", "not stated" if description else "CC BY-SA 4.0")
+        ),
+        "spacing": np.median(spacings, axis=0).round(6).tolist(),
+        "label_names": names,
+        "seed": seed,
+        "settings": {
+            "group_rule": group_rule.value,
+            "test_fraction": test_fraction,
+            "validation_fraction": validation_fraction,
+        },
+    }
+    write_dataset(out, cases, build_decathlon, manifest, 1, qc_every)

@@ -1,0 +1,163 @@
+"""Checkpoints of a training run: whole or not there, checked before they are read, and saved when a run is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+from accelerate import Accelerator
+
+from hf_binaryformer.data.hashing import file_hash
+
+# Written last: names every file of a checkpoint with its hash.
+MANIFEST = "files.json"
+PARTIAL = ".partial"
+# The weights of the best validation, beside the checkpoints, and in their metadata what it gave.
+BEST_WEIGHTS, VALIDATION = "best.safetensors", "validation"
+FOLDER = "checkpoints"
+
+
+class Progress:
+    """What a training knows of itself beside weights and optimizer; travels with the checkpoints.
+
+    Attributes:
+        step: iterations that are done.
+        seconds: how long they took.
+        best: the best validation so far.
+        name: of the run, for trackers that go on with it.
+        sums: of the losses since the last record of the log.
+        parts: how many of each are in them.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.seconds, self.parts = 0, 0.0, 0
+        self.best: float | None = None
+        self.name = secrets.token_hex(4)
+        self.sums: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Accelerate."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For Accelerate."""
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """The folder ``output/checkpoints``, with one folder ``step_<number>`` for each checkpoint.
+
+    A checkpoint is written beside its place and renamed when it is whole, so that a process killed meanwhile leaves none
+    that is half there.
+
+    Args:
+        accelerator: whose state is saved: network, optimizer, random numbers, and what was registered with it.
+        output: folder of the run.
+        kept: number of checkpoints that stay, the newest.
+    """
+
+    def __init__(self, accelerator: Accelerator, output: Path, kept: int) -> None:
+        self._accelerator, self._output, self._kept = accelerator, output, kept
+        self._folder = output / FOLDER
+
+    def save(self, step: int) -> None:
+        """Write the state after ``step`` iterations; all processes call this."""
+        place = self._folder / f"step_{step:08d}"
+        partial = place.with_suffix(PARTIAL)
+        main = self._accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._accelerator.wait_for_everyone()
+        self._accelerator.save_state(str(partial))
+        self._accelerator.wait_for_everyone()
+        if main:
+            hashes = {str(p.relative_to(partial)): file_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(partial, place)
+            there = checkpoints_of(self._output)
+            damaged = [old for old in there if old.name > place.name]  # which `restore` passed over
+            for old in damaged + there[len(damaged) + self._kept :]:
+                shutil.rmtree(old)
+        self._accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Load the newest checkpoint that is as it was written; a warning names those passed over.
+
+        Raises:
+            FileNotFoundError: there is none; says which are damaged.
+        """
+        passed = checkpoints_of(self._output)
+        for checkpoint in passed:
+            damage = find_damage(checkpoint)
+            if not damage:
+                self._accelerator.load_state(str(checkpoint))
+                return
+            if self._accelerator.is_main_process:
+                warnings.warn(f"{checkpoint} is damaged ({damage}): taking the one before it", stacklevel=2)
+        if passed:
+            names = ", ".join(checkpoint.name for checkpoint in passed)
+            raise FileNotFoundError(
+                f"all checkpoints of {self._folder} are damaged ({names}): remove it and start again"
+            )
+        raise FileNotFoundError(f"{self._folder} has no checkpoint to go on from: start without --resume")
+
+
+def refuse_other_run(output: Path) -> None:
+    """Make sure that a run which is not resumed has a folder of its own.
+
+    Raises:
+        typer.BadParameter: there are checkpoints.
+    """
+    if checkpoints_of(output):
+        raise typer.BadParameter(f"{output} holds checkpoints of another run: --resume it, or give another folder")
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, the newest first."""
+    return sorted((p for p in (output / FOLDER).glob("step_*") if p.suffix != PARTIAL), reverse=True)
+
+
+def find_damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, in words; empty if they are as they were written."""
+    try:
+        hashes = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in hashes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if file_hash(path) != expected:
+            return f"{name} has changed"
+    return ""
+
+
+class Interruption:
+    """Within it Ctrl-C (and SIGTERM) only sets ``asked``, so that the iteration ends and is saved; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

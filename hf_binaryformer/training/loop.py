@@ -1,0 +1,357 @@
+"""The training loop of every script, and what belongs to it: the learning rate's course, the optimizer, the batches.
+
+A script says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
+resuming, trackers and interruptions are here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, send_to_device
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from hf_binaryformer.modeling.attention import attention_modules
+from hf_binaryformer.training.checkpoints import (
+    BEST_WEIGHTS,
+    VALIDATION,
+    Checkpoints,
+    Interruption,
+    Progress,
+    refuse_other_run,
+)
+from hf_binaryformer.training.run_log import Log, to_json
+
+# Apart, so that no two (seed, iteration) share their random numbers.
+SEED_STRIDE = 1_000_003
+# Exit status after Ctrl-C.
+INTERRUPTED = 130
+
+
+def rate_factor(step: int, train: dict[str, Any]) -> float:
+    """Learning-rate factor: linear warm-up, then cosine to 0, or the paper's steps (x decay_factor every decay_every)."""
+    warmup = train["warmup"]
+    if step < warmup:
+        return train["warmup_start"] + (1 - train["warmup_start"]) * step / warmup
+    if train["schedule"] == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(train["iterations"] - warmup, 1)))
+    return train["decay_factor"] ** ((step - warmup) // train["decay_every"])
+
+
+def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW; the weight networks theta and the learned scales have rates of their own, and vectors do not decay.
+
+    With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
+    """
+    frozen = train.get("freeze_query_key")  # which a network without attention does not have
+    if frozen:
+        for attention in attention_modules(model):
+            for parameter in attention.qkv.parameters():
+                parameter.register_hook(partial(_without_rows, rows=2 * attention.query_key_dim))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = train["theta_lr_scale"] if "_theta." in name else 1.0
+        if name.endswith(".log_scale"):
+            scale = train["log_scale_lr_scale"]
+        decays = parameter.dim() > 1 and not (frozen and ".qkv." in name)
+        decay = train["weight_decay"] if decays else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    rate = train["learning_rate"]
+    per_group = [{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()]
+    return torch.optim.AdamW(per_group, betas=train["betas"], eps=train["epsilon"])
+
+
+def _without_rows(gradient: Tensor, rows: int) -> Tensor:
+    """The gradient with its first rows at zero."""
+    kept = gradient.clone()
+    kept[:rows] = 0
+    return kept
+
+
+@dataclass
+class Task:
+    """What a script trains.
+
+    Args:
+        model: the network; after :func:`run` it holds the weights to save.
+        optimizer: of its parameters.
+        batches: ``batches(first)`` yields this process's batches from iteration ``first`` on, ``accumulation`` of them for
+            each iteration; what they hold depends on the seed and the iteration alone.
+        losses: of the prepared network on a batch at a step; "loss" is minimised, all are logged.
+        validate: figures on held-out data, of the network as it stands; called on the main process.
+        figures: their names.
+        measures: further figures for the log, called when it is written.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[int], Iterator[Any]]
+    losses: Callable[[nn.Module, Any, int], dict[str, Tensor]]
+    validate: Callable[[], dict[str, float]] | None = None
+    figures: tuple[str, ...] = ()
+    measures: Callable[[], dict[str, float]] | None = None
+
+
+def start(train: dict[str, Any], output: Path | None) -> Accelerator:
+    """Check a training's settings, seed, and set up Accelerate.
+
+    Args:
+        train: the recipe's section, with its defaults; names of trackers become a list, and a type of numbers a word.
+        output: folder of the run; None: there is none.
+
+    Raises:
+        typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, no
+            such schedule or type of numbers, no checkpoint to keep, best weights without validation, or weights split over
+            processes (FSDP) with what needs them whole.
+    """
+    if train["best_by"] and not train["validate_every"]:
+        raise typer.BadParameter(
+            f"best_by is '{train['best_by']}', but validate_every is null: nothing would be chosen"
+        )
+    if not isinstance(getattr(torch, str(train["save_dtype"]), None), torch.dtype):
+        raise typer.BadParameter(f"save_dtype is '{train['save_dtype']}', expected float32, float16 or bfloat16")
+    if train["schedule"] not in ("cosine", "step"):
+        raise typer.BadParameter(f"schedule is '{train['schedule']}', expected cosine or step")
+    if train["checkpoints_kept"] < 1:
+        raise typer.BadParameter(f"checkpoints_kept is {train['checkpoints_kept']}, expected at least 1")
+    train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
+    if isinstance(train["trackers"], str):
+        train["trackers"] = [train["trackers"]]
+    installed = [tracker.value for tracker in get_available_trackers()]
+    missing = [name for name in train["trackers"] if name not in installed]
+    if missing:
+        raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
+    accelerator = Accelerator(
+        mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
+    )
+    split = accelerator.distributed_type == DistributedType.FSDP
+    if split and (train["ema_decay"] or train["validate_every"] or train.get("freeze_query_key")):
+        raise typer.BadParameter(
+            "with FSDP no process has all weights: set ema_decay to 0, validate_every to null and freeze_query_key to false"
+        )
+    parts = accelerator.num_processes * train["accumulation"]
+    if train["batch_size"] % parts:
+        raise typer.BadParameter(
+            f"batch_size {train['batch_size']} must be divisible by the {accelerator.num_processes} processes times "
+            f"accumulation {train['accumulation']}"
+        )
+    torch.manual_seed(train["seed"])
+    return accelerator
+
+
+def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerator, first: int) -> Iterator[Any]:
+    """Batches of numbered samples for :attr:`Task.batches`.
+
+    Process r of P takes samples r, r + P, ... of each batch, so that P processes together see one process's batches.
+    """
+    assert isinstance(samples, Sized)
+    numbers = range(first * train["batch_size"] + accelerator.process_index, len(samples), accelerator.num_processes)
+    size = train["batch_size"] // accelerator.num_processes // train["accumulation"]
+    ahead = 4 if train["workers"] else None
+    subset, workers = Subset(samples, numbers), train["workers"]
+    return iter(DataLoader(subset, size, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_ignore_signals))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C, and SIGTERM of launchers and schedulers, reach all processes of a run: the one that trains has to end first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run(
+    task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, resume: bool, stop_after: int | None
+) -> None:
+    """Train until the recipe's iterations are done, or to ``stop_after``.
+
+    Args:
+        task: what is trained.
+        train: the recipe's section; :func:`start` has filled in its defaults.
+        accelerator: of :func:`start`.
+        output: folder for checkpoints and log.
+        resume: go on from the newest checkpoint in ``output``.
+        stop_after: end after this iteration as if it were the last; a run that is resumed goes on from there.
+
+    Raises:
+        typer.BadParameter: not resumed, but ``output`` holds checkpoints; no validation gives what chooses the best; or the
+            network has no gradient checkpointing.
+        ArithmeticError: no validation gave a finite figure to choose the best by.
+        typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
+    """
+    if train["best_by"] and train["best_by"].lstrip("-") not in task.figures:
+        raise typer.BadParameter(f"best_by is '{train['best_by']}'; validation gives {', '.join(task.figures)}")
+    if train["gradient_checkpointing"]:
+        if not getattr(task.model, "_supports_gradient_checkpointing", True):
+            raise typer.BadParameter(f"{type(task.model).__name__} has no gradient_checkpointing: set it to false")
+        enable = getattr(task.model, "gradient_checkpointing_enable", None) or task.model.enable_gradient_checkpointing
+        enable()
+    task.model.train()
+    schedule = torch.optim.lr_scheduler.LambdaLR(task.optimizer, lambda step: rate_factor(step, train))
+    average = None
+    if train["ema_decay"]:
+        average = EMAModel(task.model.parameters(), train["ema_decay"], use_ema_warmup=True, power=3 / 4)
+    progress = Progress()
+    whole = copy.deepcopy(task.model) if accelerator.distributed_type == DistributedType.FSDP else None
+    accelerator.register_for_checkpointing(progress, schedule, *([average] if average else []))
+    model, optimizer = accelerator.prepare(task.model, task.optimizer)
+    if train["compile"]:
+        model = torch.compile(model)
+    checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"])
+    if resume:
+        checkpoints.restore()
+    else:
+        refuse_other_run(output)
+    if average:  # only now, as a checkpoint's are in the memory of the CPU
+        average.to(accelerator.device)
+    log = Log(accelerator, output, progress)
+    if train["trackers"]:
+        config = {k: v for k, v in train.items() if isinstance(v, (int, float, str))}
+        # A resumed run goes on in the trackers too, which may have seen more of it than its checkpoint.
+        same = {
+            "tensorboard": {"purge_step": progress.step + 1},
+            "trackio": {"name": progress.name, "resume": "allow"},
+            "wandb": {"id": progress.name, "resume": "allow"},
+        }
+        accelerator.init_trackers(output.name, config, {k: v for k, v in same.items() if k in train["trackers"]})
+
+    last = min(train["iterations"], stop_after or train["iterations"])
+    batches = task.batches(progress.step)
+    sums = torch.tensor(progress.sums, device=accelerator.device) if progress.parts else None
+    bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
+    with Interruption() as interruption:
+        while progress.step < last:
+            # What a step draws depends on its number and the process alone, so that a resumed run repeats it.
+            torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
+            for part in range(train["accumulation"]):
+                batch = send_to_device(next(batches), accelerator.device)
+                with nullcontext() if part + 1 == train["accumulation"] else accelerator.no_sync(model):
+                    losses = task.losses(model, batch, progress.step)
+                    accelerator.backward(losses["loss"] / train["accumulation"])
+                values = torch.stack([value.detach().float() for value in losses.values()])
+                sums = values if sums is None else sums + values
+                progress.parts += 1
+            accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average:
+                average.step(task.model.parameters())
+            progress.step += 1
+            bar.update()
+
+            asked = interruption.asked
+            if accelerator.num_processes > 1:  # all or none
+                asked = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
+            ends = progress.step == last or asked
+            validation_every = train["validate_every"] if task.validate else None
+            validates = due(progress.step, validation_every, last)
+            # Where a run that is not stopped logs too: an early end does not take losses away from its next record.
+            whole_record = any(
+                due(progress.step, every, train["iterations"]) for every in (train["log_every"], validation_every)
+            )
+            if whole_record or validates or ends:
+                assert sums is not None
+                means = accelerator.reduce(sums / progress.parts, "mean").tolist()
+                if whole_record:
+                    sums, progress.parts = None, 0
+                record = {
+                    "step": progress.step,
+                    **dict(zip(losses, means, strict=True)),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "processes": accelerator.num_processes,
+                    **(task.measures() if task.measures else {}),
+                }
+                if validates:
+                    record |= validate(task, train, average, accelerator, output, progress)
+                bar.set_postfix(loss=f"{record['loss']:.5f}")
+                log.write(record)
+            if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
+                progress.seconds = log.seconds()
+                if sums is not None:
+                    sums = accelerator.reduce(sums, "mean")
+                progress.sums = [] if sums is None else sums.tolist()
+                checkpoints.save(progress.step)
+            if asked:
+                break
+    bar.close()
+    if whole is not None:
+        task.model = gather(model, whole).to(accelerator.device)
+    # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if progress.step < last:
+        saved = "which is saved: go on with --resume" if train["checkpoint_every"] else "and no checkpoint was wanted"
+        if accelerator.is_main_process:
+            typer.echo(f"interrupted after iteration {progress.step}, {saved}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    if average:
+        average.copy_to(task.model.parameters())
+    if train["best_by"] and accelerator.is_main_process:
+        if progress.best is None:
+            raise ArithmeticError(
+                f"no validation gave a finite {train['best_by']}: the last weights are in the checkpoint"
+            )
+        load_model(task.model, output / BEST_WEIGHTS)
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether what happens after each ``every`` iterations (None, 0: never), and in the end, happens now."""
+    return (step % every == 0 or step == last) if every else False
+
+
+def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
+    """The weights of a network that is split over processes (FSDP), in ``whole`` on the main process; all must call this."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if weights:
+        whole.load_state_dict(weights)
+    return whole
+
+
+def validate(
+    task: Task,
+    train: dict[str, Any],
+    average: EMAModel | None,
+    accelerator: Accelerator,
+    output: Path,
+    progress: Progress,
+) -> dict[str, float]:
+    """Figures of the averaged weights, which are kept if they are the best so far; {} on all but the main process."""
+    figures: dict[str, float] = {}
+    if accelerator.is_main_process:
+        assert task.validate
+        if average:
+            average.store(task.model.parameters())
+            average.copy_to(task.model.parameters())
+        task.model.eval()
+        with torch.no_grad():
+            figures = task.validate()
+        task.model.train()
+        if train["best_by"]:
+            value = figures[train["best_by"].lstrip("-")] * (-1 if train["best_by"].startswith("-") else 1)
+            if math.isfinite(value) and (progress.best is None or value > progress.best):
+                progress.best = value
+                partial = output / f"{BEST_WEIGHTS}.partial"
+                about = figures | {"weights_of_iteration": progress.step}
+                save_model(task.model, str(partial), {VALIDATION: to_json(about)})
+                os.replace(partial, output / BEST_WEIGHTS)
+        if average:
+            average.restore(task.model.parameters())
+    accelerator.wait_for_everyone()
+    return figures

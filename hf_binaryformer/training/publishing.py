@@ -1,0 +1,215 @@
+"""python -m hf_binaryformer.training.publishing runs/hippocampus/model namespace/name
+
+In a clone: ``scripts/publish.py``. Uploads a finished checkpoint and the card in its folder to the Hub, in one commit.
+The training scripts do so themselves with ``--push-to-hub namespace/name``; this is for a push that failed then.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_binaryformer import __version__
+from hf_binaryformer.training.cards import TEMPLATES, render_card
+from hf_binaryformer.training.recipes import KEPT
+
+# Nothing else of a folder is uploaded; within folders too.
+PUBLISHED = ("README.md", "*.json", "*.safetensors")
+UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
+
+
+def check_target(repo_id: str | None, private: bool, stop_after: int | None = None) -> None:
+    """Make sure before the training that its result can be pushed after it; the repository is created if need be.
+
+    Args:
+        repo_id: "namespace/name"; None: nothing will be pushed, and nothing is asked.
+        private: the repository is to be a private one.
+        stop_after: the iteration after which the training ends early, if it does.
+
+    Raises:
+        typer.BadParameter: the training will not be finished, no such name can be, no valid token, no right to write there,
+            no connection, or the repository is public although ``private`` was asked for.
+    """
+    if repo_id is None:
+        if private:
+            raise typer.BadParameter("--private is about the repository of --push-to-hub: give that too, or neither")
+        return
+    if stop_after is not None:
+        raise typer.BadParameter(
+            "--stop-after ends the training early, and half a training is not pushed: leave one out"
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise typer.BadParameter(f"'{repo_id}' is no Hub repository, expected namespace/name: {error}") from error
+    if "/" not in repo_id:
+        raise typer.BadParameter(f"'{repo_id}' is no Hub repository, expected namespace/name: it has no namespace")
+    api = HfApi()
+    try:
+        api.whoami()
+        # Not "public" if not private: an organisation may have another default.
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        is_public = not api.model_info(repo_id).private
+        # create_repo is content with a repository that exists and is someone else's. Older releases cannot ask.
+        if "write" in inspect.signature(api.auth_check).parameters:
+            api.auth_check(repo_id, write=True)
+    # The network's errors have no common class over the releases of huggingface_hub.
+    except Exception as error:
+        raise typer.BadParameter(
+            f"cannot push to '{repo_id}' ({explain(error)}): log in with `hf auth login` or set HF_TOKEN to a token that may "
+            "write there, or train without --push-to-hub"
+        ) from error
+    if private and is_public:
+        raise typer.BadParameter(f"--private, but '{repo_id}' is there and public: make it private, or name another")
+
+
+def explain(error: BaseException) -> str:
+    """An error's class and the first line of its message that says something, and then the same of what caused it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{said} <- {explain(error.__cause__)}" if error.__cause__ else said
+
+
+def published_files(folder: Path) -> dict[str, Path]:
+    """What of a folder is uploaded, by its name in the repository.
+
+    Raises:
+        typer.BadParameter: the folder holds no checkpoint in safetensors.
+    """
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    chosen = {name: path for name, path in names.items() if any(fnmatch(name, pattern) for pattern in PUBLISHED)}
+    if not any(name.endswith(".safetensors") for name in chosen):
+        raise typer.BadParameter(f"{folder} has no .safetensors file; expected a folder made by save_pretrained")
+    return chosen
+
+
+def push(folder: Path, repo_id: str) -> str:
+    """Upload a checkpoint's folder in one commit, after which the repository holds this checkpoint and no other.
+
+    Configurations and weights of an earlier push that have no successor are deleted in that commit, since a pipeline's
+    files beside a model's would be loaded as the pipeline. Files of other kinds stay.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        typer.BadParameter: the folder holds no checkpoint in safetensors.
+    """
+    api, files = HfApi(), published_files(folder)
+    before = api.list_repo_files(repo_id)
+    stale = [n for n in before if n not in files and any(fnmatch(n, pattern) for pattern in PUBLISHED[1:])]
+    # Not upload_folder, which may divide a folder into several commits.
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+    deletions = [CommitOperationDelete(name) for name in stale]
+    message = f"Checkpoint of hf-binaryformer {__version__}"
+    return api.create_commit(repo_id, [*operations, *deletions], commit_message=message).commit_url
+
+
+def publish(
+    kind: str,
+    folder: Path,
+    repo_id: str,
+    output: Path,
+    recipe: str,
+    data: list[Path],
+    results: dict[str, Any] | None = None,
+) -> None:
+    """Write the card of a finished run into its checkpoint's folder, and push both; called on the main process alone.
+
+    Args:
+        kind: "segmentation", "classification", "autoencoder", "transformer" or "pipeline", of ``card_templates/trained.yaml``.
+        folder: what ``save_pretrained`` wrote.
+        repo_id: "namespace/name", which :func:`check_target` has seen.
+        output: the run's folder, with ``recipe.yaml`` and ``training.json``.
+        recipe: its name or path, as given on the command line.
+        data: the folders that it was trained on.
+        results: of an evaluation, if there was one.
+
+    Raises:
+        typer.Exit: the card or the upload failed; it was said where the checkpoint is and how to push it.
+    """
+    try:
+        (folder / "README.md").write_text(card_text(kind, folder, repo_id, output, recipe, data, results))
+        url = push(folder, repo_id)
+    # Whatever it was, hours of training end here: say where the result is.
+    except Exception as error:
+        command = shlex.join(["python", "scripts/publish.py", str(folder), repo_id])
+        typer.echo(f"publishing to '{repo_id}' failed ({explain(error)})", err=True)
+        typer.echo(f"the checkpoint is safe in {folder}; push it later with: {command}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"pushed to {url}")
+
+
+def card_text(
+    kind: str,
+    folder: Path,
+    repo_id: str,
+    output: Path,
+    recipe: str,
+    data: list[Path],
+    results: dict[str, Any] | None,
+) -> str:
+    """The card's text; arguments as those of :func:`publish`."""
+    words = yaml.safe_load((TEMPLATES / "trained.yaml").read_text())
+    chosen = words["kinds"][kind]
+    config = json.loads((folder / ("transformer" if kind == "pipeline" else "") / "config.json").read_text())
+    settings = without_paths(yaml.safe_load((output / KEPT).read_text()))
+    records = {
+        "repo_id": repo_id,
+        "recipe_name": Path(recipe).stem,
+        "recipe": yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).rstrip(),
+        "training": json.loads((output / "training.json").read_text()),
+        "config": config,
+        "labels": [
+            name for label, name in sorted(config.get("id2label", {}).items(), key=lambda x: int(x[0])) if label != "0"
+        ],
+        "data": [describe_source(source) for source in data],
+        "results": results,
+        "version": __version__,
+    }
+    merged = {**chosen, "tags": words["tags"], "sections": words["sections"] | chosen["sections"]}
+    return str(render_card(repo_id.rpartition("/")[2], merged, records, licence=None))
+
+
+def describe_source(folder: Path) -> dict[str, str]:
+    """Name and licence out of the manifest of a data folder, as far as it has them."""
+    manifest = folder / "manifest.json"
+    stated = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    return {key: str(stated.get(key) or unknown) for key, unknown in UNKNOWN_SOURCE.items()}
+
+
+def without_paths(value: Any) -> Any:
+    """Settings in which each path is cut down to its last part; Hub ids, which have one slash too, stay."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and "/" in value:
+        local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists()
+        return Path(value).name if local else value
+    return value
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint: a folder made by save_pretrained.")],
+    repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],
+    private: Annotated[bool, typer.Option(help="Create the repository as a private one.")] = False,
+) -> None:
+    """Check and push."""
+    published_files(folder)
+    check_target(repo_id, private)
+    typer.echo(f"pushed to {push(folder, repo_id)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,206 @@
+"""Recipes of trainings: ``recipes/*.yaml``, with every setting that a run has, and the one that a run's folder keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
+from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
+from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
+from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from hf_binaryformer.training.checkpoints import refuse_other_run
+
+RECIPES = Path(__file__).parent / "recipes"
+VQ_RECIPES = RECIPES / "vq"
+PIXEL_RECIPES = RECIPES / "pixels"
+# What the section of a training need not say.
+DEFAULTS: dict[str, Any] = {
+    "accumulation": 1,  # batches of batch_size / accumulation whose gradients are added up
+    "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last ones are
+    "compile": False,
+    "gradient_checkpointing": False,
+    "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
+    "validate_every": None,  # iterations; None: never
+    "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
+    "checkpoint_every": 1000,  # iterations, in the end and when interrupted; None: never
+    "checkpoints_kept": 2,
+    "workers": 0,
+    "betas": [0.9, 0.999],  # of AdamW ...
+    "epsilon": 1e-8,  # ... and what is added to its denominator
+    "decay_factor": 0.98,  # of the rate in the schedule "step" ...
+    "decay_every": 12,  # ... iterations
+    "save_dtype": "float32",  # of the weights that are saved in the end
+}
+# And what that of a network with attention need not.
+ATTENTION_DEFAULTS: dict[str, Any] = {
+    "freeze_query_key": False,
+    "log_scale_lr_scale": 10.0,  # of the rate: Adam moves a logarithm by no more than the rate in a step
+}
+TRAININGS = {"train": DEFAULTS | ATTENTION_DEFAULTS, "sampler": DEFAULTS | ATTENTION_DEFAULTS, "vqae": DEFAULTS}
+# What the other sections are made of; where its weights come from is finetune.py's.
+START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained"}
+CLASSES = {
+    "processor": BinaryFormerImageProcessor,
+    "transformer": BinaryVQTransformer3DModel,
+    "vqmodel": BinaryVQModel,
+    "scheduler": AbsorbingScheduler,
+}
+# A resumed run may have these otherwise: they change what is seen of a training, not the training. (Those of the validation
+# may change which weights are the best.)
+FREE = {
+    "workers",
+    "trackers",
+    "log_every",
+    "validate_every",
+    "validate_volumes",
+    "checkpoint_every",
+    "checkpoints_kept",
+}
+KEPT = "recipe.yaml"
+
+
+def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
+    """A recipe by name or path, with ``section.key=value`` overrides (values as YAML) and the defaults of trainings.
+
+    A file with ``like: other`` takes from that recipe, in its folder, what it does not say itself.
+
+    Args:
+        name: of a file in ``folder``, or a path that ends in .yaml.
+        overrides: what stands after --set.
+        folder: where recipes are.
+        part: one of several trainings that stand in a file: its name may be added, as in "oasis-vqae".
+
+    Raises:
+        typer.BadParameter: no such recipe, section or setting, or a section without settings; says which there are.
+    """
+    path = find_recipe(name, folder, part)
+    recipe: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "like" in recipe:
+        base = load_recipe(recipe.pop("like"), [], path.parent)
+        recipe = {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
+    for section, fields in recipe.items():
+        if not isinstance(fields, dict):
+            raise typer.BadParameter(f"{path}: {section} is no section: expected names and values below it")
+        if unknown := fields.keys() - known_fields(section, fields):
+            raise typer.BadParameter(f"{path}: {section} has no setting {', '.join(sorted(unknown))}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, _, field = key.partition(".")
+        if section not in recipe or not field or not equals:
+            raise typer.BadParameter(f"--set {override}: expected section.key=value, sections are {', '.join(recipe)}")
+        if field not in known_fields(section, recipe[section]):
+            known = ", ".join(sorted(known_fields(section, recipe[section])))
+            raise typer.BadParameter(f"--set {override}: {section} has no setting '{field}'; it has {known}")
+        recipe[section][field] = parse(value)
+    return with_defaults(recipe)
+
+
+def find_recipe(name: str, folder: Path, part: str = "") -> Path:
+    """The file of a recipe; arguments as those of :func:`load_recipe`.
+
+    Raises:
+        typer.BadParameter: there is none; says which there are.
+    """
+    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not path.is_file() and part:
+        path = folder / f"{name.removesuffix(f'-{part}')}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
+    return path
+
+
+def known_recipes() -> list[str]:
+    """Names of all recipes that the package has."""
+    return sorted(path.stem for path in RECIPES.rglob("*.yaml"))
+
+
+def trainings_of(name: str) -> list[str]:
+    """The trainings that a recipe is for, by the sections that it has: modules of :mod:`hf_binaryformer.training`.
+
+    Args:
+        name: of a recipe in any of the package's folders, or a path that ends in .yaml.
+
+    Raises:
+        typer.BadParameter: no such recipe, or one that describes no training.
+    """
+    if name.endswith(".yaml"):
+        sections = load_recipe(name, [])
+    elif name in known_recipes():
+        sections = load_recipe(name, [], next(RECIPES.rglob(f"{name}.yaml")).parent)
+    else:
+        known = ", ".join(known_recipes())
+        raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
+    trainings = {
+        "segmentation": {"train", "processor"} <= {*sections},
+        "classification": "train" in sections and "processor" not in sections,
+        "autoencoder": "vqae" in sections,
+        "sampler": "sampler" in sections,
+    }
+    if not any(trainings.values()):
+        raise typer.BadParameter(f"recipe '{name}' has none of the sections train, vqae and sampler")
+    return [training for training, is_for in trainings.items() if is_for]
+
+
+def known_fields(section: str, given: dict[str, Any]) -> set[str]:
+    """Settings that a section may have: those of the class that it describes, or what the recipe has and the defaults."""
+    if section == "model":
+        return {field.name for field in dataclasses.fields(BinaryFormerConfig)} | START_FIELDS
+    if section in CLASSES:
+        return {*inspect.signature(CLASSES[section].__init__).parameters} - {"self", "kwargs"}
+    return {*given, *TRAININGS.get(section, {})}
+
+
+def parse(text: str) -> Any:
+    """A value as YAML reads it, and numbers like 1e-4 too, which YAML takes for words as they have no point."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool) -> None:
+    """Write ``output/recipe.yaml``, or see that a resumed run goes on as it began.
+
+    Args:
+        recipe: of the run, with all defaults.
+        output: its folder.
+        resume: whether it has begun before.
+        writes: whether this process writes; it is the main one.
+
+    Raises:
+        typer.BadParameter: settings have changed; names them. Or it begins where another run has checkpoints.
+    """
+    path = output / KEPT
+    if not resume:
+        refuse_other_run(output)
+    elif path.is_file():
+        began, now = (yaml.safe_load(text) for text in (path.read_text(), yaml.safe_dump(recipe)))
+        changed = [
+            f"{section}.{field} (was {began.get(section, {}).get(field)}, is now {now.get(section, {}).get(field)})"
+            for section in {**began, **now}
+            for field in {**began.get(section, {}), **now.get(section, {})}
+            if field not in FREE and began.get(section, {}).get(field) != now.get(section, {}).get(field)
+        ]
+        if changed:
+            raise typer.BadParameter(f"--resume goes on as {path} says, but this differs: {', '.join(changed)}")
+    if writes and not (resume and path.is_file()):
+        output.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        os.replace(partial, path)
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose trainings leave nothing unsaid."""
+    return {section: TRAININGS.get(section, {}) | fields for section, fields in recipe.items()}

@@ -1,0 +1,82 @@
+"""What a training leaves beside its checkpoints: a log, the saved weights, and a summary for its card."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+
+from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, VALIDATION, Progress
+
+
+class Log:
+    """``output/log.jsonl``, one record a line, and the trackers."""
+
+    def __init__(self, accelerator: Accelerator, output: Path, progress: Progress) -> None:
+        self._accelerator, self._path, first = accelerator, output / "log.jsonl", progress.step
+        self._started = time.perf_counter() - progress.seconds
+        if accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            # A run that was killed has logged more than its checkpoint knows, one that was stopped between two records
+            # the losses that its next one has again.
+            known = read_log(self._path) if self._path.is_file() and first else []
+            end = first - 1 if progress.parts else first
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in known if record["step"] <= end))
+            os.replace(partial, self._path)
+
+    def seconds(self) -> float:
+        """Of training so far, in former starts too, as far as their checkpoints go."""
+        return time.perf_counter() - self._started
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a record with the seconds of training so far."""
+        record["seconds"] = round(self.seconds(), 3)
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as log:
+                log.write(to_json(record) + "\n")
+        self._accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """In one line, with null for what is not a number, which JSON has no word for."""
+    return json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that was cut short, as by a full disk, is none."""
+    records = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def save_model(model: Any, folder: Path, dtype: str) -> None:
+    """``save_pretrained`` with numbers of a type that the configuration does not have: files of halves load as float32."""
+    kind = getattr(torch, dtype)
+    rounded = {key: t.to(kind) if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=rounded)
+
+
+def write_summary(recipe: dict[str, Any], section: str, output: Path, device: torch.device) -> None:
+    """What a card says of the run, in ``output/training.json``: the last record, settings, device and torch's version.
+
+    Validation figures are those of the weights that are saved: of the best validation, where that chooses them.
+    """
+    last = read_log(output / "log.jsonl")[-1]
+    if recipe[section]["best_by"]:
+        with safe_open(output / BEST_WEIGHTS, "pt") as file:
+            last |= json.loads(file.metadata()[VALIDATION])
+    chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
+    where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    summary = {"iterations": last.pop("step"), **last, **chosen, **where, "torch": torch.__version__}
+    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")

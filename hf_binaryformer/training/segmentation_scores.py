@@ -1,0 +1,127 @@
+"""Dice, NSD and HD95 of whole volumes on a split of a prepared folder, with the prior atlas as the row to beat."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.ndimage import zoom
+
+from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
+from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, score_labels, summarize
+from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+from hf_binaryformer.pipelines.volumes import Volume
+
+
+class PriorAtlas:
+    """The majority label of each voxel over the training masks, all resized to their mean shape.
+
+    Knows where things usually are and never looks at the image: a network that does not beat it has learned nothing.
+    """
+
+    def __init__(self, cases: list[Case], labels: list[int]) -> None:
+        shapes = [read_labels(case).array.shape for case in cases]
+        shape = np.mean(shapes, axis=0).round().astype(int)
+        votes = np.zeros((max(labels) + 1, *shape), dtype=np.uint16)
+        for case in cases:
+            resized = resize_nearest(read_labels(case).array, shape)
+            for label in [0, *labels]:
+                votes[label] += resized == label
+        self.majority = votes.argmax(0)
+
+    def predict(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The atlas resized to a volume's shape."""
+        return resize_nearest(self.majority, np.array(shape))
+
+
+def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """Labels stretched to another shape without interpolation."""
+    return zoom(labels, np.array(shape) / labels.shape, order=0, grid_mode=True, mode="nearest")
+
+
+def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, baseline: bool) -> dict[str, Any]:
+    """Segment every volume of a split, print a table, and return the figures.
+
+    Returns:
+        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) what :func:`figures_of` gives; under
+        ``cases`` the network's Dice of each label of each volume.
+    """
+    pipeline = VolumeSegmentationPipeline.from_pretrained(str(model_folder))
+    labels = sorted(label for label in folder.label_names if label != 0)
+    atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
+    rows: dict[str, list[list[LabelScore]]] = {"network": []}
+    cases = folder.split(split)
+    for case in cases:
+        truth = read_labels(case)
+        rows["network"].append(network_scores(pipeline, case, truth, folder.label_names))
+        if atlas is not None:
+            guess = atlas.predict(truth.array.shape)
+            rows.setdefault("prior atlas", []).append(scores(guess, truth, folder.label_names))
+    summary = {name: figures_of(found) for name, found in rows.items()}
+    print_table(summary, f"Dice, {len(cases)} volumes of split '{split}'")
+    return {
+        "split": split,
+        "volumes": len(cases),
+        "attention_type": pipeline.model.config.attention_type,
+        "bit_gradient": pipeline.model.config.resolved_bit_gradient,
+        "rows": summary,
+        "cases": {
+            case.name: list(rounded({score.name: score.dice for score in found}).values())
+            for case, found in zip(cases, rows["network"], strict=True)
+        },
+    }
+
+
+def validation_figures(
+    pipeline: VolumeSegmentationPipeline, folder: PreparedFolder, volumes: int | None
+) -> dict[str, float]:
+    """Dice, NSD and HD95 (mm), means over labels and the first volumes of the validation split (None: all)."""
+    cases = folder.split("validation")[:volumes]
+    mean = summarize([network_scores(pipeline, case, read_labels(case), folder.label_names) for case in cases])[-1]
+    return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
+
+
+def network_scores(
+    pipeline: VolumeSegmentationPipeline, case: Case, truth: Volume, names: dict[int, str]
+) -> list[LabelScore]:
+    """Of each label on one volume."""
+    with torch.inference_mode():
+        return scores(pipeline(case.image).labels, truth, names)
+
+
+def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[LabelScore]:
+    """Of each label."""
+    return score_labels(found, truth.array, truth.spacing, label_names=names)
+
+
+def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
+    """Of one method: under ``labels`` for each label ``mean`` and ``sd`` of Dice over volumes, how many were NaN and are left
+    out (``nan``), and the means ``nsd`` and ``hd95`` (mm); beside it their means over labels. None where all are NaN.
+    """
+    *rows, whole = summarize(cases)
+    labels = {}
+    for place, row in enumerate(rows):
+        dice = np.array([case[place].dice for case in cases])
+        shown = {"mean": row.dice, "sd": float(np.nanstd(dice)) if not np.isnan(dice).all() else math.nan}
+        labels[row.name] = rounded(shown | {"nsd": row.nsd, "hd95": row.hd95}) | {"nan": row.nan["dice"]}
+    return rounded({"mean": whole.dice, "nsd": whole.nsd, "hd95": whole.hd95}) | {"labels": labels}
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float | None]:
+    """To four places; None for NaN, which JSON does not have."""
+    return {key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}
+
+
+def print_table(summary: dict[str, Any], title: str) -> None:
+    """One row a label, one column a method."""
+    table = Table("label", *summary, title=title)
+    for name in summary["network"]["labels"]:
+        cells = [row["labels"][name] for row in summary.values()]
+        table.add_row(name, *(f"{c['mean']} ± {c['sd']}" for c in cells))
+    table.add_row("mean", *(str(row["mean"]) for row in summary.values()), style="bold")
+    Console().print(table)

@@ -1,0 +1,119 @@
+"""Recipes: settings that there are, the form of attention by --set, and runs that go on as they began."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import typer
+import yaml
+
+from hf_binaryformer.data.public_data import DATA_SETS
+from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
+from hf_binaryformer.training.recipes import PIXEL_RECIPES, RECIPES, VQ_RECIPES, keep_recipe, load_recipe, parse
+from hf_binaryformer.training.segmentation import build_model
+
+ALL = [(folder, path.stem) for folder in (RECIPES, PIXEL_RECIPES, VQ_RECIPES) for path in sorted(folder.glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1.5", 1.5), ("no", False), ("elbo", "elbo"), ("[1, 2]", [1, 2])]
+)
+def test_numbers_on_the_command_line(text, value):
+    assert parse(text) == value and type(parse(text)) is type(value)
+
+
+@pytest.mark.parametrize(("folder", "name"), ALL)
+def test_every_recipe_has_only_what_there_is(folder, name):
+    assert load_recipe(name, [], folder)
+
+
+@pytest.mark.parametrize(("recipe", "data_set"), [("amos", "amos"), ("crossmoda", "crossmoda"), ("spine", "spider")])
+def test_a_network_wants_the_spacing_that_its_data_was_brought_to(recipe, data_set):
+    prepared = yaml.safe_load((DATA_SETS / f"{data_set}.yaml").read_text())["spacing"]
+    assert load_recipe(recipe, [])["processor"]["spacing"] == prepared
+
+
+def test_padding_to_the_prepared_size_does_not_change_how_a_scan_is_scaled():
+    processor = BinaryFormerImageProcessor(**load_recipe("amos", [])["processor"])
+    raw = np.random.default_rng(0).gamma(2.0, 100.0, (21, 26, 5)).astype(np.float32)
+    padded = np.pad(raw, ((5, 6), (3, 3), (0, 0)), constant_values=raw.min())
+    np.testing.assert_array_equal(processor.scale_volume(padded)[5:26, 3:29], processor.scale_volume(raw))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rte=1", "train has no setting 'learning_rte'; it has .*learning_rate"),
+        ("augment.max_rotatoin=1", "augment has no setting 'max_rotatoin'"),
+        ("model.num_layers=2", "model has no setting 'num_layers'; it has .*num_hidden_layers"),
+        ("processor.size=2", "processor has no setting 'size'"),
+        ("train.trackers", "expected section.key=value"),
+        ("nothing.at=1", "sections are data, model"),
+        ("train.nested_dropout=1", "train has no setting"),
+    ],
+)
+def test_settings_that_there_are_not(override, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        load_recipe("hippocampus", [override])
+
+
+def test_what_recipes_need_not_say_can_be_set():
+    given = load_recipe("hippocampus", ["train.schedule=step", "train.decay_factor=0.9", "train.ema_decay=0.5"])
+    assert given["train"]["decay_factor"] == 0.9
+    with pytest.raises(typer.BadParameter, match="vqae has no setting 'freeze_query_key'"):
+        load_recipe("brain-small", ["vqae.freeze_query_key=true"], VQ_RECIPES)
+
+
+@pytest.mark.parametrize("content", ["note: text\n", "augment:\n"])
+def test_a_section_without_settings_is_named(content, tmp_path):
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(typer.BadParameter, match="is no section: expected names and values below it"):
+        load_recipe(str(tmp_path / "own.yaml"), [])
+
+
+@pytest.mark.parametrize("section", ["transformer", "vqmodel", "scheduler"])
+def test_a_file_with_a_wrong_setting_names_it(section, tmp_path):
+    recipe = yaml.safe_load((VQ_RECIPES / "brain-small.yaml").read_text())
+    recipe[section]["gird_size"] = 3
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(typer.BadParameter, match=rf"own\.yaml: {section} has no setting gird_size"):
+        load_recipe(str(tmp_path / "own.yaml"), [])
+
+
+def test_the_papers_form_by_the_commands_of_the_documentation():
+    text = (RECIPES.parent / "segmentation.py").read_text().split('"""')[1].replace("``.", "").replace("``", "").split()
+    given = [word for flag, word in itertools.pairwise(text) if flag == "--set"]
+    assert len(given) == 4
+    settings = load_recipe("hippocampus", given)
+    model, _ = build_model(settings, {0: "background", 1: "a"})
+    assert model.config.attention_type == "hamming" and model.config.resolved_bit_gradient == "none"
+    assert not model.config.learned_logit_scale and settings["train"]["iterations"] == 100
+
+
+def test_a_resumed_run_goes_on_as_it_began(tmp_path):
+    began = load_recipe("hippocampus", [])
+    keep_recipe(began, tmp_path / "run", resume=False, writes=False)
+    assert not (tmp_path / "run").exists()
+    keep_recipe(began, tmp_path / "run", resume=False, writes=True)
+    keep_recipe(load_recipe("hippocampus", ["train.workers=3", "train.log_every=1"]), tmp_path / "run", True, True)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == began
+    said = load_recipe("hippocampus", ["train.decay_every=12", "train.ema_decay=0"])  # as the defaults are
+    keep_recipe(said, tmp_path / "run", resume=True, writes=True)
+    other = load_recipe("hippocampus", ["train.learning_rate=0.5", "model.attention_type=softmax"])
+    with pytest.raises(typer.BadParameter) as error:
+        keep_recipe(other, tmp_path / "run", resume=True, writes=True)
+    assert "model.attention_type (was sign, is now softmax)" in str(error.value)
+    assert "train.learning_rate (was 0.0007, is now 0.5)" in str(error.value)
+    # A new run in its folder, if it has come to nothing; the recipe of one with checkpoints stays.
+    keep_recipe(other, tmp_path / "run", resume=False, writes=True)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == other
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with pytest.raises(typer.BadParameter, match="holds checkpoints of another run: --resume it"):
+        keep_recipe(began, tmp_path / "run", resume=False, writes=True)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == other
+    # A run from before recipes were kept gets the one that it goes on with.
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    keep_recipe(began, tmp_path / "run", resume=True, writes=True)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == began

@@ -1,0 +1,263 @@
+"""The training script on volumes of a few voxels: recipes, resume, two processes, evaluation."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import toys
+import typer
+import yaml
+from launching import command_line, interrupt_in_training, kill_in_training, run_on_two_processes
+from safetensors.torch import load_file
+
+import hf_binaryformer as bf
+from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
+from hf_binaryformer.data.slices import SliceSamples
+from hf_binaryformer.training import segmentation
+from hf_binaryformer.training.loop import build_optimizer, rate_factor
+from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
+from hf_binaryformer.training.recipes import load_recipe
+from hf_binaryformer.training.run_log import read_log
+from hf_binaryformer.training.segmentation_scores import PriorAtlas, evaluate_split, figures_of, scores
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = sorted(RECIPE_FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    return toys.write_segmentation_data(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return toys.write_segmentation_recipe(tmp_path_factory.mktemp("recipe") / "toy.yaml")
+
+
+def run(recipe: Path, prepared: Path, output: Path, **options) -> dict[str, torch.Tensor]:
+    overrides = options.pop("overrides", [])
+    options = {"resume": False, "evaluate": "none", "stop_after": None, **options}
+    segmentation.main(str(recipe), prepared, output, overrides=overrides, **options)
+    return load_file(output / "model" / "model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in read_log(output / "log.jsonl")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_builds_and_trains_a_step(path):
+    settings = load_recipe(path.stem, [])
+    settings["model"]["timm_checkpoint"] = False  # no download
+    settings["processor"]["image_size"] = [64, 64]  # the true size is that of the dry runs
+    model, processor = segmentation.build_model(settings, {0: "background", 1: "a"})
+    x = torch.randn(1, processor.num_channels, *processor.image_size)
+    loss = model(x, labels=torch.zeros(1, *processor.image_size, dtype=torch.long)).loss
+    loss.backward()
+    optimizer = build_optimizer(model, settings["train"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert 0 < settings["train"]["theta_lr_scale"] <= 1
+    assert rate_factor(0, settings["train"]) == settings["train"]["warmup_start"]
+    assert rate_factor(settings["train"]["warmup"], settings["train"]) == 1
+
+
+def test_weight_networks_and_scales_learn_at_their_own_rates():
+    settings = load_recipe("hippocampus", [])
+    settings["model"] |= {"attention_type": "hamming", "bit_gradient": None}
+    model, _ = segmentation.build_model(settings, {0: "background", 1: "a"})
+    rates = {id(p): g["lr"] for g in build_optimizer(model, settings["train"]).param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        factor = settings["train"]["theta_lr_scale"] if "theta" in name else 10.0 if "log_scale" in name else 1.0
+        assert rates[id(parameter)] == pytest.approx(settings["train"]["learning_rate"] * factor), name
+
+
+def test_paper_schedule():
+    train = {"warmup": 300, "warmup_start": 0.01, "schedule": "step", "decay_factor": 0.98, "decay_every": 12}
+    assert rate_factor(150, train) == pytest.approx(0.505)
+    assert [rate_factor(s, train) for s in (300, 311, 312, 324)] == pytest.approx([1, 1, 0.98, 0.98**2])
+
+
+def test_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
+    whole = run(recipe, prepared, tmp_path / "whole")
+    run(recipe, prepared, tmp_path / "cut", stop_after=3)
+    resumed = run(recipe, prepared, tmp_path / "cut", resume=True)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=12", "train.mixed_precision=bf16", "train.workers=1"]
+    whole = run(recipe, prepared, tmp_path / "whole", overrides=overrides)
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
+    resume = kill_in_training("finetune.py", arguments, tmp_path / "cut", 12)
+    resumed = run(recipe, prepared, tmp_path / "cut", overrides=overrides, resume=resume)
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_training_starts_from_a_checkpoint(recipe, prepared, tmp_path):
+    first = run(recipe, prepared, tmp_path / "first", overrides=["model.learned_logit_scale=false"])
+    overrides = [
+        f"model.from_pretrained={tmp_path / 'first' / 'model'}",
+        "train.learning_rate=1e-9",
+        "train.weight_decay=0",
+    ]
+    second = run(recipe, prepared, tmp_path / "second", overrides=overrides)
+    new = {key for key in second if key not in first}
+    assert new and all("log_scale" in key and second[key].abs().max() < 1e-6 for key in new)
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-6, msg=key)
+    # Another set of labels: all but the head is kept. Another network altogether is refused.
+    settings = load_recipe(str(recipe), overrides[:1])
+    model, _ = segmentation.build_model(settings, dict(enumerate("abcdef")))
+    state = model.state_dict()
+    other = {key for key, tensor in first.items() if not torch.equal(state[key], tensor)}
+    assert model.config.num_labels == 6 and 0 < len(other) <= 2, other
+    with pytest.raises(typer.BadParameter, match="no tensor fits this recipe's network"):
+        config = bf.BinaryFormerConfig(hidden_size=36, num_heads=3, mlp_ratio=3.0)
+        segmentation.load_weights(str(tmp_path / "first" / "model"), config)
+
+
+def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
+    overrides = ["train.validate_every=2", "train.best_by=validation_dice", "train.learning_rate=0.003"]
+    run(recipe, prepared, tmp_path, overrides=overrides)
+    records = read_log(tmp_path / "log.jsonl")
+    dice = [record["validation_dice"] for record in records if "validation_dice" in record]
+    assert len(dice) == 3 and sum({"validation_nsd", "validation_hd95"} <= {*record} for record in records) == 3
+    results = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False)
+    assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(dice), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["terminal", "scheduler"])
+def test_interrupted_while_workers_load_it_is_saved(recipe, prepared, tmp_path, number):
+    overrides = ["train.iterations=2000", "train.workers=1", "train.checkpoint_every=2000", "train.validate_every=null"]
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path, 3, number=number)
+    assert status == 130 and "which is saved: go on with --resume" in said, said
+    step = int(next((tmp_path / "checkpoints").glob("step_????????")).name[5:])
+    assert 3 <= step < 2000
+    run(recipe, prepared, tmp_path, overrides=overrides, resume=True, stop_after=step + 2)
+    assert len(losses(tmp_path)) == step + 2
+
+
+@pytest.mark.slow
+def test_two_processes_interrupted_and_resumed_equal_uninterrupted(recipe, prepared, tmp_path):
+    arguments = command_line(["train.iterations=40"], recipe=recipe, data=prepared, evaluate="none")
+    run_on_two_processes("finetune.py", arguments, tmp_path / "whole")
+    status, said = interrupt_in_training("finetune.py", arguments, tmp_path / "cut", 3, processes=2)
+    assert status != 0 and said.count("which is saved: go on with --resume") == 1, said
+    assert 3 <= len(losses(tmp_path / "cut")) < 40
+    run_on_two_processes("finetune.py", [*arguments, "--resume"], tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(resumed[key], tensor) for key, tensor in whole.items())
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_training(recipe, prepared, tmp_path):
+    for split, message in (
+        ("tets", "--evaluate tets: .* has no volume in that split"),
+        ("test", "--evaluate test: .* has no volume in that split"),
+        ("train", "has no volume in the split 'train'"),
+    ):
+        folder = tmp_path / split
+        folder.mkdir()
+        manifest = json.loads((prepared / "manifest.json").read_text())
+        manifest["cases"] = [case for case in manifest["cases"] if case["split"] != split]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(typer.BadParameter, match=message):
+            run(recipe, folder, tmp_path / "run", evaluate=split)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_see_one_process_batches_and_stay_in_sync(recipe, prepared, tmp_path):
+    # A form that draws nothing; Dice is that of the whole batch.
+    overrides = ["model.attention_type=hamming", "model.bit_gradient=null", "model.learned_logit_scale=false"]
+    one = run(recipe, prepared, tmp_path / "one", overrides=overrides)
+    arguments = command_line(overrides, recipe=recipe, data=prepared, evaluate="none")
+    run_on_two_processes("finetune.py", arguments, tmp_path / "two")
+    assert read_log(tmp_path / "two" / "log.jsonl")[0]["processes"] == 2
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-2, atol=2e-4, msg=key)
+
+
+def test_it_learns_and_is_evaluated_beside_the_prior_atlas(recipe, prepared, tmp_path):
+    overrides = ["train.iterations=60", "train.learning_rate=0.003", "train.checkpoint_every=60"]
+    run(recipe, prepared, tmp_path, evaluate="test", overrides=overrides)
+    assert np.mean(losses(tmp_path)[-5:]) < 0.6 * losses(tmp_path)[0]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["volumes"] == 1 and set(results["rows"]) == {"network", "prior atlas"}
+    assert results["rows"]["network"]["labels"]["shell"]["mean"] > 0.5
+    again = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "test", baseline=False)
+    assert again["cases"] == results["cases"]
+
+
+def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
+    truth = np.zeros((20, 20, 20), np.uint8)
+    truth[5:12, 5:12, 5:12] = 1
+    nib.save(nib.Nifti1Image(truth, np.diag([2.0, 1, 1, 1])), tmp_path / "label.nii.gz")
+    case = Case("one", "one", "test", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
+    names = {0: "background", 1: "cube", 2: "nothing"}
+    found = figures_of([scores(guess, read_labels(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
+    cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
+    assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
+    assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0
+    assert nothing == {"mean": None, "sd": None, "nsd": None, "hd95": None, "nan": 2}
+    assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
+
+
+def test_prior_atlas_is_the_majority_vote(prepared):
+    folder = PreparedFolder(prepared)
+    truth = [np.asarray(nib.load(c.label).dataobj) for c in folder.split("train")]
+    votes = np.stack([sum((t == label).astype(int) for t in truth) for label in range(3)])
+    np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
+
+
+def test_samples_depend_on_their_number_alone(recipe, prepared):
+    settings = yaml.safe_load(recipe.read_text())
+    processor = bf.BinaryFormerImageProcessor(**settings["processor"])
+    cases = PreparedFolder(prepared).split("train")
+    first, again = (SliceSamples(cases, processor, settings["augment"], 5, 100) for _ in range(2))
+    expected = [first[n] for n in (3, 7)]
+    again[50]
+    for sample, number in zip(expected, (3, 7), strict=True):
+        assert all(torch.equal(again[number][key], tensor) for key, tensor in sample.items())
+    assert not torch.equal(first[3]["pixel_values"], first[7]["pixel_values"])
+    assert expected[0]["pixel_values"].shape == (processor.num_channels, 24, 24)
+    assert set(torch.cat([first[n]["labels"].flatten() for n in range(8)]).tolist()) == {0, 1, 2}
+
+
+def test_image_and_labels_move_together(recipe, prepared):
+    settings = yaml.safe_load(recipe.read_text())
+    settings["augment"]["intensity_probability"] = 0.0
+    processor = bf.BinaryFormerImageProcessor(**settings["processor"])
+    samples = SliceSamples(PreparedFolder(prepared).split("train"), processor, settings["augment"], 0, 100)
+    for number in range(10):
+        sample = samples[number]
+        middle = sample["pixel_values"][processor.num_slices // 2]
+        if (sample["labels"] == 2).sum() > 20:
+            assert middle[sample["labels"] == 2].mean() > 1.3 * middle[sample["labels"] == 1].mean()
+
+
+def test_a_group_on_both_sides_of_a_split_is_refused(prepared, tmp_path):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["cases"][-1]["group"] = "g0"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="groups g0 of split 'test' stand in other splits too"):
+        PreparedFolder(tmp_path).split("test")
+
+
+def test_wrong_options_say_what_is_known(tmp_path):
+    with pytest.raises(typer.BadParameter, match="known are .*hippocampus"):
+        load_recipe("nothing", [])
+    with pytest.raises(typer.BadParameter, match=r"expected section\.key=value"):
+        load_recipe("hippocampus", ["iterations=3"])
+    with pytest.raises(FileNotFoundError, match="binaryformer prepare"):
+        PreparedFolder(tmp_path)
