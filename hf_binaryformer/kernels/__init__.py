@@ -1,19 +1,29 @@
 """1-bit attention as an operator: bit packing, Hamming attention, and the backends that compute it.
 
-The whole contract (schema, fake, autograd, readable reference) stands in :mod:`hf_binaryformer.kernels.hamming`; backends only
-register into :mod:`hf_binaryformer.kernels.backends`. This subpackage imports torch and nothing else.
+:mod:`.hamming` has formulas, schema, fake and autograd, :mod:`.reference` the readable code that is every backend's oracle,
+:mod:`.backends` the registry that backends add themselves to. This subpackage imports torch and nothing else.
 """
 
 from hf_binaryformer.kernels import cpu  # noqa: F401 (registers itself)
-from hf_binaryformer.kernels.backends import BackendUnavailableError, available_backends, backend_report
+from hf_binaryformer.kernels.backends import (
+    Backend,
+    BackendUnavailableError,
+    available_backends,
+    backend_report,
+    register_backend,
+)
 from hf_binaryformer.kernels.bits import pack_sign_bits, unpack_sign_bits
 from hf_binaryformer.kernels.hamming import hamming_attention
+from hf_binaryformer.kernels.sign import sign_attention
 
 __all__ = [
+    "Backend",
     "BackendUnavailableError",
     "available_backends",
     "backend_report",
     "hamming_attention",
     "pack_sign_bits",
+    "register_backend",
+    "sign_attention",
     "unpack_sign_bits",
 ]

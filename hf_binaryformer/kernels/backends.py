@@ -1,4 +1,4 @@
-"""Which code computes Hamming attention: a registry that compiled backends add themselves to."""
+"""Which code computes the operators: a registry that backends add themselves to, the package's own and others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Order of preference when nobody asks for a backend by name.
-KNOWN_BACKENDS = ("triton", "metal", "cpu", "reference")
+from torch import Tensor
 
 
 class BackendUnavailableError(RuntimeError):
@@ -16,21 +15,36 @@ class BackendUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator.
+    """One implementation of the operators.
+
+    A function returns None for arguments that it does not compute (a type, a size, a kind of gradient): the reference
+    computes those. Outputs and gradients of values lie as :func:`~hf_binaryformer.kernels.layout.token_major` lays them out,
+    all others are contiguous.
 
     Args:
-        name: one of ``KNOWN_BACKENDS``.
-        forward: same signature and returns as :func:`hf_binaryformer.kernels.hamming.reference_forward`.
-        backward: same signature and returns as :func:`hf_binaryformer.kernels.hamming.reference_backward`.
+        name: what ``backend=`` asks for.
+        forward: same signature and returns as :func:`hf_binaryformer.kernels.reference.reference_forward`.
+        backward: same signature and returns as :func:`hf_binaryformer.kernels.reference.reference_backward`.
+        pack_sign_bits: see :func:`hf_binaryformer.kernels.pack_sign_bits`; None: it has none.
+        saturate_and_sign: see :func:`hf_binaryformer.kernels.saturation.saturate_and_sign`; None: it has none.
         device_types: torch device types that it serves; empty means every one.
+        priority: of those that serve a device, the one with the highest is taken when nobody asks for another.
         description: one line for ``binaryformer info``.
+
+    Example:
+        >>> from hf_binaryformer.kernels import Backend, register_backend
+        >>> from hf_binaryformer.kernels.reference import reference_backward, reference_forward
+        >>> register_backend(Backend("mine", reference_forward, reference_backward, priority=-1, description="a copy"))
     """
 
     name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    device_types: tuple[str, ...]
-    description: str
+    forward: Callable[..., tuple[Tensor, Tensor] | None]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None]
+    pack_sign_bits: Callable[[Tensor], Tensor | None] | None = None
+    saturate_and_sign: Callable[[Tensor, float], tuple[Tensor, Tensor] | None] | None = None
+    device_types: tuple[str, ...] = ()
+    priority: int = 0
+    description: str = ""
 
     def serves(self, device_type: str) -> bool:
         """Whether tensors on this device type can be handed to the backend."""
@@ -40,19 +54,12 @@ class Backend:
 _registered: dict[str, Backend] = {}
 _missing = {
     name: f"not part of this release; use backend='reference' or backend=None instead of '{name}'"
-    for name in KNOWN_BACKENDS
-    if name != "reference"
+    for name in ("triton", "metal")
 }
 
 
 def register_backend(backend: Backend) -> None:
-    """Make a backend available under its name.
-
-    Raises:
-        ValueError: the name is not one of ``KNOWN_BACKENDS``.
-    """
-    if backend.name not in KNOWN_BACKENDS:
-        raise ValueError(f"backend name is '{backend.name}', expected one of {', '.join(KNOWN_BACKENDS)}")
+    """Make a backend available under its name; one of the same name is replaced."""
     _registered[backend.name] = backend
     _missing.pop(backend.name, None)
 
@@ -64,14 +71,13 @@ def register_missing(name: str, reason: str) -> None:
 
 def available_backends() -> list[str]:
     """Names of the backends that can run here, the preferred ones first."""
-    return [name for name in KNOWN_BACKENDS if name in _registered]
+    return [backend.name for backend in sorted(_registered.values(), key=lambda one: -one.priority)]
 
 
 def backend_report() -> dict[str, str]:
     """For every known backend one line: what it is, or why it is missing and the cure."""
-    return {
-        name: f"available: {_registered[name].description}" if name in _registered else f"missing: {_missing[name]}"
-        for name in KNOWN_BACKENDS
+    return {name: f"missing: {reason}" for name, reason in _missing.items()} | {
+        name: f"available: {_registered[name].description}" for name in available_backends()
     }
 
 
@@ -83,7 +89,8 @@ def get_backend(name: str) -> Backend:
     """
     if name in _registered:
         return _registered[name]
-    reason = _missing.get(name, f"no backend has that name; known are {', '.join(KNOWN_BACKENDS)}")
+    known = ", ".join([*_missing, *available_backends()])
+    reason = _missing.get(name, f"no backend has that name; known are {known}")
     raise BackendUnavailableError(
         f"Hamming attention backend '{name}' is not available: {reason}. Available here: {', '.join(available_backends())}."
     )
@@ -104,3 +111,19 @@ def select_backend(name: str | None, device_type: str) -> Backend:
             f"move them, or leave backend=None to have one chosen"
         )
     return backend
+
+
+def first_result(function: str, x: Tensor, *arguments: Any) -> Any:
+    """What the preferred backend that has ``function`` makes of x, or None where none of them computes it.
+
+    Args:
+        function: "pack_sign_bits" or "saturate_and_sign".
+        x: the tensor whose device decides.
+        arguments: the function's others.
+    """
+    for name in available_backends():
+        backend = _registered[name]
+        compute = getattr(backend, function)
+        if compute and backend.serves(x.device.type) and (result := compute(x, *arguments)) is not None:
+            return result
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_binaryformer.kernels.cpu_library import LIBRARY, TYPES
+from hf_binaryformer.kernels.backends import first_result
 
 WORD_BITS = 64
 
@@ -32,8 +32,8 @@ def pack_sign_bits(x: Tensor) -> Tensor:
     head_dim = x.shape[-1]
     if head_dim < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last axis must hold at least one channel")
-    if LIBRARY is not None and x.device.type == "cpu" and x.dtype in TYPES and x.dim() <= 4 and x.numel():
-        return LIBRARY.pack_sign_bits(x)
+    if (packed := first_result("pack_sign_bits", x)) is not None:
+        return packed
     padding = words_for(head_dim) * WORD_BITS - head_dim
     bits = torch.nn.functional.pad((x >= 0).to(torch.uint8), (0, padding))
     place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)

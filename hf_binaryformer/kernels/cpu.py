@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_binaryformer.kernels import cpu_library
 from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
 from hf_binaryformer.kernels.cpu_library import TYPES, Call, Rows
-from hf_binaryformer.kernels.hamming import reference_backward, reference_forward, token_major
+from hf_binaryformer.kernels.layout import token_major
 
 
 def forward(
@@ -21,10 +21,10 @@ def forward(
     value: Tensor,
     head_dim: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`hf_binaryformer.kernels.hamming.reference_forward`, which also computes what is float64 or empty."""
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for what is float64 or empty."""
     if not _served(query_bits, value):
-        return reference_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+        return None
     batch, heads, queries = query_bits.shape[:3]
     output = token_major(value, (batch, heads, queries, value.shape[3]), value.dtype)
     logsumexp = value.new_empty((batch, heads, queries), dtype=torch.float32)
@@ -49,28 +49,10 @@ def backward(
     scale: float,
     bit_gradient: str,
     weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`hf_binaryformer.kernels.hamming.reference_backward`, which also computes ``bit_gradient="ste"``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for float64, empty, and ``bit_gradient="ste"``."""
     if not _served(query_bits, value) or bit_gradient == "ste":
-        if bit_gradient == "ste":
-            # Of the scores as the reference rounds them, or every probability of a row would be off by the difference.
-            logsumexp = reference_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)[1]
-        return reference_backward(
-            grad_output,
-            query_bits,
-            key_bits,
-            query_weight,
-            key_weight,
-            value,
-            output,
-            logsumexp,
-            grad_logsumexp,
-            seed,
-            head_dim,
-            scale,
-            bit_gradient,
-            weight_gradient,
-        )
+        return None
     call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
     grad_output, output, logsumexp = _rows(grad_output.to(value.dtype)), _rows(output), logsumexp.contiguous()
     call.grad_output, call.output, call.logsumexp = Rows.of(grad_output), Rows.of(output), logsumexp.data_ptr()
@@ -96,6 +78,18 @@ def backward(
         call.seed = int(seed) & (2**64 - 1)
     _library().backward(call)
     return d_query_weight, d_key_weight, grad_value, d_query, d_key
+
+
+def pack_sign_bits(x: Tensor) -> Tensor | None:
+    """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64, empty, and more than four axes."""
+    if x.dtype not in TYPES or x.dim() > 4 or not x.numel():
+        return None
+    return _library().pack_sign_bits(x)
+
+
+def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.saturation.saturate_and_sign`; None for float64."""
+    return _library().saturate(x, beta) if x.dtype in TYPES else None
 
 
 def _served(query_bits: Tensor, value: Tensor) -> bool:
@@ -155,8 +149,11 @@ else:
             "cpu",
             forward,
             backward,
-            ("cpu",),
-            f"compiled, {cpu_library.LIBRARY.instruction_set} "
+            pack_sign_bits,
+            saturate_and_sign,
+            device_types=("cpu",),
+            priority=10,
+            description=f"compiled, {cpu_library.LIBRARY.instruction_set} "
             f"(this processor runs {', '.join(cpu_library.LIBRARY.runnable)})",
         )
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_binaryformer.kernels.cpu_library import LIBRARY, TYPES
+from hf_binaryformer.kernels.backends import first_result
 
 
 @torch.library.custom_op("hf_binaryformer::saturate_and_sign", mutates_args=())
 def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass where the compiled library is there.
+    """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass where a backend has it.
 
     Args:
         x: (N, D) real numbers, any strides.
@@ -19,8 +19,8 @@ def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors like x. Gradients reach x through the first alone.
     """
-    if LIBRARY is not None and x.device.type == "cpu" and x.dtype in TYPES:
-        return LIBRARY.saturate(x, beta)
+    if (found := first_result("saturate_and_sign", x, beta)) is not None:
+        return found
     return torch.tanh(beta * x), torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 

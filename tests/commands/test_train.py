@@ -58,7 +58,8 @@ def test_one_of_two_trainings_is_chosen(tmp_path):
     recipe = toys.write_autoencoder_recipe(tmp_path / "toy.yaml")
     result = run("train", "--training=autoencoder", f"--recipe={recipe}", "--dry-run")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output.splitlines()[-1])["batch_size"] == 4
+    (report,) = (line for line in result.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(report)["batch_size"] == 4
 
 
 @pytest.mark.parametrize(

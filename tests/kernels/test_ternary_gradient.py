@@ -10,7 +10,7 @@ import torch
 from hamming_cases import Case, make_case, on_every_target
 from hamming_oracle import assert_close, signs_by_hand, to_numpy
 
-from hf_binaryformer.kernels import hamming, hamming_attention
+from hf_binaryformer.kernels import hamming_attention, reference
 
 SEEDS = 600
 
@@ -236,7 +236,7 @@ def test_chunks_change_neither_draws_nor_results(chunk, monkeypatch) -> None:
         return [case.run(bit_gradient="ternary", seed=9, backend="reference") for case in cases]
 
     whole = run_all()
-    monkeypatch.setattr(hamming, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk)
     chunked = run_all()
     for side in ("query", "key"):
         draws = [np.round(recovered_draws(cases[0], run[0][side], side)) for run in (whole, chunked)]
