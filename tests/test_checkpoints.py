@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_binaryformer as bf
-from hf_binaryformer.modeling.configuration import BINARY_TYPES
+from hf_binaryformer.modeling.attention_configuration import attention_form
 from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
@@ -34,7 +34,7 @@ def test_small_and_one_bit_wide(name):
     assert sum(p.stat().st_size for p in files) < (8_000_000 if is_pipeline else 5_000_000)
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
     config = loaded.transformer.config if is_pipeline else loaded.config
-    assert config.attention_type in BINARY_TYPES
+    assert attention_form(config.attention_type).has_bits
     tensors = [t for p in files if p.suffix == ".safetensors" for t in load_file(p).values()]
     assert tensors and all(np.isfinite(t.float().numpy()).all() for t in tensors)
 
@@ -60,7 +60,7 @@ def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
         "preprocessor_config.json",
     }
     model = bf.from_pretrained(folder)
-    assert model.config.attention_type in BINARY_TYPES and model.config.learned_logit_scale
+    assert attention_form(model.config.attention_type).has_bits and model.config.learned_logit_scale
     assert list(model.config.id2label.values()) == ["background", "anterior", "posterior"]
 
 

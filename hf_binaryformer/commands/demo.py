@@ -75,11 +75,11 @@ def inpainting_job(folder: Path, brain: Path, progress: jobs.Progress | bool = F
     """
     import torch
 
+    from hf_binaryformer.modeling.intensities import IntensityScale
     from hf_binaryformer.pipelines import inpainting_scores
     from hf_binaryformer.pipelines.grids import foreground_box
     from hf_binaryformer.pipelines.volumes import read_volume, write_labels
     from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
-    from hf_binaryformer.pipelines.vq_sampling import IntensityScale
 
     volume = read_volume(brain)
     box = foreground_box(volume.array, volume.spacing)

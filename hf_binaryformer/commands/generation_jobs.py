@@ -244,7 +244,7 @@ def _set_up(
 def _settings(
     pipeline: VQSamplingPipeline, model: str, dtype: str, seed: int, steps: int, temperature: float
 ) -> dict[str, Any]:
-    from hf_binaryformer.pipelines.segmentation import attention_backend
+    from hf_binaryformer.modeling.attention import attention_backend
 
     return {
         "model": Path(model).name,

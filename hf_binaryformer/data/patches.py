@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from hf_binaryformer.data.prepared_folder import PreparedFolder
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
-from hf_binaryformer.pipelines.vq_sampling import IntensityScale
 
 # Crops with too little in them are drawn again, this often at most.
 MAX_DRAWS = 10

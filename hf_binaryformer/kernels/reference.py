@@ -156,5 +156,5 @@ def _tiles(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, list[s
 
 
 register_backend(
-    Backend("reference", reference_forward, reference_backward, description="readable PyTorch, any device")
+    Backend("reference", reference_forward, reference_backward, description="readable PyTorch, any device, O(N) memory")
 )

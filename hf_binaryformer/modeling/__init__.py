@@ -1,1 +1,23 @@
-"""Transformers models with 1-bit attention: configuration, attention, encoder, decoder, image processor, weights by name."""
+"""Transformers models with 1-bit attention: configuration, attention, encoder, decoder, image processor, weights by name.
+
+``from hf_binaryformer.modeling import BinaryAttention`` gives the attention module alone, for networks of one's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_binaryformer.modeling.attention import BinaryAttention
+    from hf_binaryformer.modeling.attention_configuration import AttentionConfig
+
+__all__ = ["AttentionConfig", "BinaryAttention"]
+
+
+def __getattr__(name: str) -> Any:
+    # When it is asked for: the parts of this package that know no torch stay light.
+    if name not in __all__:
+        raise AttributeError(f"module 'hf_binaryformer.modeling' has no attribute '{name}'")
+    from hf_binaryformer.modeling import attention
+
+    return getattr(attention, name)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.plain import is_plain
 
 
 class SegmentationDecoder(nn.Module):
@@ -74,9 +75,12 @@ class UnshuffleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), H and W even."""
-        # fc1 of pixel_unshuffle(x, 2), whose channels are (C, 2, 2), without moving a pixel.
-        weight = self.fc1.weight.view(-1, x.shape[1], 2, 2)
-        hidden = F.conv2d(self.norm(x), weight, self.fc1.bias, stride=2)
+        y = self.norm(x)
+        if is_plain(self.fc1, nn.Conv2d):
+            # fc1 of pixel_unshuffle(y, 2), whose channels are (C, 2, 2), without moving a pixel.
+            hidden = F.conv2d(y, self.fc1.weight.view(-1, x.shape[1], 2, 2), self.fc1.bias, stride=2)
+        else:
+            hidden = self.fc1(F.pixel_unshuffle(y, 2))
         return x + F.pixel_shuffle(self.fc2(F.gelu(hidden)), 2)
 
 

@@ -121,11 +121,12 @@ def _binary_copy(old: TimmAttention, name: str, config: BinaryFormerConfig) -> B
     )
     new.q_norm, new.k_norm = old.q_norm, old.k_norm
     same_values = new.value_head_dim == old.head_dim
-    kept = slice(2 * dim - 2 * new.query_key_dim, 3 * dim if same_values else 2 * dim)
+    projections = old.attn_dim  # rows of each of the old queries, keys and values
     for mine, theirs in ((new.qkv.weight, old.qkv.weight), (new.qkv.bias, old.qkv.bias)):
-        if mine is not None and theirs is not None:
-            source = theirs[kept]
-            mine[: len(source)] = source
+        if mine is not None and theirs is not None and new.query_key_dim == projections:
+            mine[: 2 * projections] = theirs[: 2 * projections]
+        if mine is not None and theirs is not None and same_values:
+            mine[2 * new.query_key_dim :] = theirs[2 * projections :]
     if same_values:
         new.proj.load_state_dict(old.proj.state_dict())
     return new.train(old.training)

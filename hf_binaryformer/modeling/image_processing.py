@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, resolve_checkpoint
 
 
@@ -105,16 +106,8 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: all intensities are equal.
         """
-        array = np.asarray(array, dtype=np.float32)
-        minimum = array.min()
-        inside = array[array > minimum] if self.foreground_only else array
-        if inside.size == 0 or array.max() == minimum:
-            raise ValueError("all intensities are equal; expected an image with contrast")
-        low, high = np.percentile(inside, self.percentiles)
-        if self.foreground_only:
-            low = min(low, float(inside.min()))
-        scale = max(float(high - low), float(np.finfo(np.float32).tiny))
-        return np.clip((array - low) / scale, 0, self.intensity_ceiling).astype(np.float32)
+        scale = IntensityScale.of_foreground(array, self.percentiles, self.intensity_ceiling, self.foreground_only)
+        return scale.apply(array)
 
     def volume_to_slices(self, scaled: np.ndarray | Tensor) -> Tensor:
         """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, the neighbours of each as its channels.

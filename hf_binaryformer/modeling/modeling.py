@@ -19,17 +19,17 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, SemanticSegmenterOutput
 
-from hf_binaryformer.kernels.backends import select_backend
-from hf_binaryformer.modeling.attention import BinaryAttention, TokenWeight, attention_modules
+from hf_binaryformer.modeling.attention import AttentionControl, BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.decoder import SegmentationDecoder
 from hf_binaryformer.modeling.encoder import build_encoder, position_table
 from hf_binaryformer.modeling.pretrained import CheckpointMixin
+from hf_binaryformer.modeling.token_weight import TokenWeight
 
 IGNORED_LABEL = 255
 
 
-class BinaryFormerPreTrainedModel(CheckpointMixin, PreTrainedModel):  # type: ignore[misc]
+class BinaryFormerPreTrainedModel(AttentionControl, CheckpointMixin, PreTrainedModel):  # type: ignore[misc]
     """What all networks share: initial weights, checkpoints by name, choice of the attention backend."""
 
     config_class = BinaryFormerConfig
@@ -63,22 +63,6 @@ class BinaryFormerPreTrainedModel(CheckpointMixin, PreTrainedModel):  # type: ig
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)) and module.weight is not None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-
-    def set_attention_backend(self, backend: str | None) -> None:
-        """Choose the code that computes Hamming attention; None leaves the choice to the operator. Not saved.
-
-        Raises:
-            BackendUnavailableError: the backend cannot run here.
-        """
-        if backend is not None:
-            select_backend(backend, self.device.type)
-        for attention in attention_modules(self):
-            attention.backend = backend
-
-    def set_attention_generator(self, generator: torch.Generator | None) -> None:
-        """Give the samples of "hamming_bernoulli" a generator (on the model's device), so that a seed repeats."""
-        for attention in attention_modules(self):
-            attention.generator = generator
 
 
 class BinaryFormerModel(BinaryFormerPreTrainedModel):

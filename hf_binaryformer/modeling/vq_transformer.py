@@ -16,17 +16,10 @@ from diffusers.utils import BaseOutput
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from hf_binaryformer.kernels.backends import select_backend
-from hf_binaryformer.modeling.attention import BinaryAttention, SharedAttention, TokenWeight, attention_modules
-from hf_binaryformer.modeling.configuration import BinaryFormerConfig
+from hf_binaryformer.modeling.attention import AttentionControl, BinaryAttention, SharedAttention
+from hf_binaryformer.modeling.attention_configuration import AttentionConfig, takes_fields_of
 from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
-
-# Configuration fields that mean here what they mean in BinaryFormerConfig.
-ATTENTION_FIELDS = (
-    "num_heads", "value_head_dim", "attention_type", "bit_gradient", "logit_scale", "learned_logit_scale",
-    "share_attention", "sigma_beta", "sigma_cap", "weight_bias_init", "weight_activation", "weight_max",
-    "weight_input_norm", "grouped_layout", "bernoulli_transpose_heads", "initializer_range",
-)  # fmt: skip
+from hf_binaryformer.modeling.token_weight import TokenWeight
 
 
 @dataclass
@@ -40,7 +33,7 @@ class BinaryVQTransformer3DOutput(BaseOutput):
     logits: Tensor
 
 
-class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
+class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
     r"""Predicts every token of a grid from those that are not masked; all tokens attend to all (paper Sec. 3.2, A.2).
 
     The K tokens of a grid position are embedded one by one and laid side by side (8 x 48 = 384 channels), a position
@@ -52,15 +45,13 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         num_codebooks: tokens K at each position.
         codebook_size: entries V of each sub-codebook; the token V itself stands for "masked" (:attr:`mask_token_id`).
         embedding_dim: channels of one token's embedding; the blocks are K times as wide.
-        num_layers, mlp_ratio, qkv_bias, layer_norm_eps: of the pre-norm blocks, as in timm.
+        num_layers, num_heads, mlp_ratio, qkv_bias, layer_norm_eps: of the pre-norm blocks, as in timm.
         dropout: after each attention and MLP, in training.
         position_embedding: "learned" (one vector a position) or "axial" (the sum of one vector for each coordinate);
             both start as sines and cosines of the three coordinates.
         mask_granularity: what was masked together in training, the whole "position" or each "codebook" entry on its own.
         train_block_sizes: sides of the blocks of positions that were masked together in training.
-        num_heads, value_head_dim, attention_type, bit_gradient, logit_scale, learned_logit_scale, share_attention,
-            sigma_beta, sigma_cap, weight_bias_init, weight_activation, weight_max, weight_input_norm, grouped_layout,
-            bernoulli_transpose_heads, initializer_range: as in :class:`BinaryFormerConfig`.
+        attention: the fields of :class:`AttentionConfig`, each a keyword of its own.
 
     Raises:
         ValueError: fields that do not fit one another.
@@ -76,6 +67,7 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
     _no_split_modules = ["Block"]  # noqa: RUF012 (diffusers reads it from the class)
 
     @register_to_config
+    @takes_fields_of(AttentionConfig)
     def __init__(
         self,
         grid_size: Sequence[int] = (10, 14, 12),
@@ -91,21 +83,7 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         position_embedding: str = "learned",
         mask_granularity: str = "position",
         train_block_sizes: Sequence[int] = (1, 2),
-        value_head_dim: int | None = 16,
-        attention_type: str = "hamming",
-        bit_gradient: str | None = None,
-        logit_scale: float = 1.0,
-        learned_logit_scale: bool = False,
-        share_attention: bool = False,
-        sigma_beta: float = 0.5,
-        sigma_cap: float = 0.75,
-        weight_bias_init: float = 1.0,
-        weight_activation: str = "identity",
-        weight_max: float = 2.0,
-        weight_input_norm: bool = False,
-        grouped_layout: str = "per_head",
-        bernoulli_transpose_heads: bool = True,
-        initializer_range: float = 0.02,
+        **attention: Any,
     ) -> None:
         super().__init__()
         if len(grid_size) != 3 or min(grid_size) < 1:
@@ -115,7 +93,8 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         if mask_granularity not in ("position", "codebook"):
             raise ValueError(f"mask_granularity is '{mask_granularity}', expected 'position' or 'codebook'")
         dim = num_codebooks * embedding_dim
-        attention = BinaryFormerConfig(hidden_size=dim, **{name: self.config[name] for name in ATTENTION_FIELDS})
+        config = AttentionConfig(**attention)
+        config.check_heads(dim, num_heads)
 
         self.token_embed = nn.Embedding(num_codebooks * (codebook_size + 1), embedding_dim)
         axes = _axial_start(grid_size, dim)
@@ -129,7 +108,7 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
                 qkv_bias,
                 proj_drop=dropout,
                 norm_layer=cast(Any, partial(nn.LayerNorm, eps=layer_norm_eps)),
-                attn_layer=BinaryAttention.bound_to(attention),
+                attn_layer=BinaryAttention.bound_to(config),
             )
             for _ in range(num_layers)
         )
@@ -139,14 +118,14 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=initializer_range)
+                nn.init.trunc_normal_(module.weight, std=config.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, TokenWeight):
                 module.reset_parameters()
         # As large as the sines and cosines of the position, so that neither drowns the other.
         nn.init.normal_(self.token_embed.weight, std=math.sqrt(0.5))
-        if share_attention:
+        if config.share_attention:
             for block in self.blocks[1:]:
                 block.attn = SharedAttention(cast(BinaryAttention, self.blocks[0].attn))
 
@@ -175,22 +154,6 @@ class BinaryVQTransformer3DModel(DiffusersCheckpointMixin, ModelMixin, ConfigMix
         logits = self.head(self.norm(x)).unflatten(2, (config.num_codebooks, config.codebook_size))  # (B, N, K, V)
         logits = logits.permute(0, 2, 3, 1).unflatten(3, tokens.shape[2:])
         return BinaryVQTransformer3DOutput(logits) if return_dict else (logits,)
-
-    def set_attention_backend(self, backend: str | None) -> None:
-        """Choose the code that computes Hamming attention; None leaves the choice to the operator. Not saved.
-
-        Raises:
-            BackendUnavailableError: the backend cannot run here.
-        """
-        if backend is not None:
-            select_backend(backend, self.device.type)
-        for attention in attention_modules(self):
-            attention.backend = backend
-
-    def set_attention_generator(self, generator: torch.Generator | None) -> None:
-        """Give the samples of "hamming_bernoulli" a generator (on the model's device), so that a seed repeats."""
-        for attention in attention_modules(self):
-            attention.generator = generator
 
     def _positions(self, grid: Sequence[int]) -> Tensor:
         """Position embedding (1, N, D) of any grid."""

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_binaryformer.modeling.attention import attention_backend
 from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, resample_to, same_spacing
+from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
-DTYPES = ("float32", "bfloat16", "float16")
 # Called with (slices done, all slices).
 ProgressCallback = Callable[[int, int], None]
 
@@ -95,14 +96,11 @@ class VolumeSegmentationPipeline:
                 f"the processor's image_size is {tuple(processor.image_size)}, expected multiples of the model's patch "
                 f"size {patch}: load both from the same checkpoint"
             )
-        name = str(dtype or torch.float32).removeprefix("torch.")
-        if name not in DTYPES:
-            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.model = model if device is None else model.to(device)
         self.processor = processor
-        self.dtype: torch.dtype = getattr(torch, name)
+        self.dtype = number_format(dtype)
         self.batch_size = batch_size
         self.label_names = {int(label): str(name) for label, name in model.config.id2label.items()}
 
@@ -323,14 +321,3 @@ def _most_probable(
         labels[winner] = label
         best[winner] = value[winner]
     return labels
-
-
-def attention_backend(model: Any, device_type: str) -> str | None:
-    """Name of the backend that computes the model's binary attention; None where it has none."""
-    from hf_binaryformer.kernels.backends import select_backend
-    from hf_binaryformer.modeling.configuration import BINARY_TYPES
-
-    if getattr(model.config, "attention_type", None) not in BINARY_TYPES:
-        return None
-    requested = next((m.backend for m in model.modules() if hasattr(m, "backend")), None)
-    return select_backend(requested, device_type).name

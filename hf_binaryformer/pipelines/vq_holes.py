@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import (
     FOREGROUND_THRESHOLD,
     VolumeError,
@@ -15,7 +16,7 @@ from hf_binaryformer.pipelines.grids import (
     resample_to,
     same_spacing,
 )
-from hf_binaryformer.pipelines.vq_sampling import Box, IntensityScale, Placement, occupied_box, place_on_grid
+from hf_binaryformer.pipelines.vq_sampling import Box, Placement, occupied_box, place_on_grid
 
 
 @dataclass(frozen=True, eq=False)

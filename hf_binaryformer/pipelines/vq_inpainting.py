@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing
 from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
+from hf_binaryformer.pipelines.token_units import Generators
 from hf_binaryformer.pipelines.volumes import Volume, check_same_grid, read_volume, write_image
 from hf_binaryformer.pipelines.vq_holes import HoleCase
-from hf_binaryformer.pipelines.vq_sampling import Generators, StepCallback, VQSamplingPipeline
+from hf_binaryformer.pipelines.vq_sampling import StepCallback, VQSamplingPipeline
 
 OUTPUT_TYPES = ("pt", "np", "tokens")
 Image = Volume | Tensor | np.ndarray | str | os.PathLike[str]

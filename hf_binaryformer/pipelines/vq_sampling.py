@@ -1,4 +1,4 @@
-"""What synthesis and inpainting share: intensities and grids of volumes as the autoencoder sees them, and the sampling loop."""
+"""What synthesis and inpainting share: grids of volumes as the autoencoder sees them, and the sampling loop."""
 
 from __future__ import annotations
 
@@ -21,61 +21,14 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.grids import FOREGROUND_THRESHOLD
-from hf_binaryformer.pipelines.segmentation import DTYPES
+from hf_binaryformer.pipelines.precision import number_format
+from hf_binaryformer.pipelines.token_units import Generators
 
 Box = tuple[slice, slice, slice]
-Generators = torch.Generator | Sequence[torch.Generator] | None
 # Called with (pipeline, steps done before, timestep, {"tokens": ...}); what it returns replaces the tokens.
 StepCallback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor]]
 # Decoded intensities below this are background: the air around a head is 0, not a haze.
 BACKGROUND_CEILING = 0.02
-
-
-@dataclass(frozen=True)
-class IntensityScale:
-    """The linear map between a volume's intensities and the autoencoder's, 0 (background) to about 1.
-
-    Args:
-        low, high: intensities that become 0 and 1.
-        ceiling: scaled intensities are cut to [0, ceiling].
-    """
-
-    low: float
-    high: float
-    ceiling: float
-
-    @classmethod
-    def of(cls, values: np.ndarray, percentiles: Sequence[float], ceiling: float) -> IntensityScale:
-        """The scale of an image: its lower percentile becomes 0, the upper one of all that is brighter becomes 1.
-
-        The lower percentile of a volume with background is the background, however much of that there is.
-
-        Args:
-            values: intensities of any shape; for inpainting, those of the known voxels.
-            percentiles: lower and upper, 0 to 100.
-            ceiling: in scaled intensities.
-
-        Raises:
-            ValueError: all intensities are equal.
-        """
-        values = np.asarray(values, dtype=np.float32).ravel()
-        low = np.percentile(values, percentiles[0]) if values.size else 0.0
-        brighter = values[values > low]
-        if brighter.size == 0:
-            raise ValueError(
-                f"all {values.size} intensities are equal, expected an image with contrast: check the image and, for "
-                f"inpainting, that the mask leaves some of it"
-            )
-        return cls(float(low), float(np.percentile(brighter, percentiles[1])), ceiling)
-
-    def apply(self, array: np.ndarray) -> np.ndarray:
-        """Scaled intensities, float32, 0 to the ceiling."""
-        scale = max(self.high - self.low, float(np.finfo(np.float32).tiny))
-        return np.clip((np.asarray(array, dtype=np.float32) - self.low) / scale, 0, self.ceiling).astype(np.float32)
-
-    def undo(self, scaled: np.ndarray) -> np.ndarray:
-        """Intensities of the volume, float32."""
-        return (self.low + np.asarray(scaled, dtype=np.float32) * (self.high - self.low)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -234,10 +187,8 @@ class VQSamplingPipeline(DiffusionPipeline):
         Raises:
             ValueError: another dtype.
         """
-        name = str(dtype or torch.float32).removeprefix("torch.")
-        if name not in DTYPES:
-            raise ValueError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
-        self._autocast_dtype = None if name == "float32" else getattr(torch, name)
+        wanted = number_format(dtype)
+        self._autocast_dtype = None if wanted == torch.float32 else wanted
 
     @contextmanager
     def _running(self, network: nn.Module, *, autocast: bool = True) -> Iterator[None]:

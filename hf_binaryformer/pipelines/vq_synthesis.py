@@ -11,7 +11,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from hf_binaryformer.pipelines.vq_sampling import Generators, StepCallback, VQSamplingPipeline
+from hf_binaryformer.pipelines.token_units import Generators
+from hf_binaryformer.pipelines.vq_sampling import StepCallback, VQSamplingPipeline
 
 OUTPUT_TYPES = ("pt", "np", "tokens")
 

@@ -10,7 +10,8 @@ ends with the weights that it would have had without the stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,9 +182,52 @@ def load_autoencoder(name: str, transformer: BinaryVQTransformer3DModel) -> Bina
         found, wanted = autoencoder.config[field], transformer.config[field]
         if found != wanted:
             raise typer.BadParameter(f"--vqmodel {name} has {field} {found}, the recipe's transformer {wanted}")
-    # Where it was loaded from is nobody's business in a published file.
+    # A published file does not tell the folder that it was loaded from.
     autoencoder.register_to_config(_name_or_path="")
     return autoencoder
+
+
+def train(
+    settings: dict[str, Any],
+    tokens: Path,
+    output: Path,
+    vqmodel: str | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+    *,
+    before: Callable[[], None] | None = None,
+    change: Callable[[Task, AbsorbingScheduler], Task] | None = None,
+) -> bool:
+    """Train by a loaded recipe, and save; returns whether this is the main process.
+
+    Args:
+        settings: of :func:`load_recipe`.
+        tokens, output, vqmodel, resume, stop_after: as the program's options.
+        before: called on the main process before anything is built or written.
+        change: what to train in place of the task, as experiments do that add losses or look inside.
+    """
+    accelerator = start(settings["sampler"], output)
+    if before is not None and accelerator.is_main_process:
+        before()
+    keep_recipe(settings, output, resume, accelerator.is_main_process)
+    task, scheduler = build_task(settings, tokens, accelerator)
+    if change is not None:
+        task = change(task, scheduler)
+    autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)
+    run(task, settings["sampler"], accelerator, output, resume, stop_after)
+    if not accelerator.is_main_process:
+        return False
+    # Half-precision files still load as float32: what a network computes in is asked for when it is loaded.
+    dtype = getattr(torch, settings["sampler"]["save_dtype"])
+    transformer = nn.Module.to(task.model, dtype)
+    transformer.save_pretrained(output / "transformer")
+    scheduler.save_pretrained(output / "scheduler")
+    if autoencoder is not None:
+        BinaryVQInpaintPipeline(nn.Module.to(autoencoder, dtype), transformer, scheduler).save_pretrained(
+            output / "pipeline"
+        )
+    write_summary(settings, "sampler", output, accelerator.device)
+    return True
 
 
 def main(
@@ -206,25 +250,9 @@ def main(
         return rehearse(settings["sampler"], lambda accelerator: build_task(settings, None, accelerator)[0])
     if tokens is None or output is None:
         raise typer.BadParameter(DATA_NEEDED.replace("--data", "--tokens"))
-    accelerator = start(settings["sampler"], output)
-    if accelerator.is_main_process:
-        check_target(push_to_hub, private, stop_after)
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    task, scheduler = build_task(settings, tokens, accelerator)
-    autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)
-    run(task, settings["sampler"], accelerator, output, resume, stop_after)
-    if not accelerator.is_main_process:
+    check = partial(check_target, push_to_hub, private, stop_after)
+    if not train(settings, tokens, output, vqmodel, resume, stop_after, before=check):
         return
-    # Half-precision files still load as float32: what a network computes in is asked for when it is loaded.
-    dtype = getattr(torch, settings["sampler"]["save_dtype"])
-    transformer = nn.Module.to(task.model, dtype)
-    transformer.save_pretrained(output / "transformer")
-    scheduler.save_pretrained(output / "scheduler")
-    if autoencoder is not None:
-        BinaryVQInpaintPipeline(nn.Module.to(autoencoder, dtype), transformer, scheduler).save_pretrained(
-            output / "pipeline"
-        )
-    write_summary(settings, "sampler", output, accelerator.device)
     if push_to_hub:
         kind = "transformer" if vqmodel is None else "pipeline"
         publish(kind, output / kind, push_to_hub, output, recipe, [tokens])

@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
-from with_variant import SimulatedSigns
+from variants import SimulatedSigns
 
 EVIDENCE = Path(__file__).parents[2] / "model_cards" / "evidence" / "gradient_variance"
 HEAD_DIM, VALUE_DIM = 64, 16

@@ -60,7 +60,11 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
     command = [sys.executable, str(scripts / table.words["script"]), *filled(asked["arguments"], runs, data)]
     command += ["--output", str(folder)]
     if variant := settings.pop(VARIANT, None):
-        command[1:1] = [str(scripts / "experiments" / "with_variant.py"), *filled([variant], runs, data, folder)]
+        command[1:2] = [
+            str(scripts / "experiments" / "train_variant.py"),
+            "--variant",
+            *filled([variant], runs, data, folder),
+        ]
     for key, value in settings.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     if any((folder / "checkpoints").glob("step_????????")):

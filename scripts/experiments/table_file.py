@@ -35,7 +35,7 @@ from hf_binaryformer.training.recipes import RECIPES
 from table_record import Finished, Record, digest
 
 ROOT = Path(__file__).parent.parent.parent
-# The setting that has a form trained by with_variant.py.
+# The setting that has a form trained by train_variant.py.
 VARIANT = "variant"
 FORMS = Path(__file__).with_name("forms.yaml")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,39 +21,38 @@ import torch
 import typer
 from torch import Tensor
 
-from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
+from hf_binaryformer.modeling.attention import attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from hf_binaryformer.training.loop import run, start
+from hf_binaryformer.training.loop import Task
 from hf_binaryformer.training.options import Overrides, Resume
-from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe
-from hf_binaryformer.training.run_log import write_summary
-from hf_binaryformer.training.sampler import build_task, load_tokens
+from hf_binaryformer.training.recipes import VQ_RECIPES, load_recipe
+from hf_binaryformer.training.sampler import load_tokens, train
 
 
-def scores(attention: BinaryAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+def scores(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """All scores (B, H, N, N) before the softmax, and all token weights, in floating point."""
-    query, key, _ = attention._project(x)
+    query, key, _ = attention.project(x)
     one = torch.ones((), device=x.device)
     kind = attention.config.attention_type
     if kind == "uniform":
         return x.new_zeros(x.shape[0], attention.num_heads, x.shape[1], x.shape[1]), one
     if kind == "softmax":
-        return attention._scale_heads(attention.scale * query @ key.mT), one
+        return attention.scale_heads(attention.scale * query @ key.mT), one
     if kind == "hamming_bernoulli":
         raise typer.BadParameter("hamming_bernoulli draws its signs: it has no scores to look at")
     signs = [torch.where(t >= 0, 1.0, -1.0) for t in (query, key)]
-    product = attention._scale_heads(attention.scale * signs[0] @ signs[1].mT)
+    product = attention.scale_heads(attention.scale * signs[0] @ signs[1].mT)
     if kind in ("sign", "sign_stopgrad"):
         return product, one
     weights = attention.query_theta(query), attention.key_theta(key)
     return product * weights[0][..., None] * weights[1][..., None, :], torch.cat(weights)
 
 
-def simulated(attention: BinaryAttention, x: Tensor, **unused: Any) -> Tensor:
+def simulated(attention: Any, x: Tensor, **unused: Any) -> Tensor:
     """What attention gives, with signs multiplied as floating-point numbers and all scores at one time."""
     score, _ = scores(attention, x)
-    out = score.softmax(-1) @ attention._project(x)[2]
+    out = score.softmax(-1) @ attention.project(x)[2]
     return attention.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -125,15 +125,15 @@ def main(
 ) -> None:
     """Train and watch."""
     settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")
-    accelerator = start(settings["sampler"], output)
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    task, scheduler = build_task(settings, tokens, accelerator)
-    probe = Probe(task.model, scheduler, load_tokens(tokens, "validation", task.model)[:probed])
-    before = probe()
-    task.measures = probe
-    run(task, settings["sampler"], accelerator, output, resume, None)
-    if accelerator.is_main_process:
-        write_summary(settings, "sampler", output, accelerator.device)
+    probes: list[tuple[Probe, dict[str, float]]] = []
+
+    def watch(task: Task, scheduler: AbsorbingScheduler) -> Task:
+        probe = Probe(task.model, scheduler, load_tokens(tokens, "validation", task.model)[:probed])
+        probes.append((probe, probe()))
+        return replace(task, measures=probe)
+
+    if train(settings, tokens, output, resume=resume, change=watch):
+        probe, before = probes[0]
         figures = {"start": before, "end": probe(), **probe.agreement()}
         (output / "probe.json").write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -15,7 +15,8 @@ from attention_oracle import (
 )
 from torch import Tensor
 
-from hf_binaryformer.modeling.attention import PADDED_TOKENS, BinaryAttention
+from hf_binaryformer.modeling.attention import BinaryAttention
+from hf_binaryformer.modeling.attention_forms import PADDED_TOKENS
 from hf_binaryformer.modeling.modeling import BinaryFormerModel
 
 TYPES = ["softmax", "sign", "sign_stopgrad", "hamming", "hamming_grouped", "uniform"]

@@ -20,7 +20,7 @@ from attention_oracle import (
 )
 from torch import Tensor
 
-import hf_binaryformer.modeling.attention as attention_module
+import hf_binaryformer.modeling.attention_forms as attention_module
 from hf_binaryformer.kernels import unpack_sign_bits
 from hf_binaryformer.modeling.attention import BinaryAttention
 

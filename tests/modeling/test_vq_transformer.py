@@ -10,7 +10,7 @@ import torch
 import hf_binaryformer as bf
 from hf_binaryformer.kernels import available_backends
 from hf_binaryformer.kernels.backends import BackendUnavailableError
-from hf_binaryformer.modeling import attention as attention_module
+from hf_binaryformer.modeling import attention_forms as attention_module
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 
 SIZES = {

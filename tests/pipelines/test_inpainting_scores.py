@@ -8,6 +8,7 @@ import torch
 from monai.metrics import PSNRMetric, SSIMMetric
 from vq_cases import SHAPE, inpainting, seeded
 
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.inpainting_scores import (
     foreground,
     hole_psnr,
@@ -19,7 +20,6 @@ from hf_binaryformer.pipelines.inpainting_scores import (
     token_fills,
     zero_fill,
 )
-from hf_binaryformer.pipelines.vq_sampling import IntensityScale
 
 UNIT = IntensityScale(0, 1, 1.5)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import VolumeError
 from hf_binaryformer.pipelines.vq_holes import HoleCase, object_box
-from hf_binaryformer.pipelines.vq_sampling import IntensityScale, occupied_box, place_on_grid
+from hf_binaryformer.pipelines.vq_sampling import occupied_box, place_on_grid
 
 
 def blob(shape: tuple[int, int, int], centre: tuple[float, float, float], width: float = 6.0) -> np.ndarray:

@@ -27,7 +27,7 @@ from hf_binaryformer.training import sampler
 from hf_binaryformer.training.run_log import read_log
 from make_twins import Kind
 from make_twins import main as make_twins
-from with_variant import CHANNEL_GROUPS
+from variants import CHANNEL_GROUPS
 
 ROOT = Path(__file__).parents[2]
 TRAINER = """
@@ -297,7 +297,7 @@ def test_probed_scores_are_those_that_attention_uses(kind, learned_scale):
         torch.nn.init.normal_(attention.log_scale)
     x = torch.randn(3, 7, 16)
     score, weights = train_probed.scores(attention, x)
-    value = attention._project(x)[2]
+    value = attention.project(x)[2]
     expected = attention.proj((score.softmax(-1) @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x), expected)
     assert (weights.numel() > 1) == kind.startswith("hamming")

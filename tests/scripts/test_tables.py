@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import yaml
 
 import table as tables
 import table_file
+from hf_binaryformer.modeling.attention_configuration import AttentionConfig
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
-from hf_binaryformer.modeling.vq_transformer import ATTENTION_FIELDS
 from hf_binaryformer.training.recipes import PIXEL_RECIPES, RECIPES, VQ_RECIPES, load_recipe, parse
 from table_record import Record, digest
 
 ROOT = Path(__file__).parents[2]
+ATTENTION_FIELDS = {field.name for field in dataclasses.fields(AttentionConfig)} | {"num_heads"}
 
 
 @pytest.mark.parametrize(

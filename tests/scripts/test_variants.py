@@ -9,24 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
 import gradient_variance
-import with_variant
-from hf_binaryformer.modeling import attention as attention_module
+import train_variant
+import variants
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.training import loop
-
-
-@pytest.fixture(autouse=True)
-def package_as_it_was(monkeypatch):
-    """Variants change the package: what they may touch is put back."""
-    monkeypatch.setattr(BinaryAttention, "_attend_sign", BinaryAttention._attend_sign)
-    monkeypatch.setattr(BinaryAttention, "_attend_hamming", BinaryAttention._attend_hamming)
-    monkeypatch.setattr(attention_module, "TokenWeight", attention_module.TokenWeight)
-    monkeypatch.setattr(loop, "run", loop.run)
 
 
 def attention(kind: str, **fields: Any) -> BinaryAttention:
@@ -45,11 +37,11 @@ def gradients(module: BinaryAttention, x: Tensor, cotangent: Tensor) -> tuple[Te
 def test_other_ternary_gradients_have_the_straight_through_one_as_mean(rule):
     """Exactly, for the unbiased two; "clipped-mean" cuts the largest entries and so falls short, but not far."""
     x, cotangent = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
-    plain, module = (attention("sign", bit_gradient=kind, learned_logit_scale=True) for kind in ("ste", "ternary"))
+    plain = attention("sign", bit_gradient="ste", learned_logit_scale=True)
+    module = attention(variants.FORMS[rule], bit_gradient="ternary", learned_logit_scale=True)
     for one in (plain, module):
         one.log_scale.data = torch.tensor([0.5, -0.3])
     output, wanted, wanted_of_scale = gradients(plain, x, cotangent)
-    with_variant.apply(rule)
     runs = [gradients(module, x, cotangent) for _ in range(400)]
     torch.testing.assert_close(runs[0][0], output)
     torch.testing.assert_close(runs[0][2], wanted_of_scale)
@@ -68,21 +60,18 @@ def test_channel_groups_with_equal_weights_are_the_papers_form():
     x = torch.randn(2, 9, 16)
     plain = attention("hamming")
     wanted = plain(x)
-    with_variant.apply("channel-groups")
-    module = attention("hamming")
+    module = attention(variants.FORMS["channel-groups"])
     module.load_state_dict({k: v for k, v in plain.state_dict().items() if "fc2" not in k}, strict=False)
     for theta, own in ((module.query_theta, plain.query_theta), (module.key_theta, plain.key_theta)):
         for mine, theirs in ((theta.fc2.weight, own.fc2.weight), (theta.fc2.bias, own.fc2.bias)):
-            mine.data = theirs.detach().repeat_interleave(with_variant.CHANNEL_GROUPS, dim=0)
+            mine.data = theirs.detach().repeat_interleave(variants.CHANNEL_GROUPS, dim=0)
     torch.testing.assert_close(module(x), wanted)
     module.query_theta.fc2.bias.data[0] += 0.5
     assert not torch.allclose(module(x), wanted)
 
 
-def test_from_ste_changes_the_gradient_little_by_little(monkeypatch):
+def test_from_ste_changes_the_gradient_little_by_little():
     seen = []
-    monkeypatch.setattr(loop, "run", lambda task, train, *rest: [task.losses(None, None, step) for step in range(2000)])
-    with_variant.apply("from-ste")
     module = attention("hamming", bit_gradient="none")
     model = torch.nn.ModuleList([module, BinaryAttention(16, 2, config=module.config)])  # which share one configuration
 
@@ -91,12 +80,14 @@ def test_from_ste_changes_the_gradient_little_by_little(monkeypatch):
         seen.append(module.config.bit_gradient == "ste")
         return {}
 
-    task = loop.Task(model, None, None, losses)
-    loop.run(task, {"iterations": 2000}, None, None, False, None)
+    changed = variants.from_ste(loop.Task(model, None, None, losses), {"iterations": 2000})
+    for step in range(2000):
+        changed(None, None, step)
     first = list(seen)
     assert [sum(first[i : i + 500]) / 500 for i in range(0, 2000, 500)] == pytest.approx([0.75, 0.25, 0, 0], abs=0.06)
     assert first[0] and module.config.bit_gradient == "none"
-    loop.run(task, {"iterations": 2000}, None, None, False, None)
+    for step in range(2000):
+        changed(None, None, step)
     assert seen[2000:] == first, "a resumed training draws the same"
 
 
@@ -110,7 +101,7 @@ def test_the_lesson_is_the_cross_entropy_to_the_teacher(tmp_path):
     task = SimpleNamespace(
         model=student, losses=lambda network, batch, step: {"loss": network(batch[1]).logits.sum() * 0 + 3}
     )
-    losses = with_variant.taught(teacher, task, {})
+    losses = variants.taught(teacher, task, {})
     for _ in range(2):  # a validation between steps leaves nothing behind
         got = losses(student, (tokens, noisy, masked, None, None), 0)
         student(noisy)
@@ -120,9 +111,9 @@ def test_the_lesson_is_the_cross_entropy_to_the_teacher(tmp_path):
     torch.testing.assert_close(got["loss"], (3 + wanted) / 2)
 
 
-def test_an_unknown_variant_is_refused():
-    with pytest.raises(SystemExit, match="no variant 'x'"):
-        with_variant.apply("x")
+def test_an_unknown_variant_is_refused(tmp_path):
+    with pytest.raises(typer.BadParameter, match="no variant 'x'"):
+        train_variant.main("x", "brain-small", tmp_path, tmp_path / "run")
 
 
 def test_noise_of_unbiased_and_of_clipped_ternary_numbers(tmp_path):

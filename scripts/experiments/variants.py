@@ -1,36 +1,32 @@
-"""python scripts/experiments/with_variant.py VARIANT scripts/train_sampler.py --recipe R ...
-
-A training with a form of attention that the package does not have, computed in floating point with all N x N numbers.
+"""Forms of attention that the package does not have, computed in floating point with all N x N numbers, and other losses.
 
 | variant | what is other |
 | --- | --- |
 | row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, not one for each 64 |
 | clipped-mean | that scale is three times the mean of the row's sizes; what is larger is cut off (biased, less variance) |
 | ternary-values | as row-maximum, and the gradient of the values comes from ternary numbers in place of the probabilities |
-| channel-groups | "hamming" with a weight for each of four groups of a head's channels; cannot be loaded without this script |
+| channel-groups | "hamming" with a weight for each of four groups of a head's channels |
 | from-ste | straight-through in a share of the iterations, drawn, that falls from all to none at half time; else as configured |
-| teacher:FOLDER | the loss is the mean of the script's own and the cross-entropy to a trained transformer's predictions |
+| teacher:FOLDER | the loss is the mean of the training's own and the cross-entropy to a trained transformer's predictions |
+
+The first four are registered as attention forms (:data:`FORMS`), so that a checkpoint of one loads where this is imported.
 """
 
 from __future__ import annotations
 
 import random
-import runpy
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_binaryformer.modeling import attention as attention_module
-from hf_binaryformer.modeling.attention import BinaryAttention, TokenWeight, attention_modules
-from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
-from hf_binaryformer.training import loop
+from hf_binaryformer.modeling.attention import attention_modules
+from hf_binaryformer.modeling.attention_configuration import AttentionForm, attention_form, register_attention_form
+from hf_binaryformer.modeling.token_weight import TokenWeight
+from hf_binaryformer.training.loop import Task
 
 MEANS = 3.0
 CHANNEL_GROUPS = 4
@@ -77,11 +73,11 @@ class SimulatedSigns(torch.autograd.Function):
         return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(gradients[0].dtype), d_scale, None
 
 
-def attend_signs(rule: str, self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Stands for the method of "sign"."""
-    scale = self._scale_heads(query.new_full((1, self.num_heads, 1, 1), self.scale, dtype=torch.float32))[0]
+def attend_signs(rule: str, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As the package's "sign", with the ternary numbers of a rule."""
+    heads = query.new_full((1, attention.num_heads, 1, 1), attention.scale, dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        return SimulatedSigns.apply(query, key, value, scale, rule)
+        return SimulatedSigns.apply(query, key, value, attention.scale_heads(heads)[0], rule)
 
 
 class GroupWeight(TokenWeight):
@@ -89,35 +85,53 @@ class GroupWeight(TokenWeight):
 
     def __init__(self, config: Any, head_dim: int, num_heads: int, **factory: Any) -> None:
         super().__init__(config, head_dim, num_heads, **factory)
-        self.fc2 = nn.Conv1d(self.fc2.in_channels, num_heads * CHANNEL_GROUPS, 1, **factory)
+        self.fc2 = nn.Conv1d(head_dim * num_heads // 2, num_heads * CHANNEL_GROUPS, 1, **factory)
         self.reset_parameters()
 
 
-def attend_channel_groups(self: BinaryAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Stands for the method of "hamming": weights (B, H G, N) on groups of channels; no gradient through the signs."""
+def group_weights(config: Any, head_dim: int, num_heads: int, factory: dict[str, Any]) -> dict[str, nn.Module]:
+    """The networks theta of queries and of keys."""
+    return {name: GroupWeight(config, head_dim, num_heads, **factory) for name in ("query_theta", "key_theta")}
+
+
+def attend_channel_groups(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """As the package's "hamming", weights (B, H G, N) on groups of channels; no gradient through the signs."""
     sides = []
-    for x, theta in ((query, self.query_theta), (key, self.key_theta)):
-        weight = theta(x).unflatten(1, (self.num_heads, CHANNEL_GROUPS)).mT  # (B, H, N, G)
-        per_channel = weight.repeat_interleave(self.head_dim // CHANNEL_GROUPS, dim=-1)
+    for x, theta in ((query, attention.query_theta), (key, attention.key_theta)):
+        weight = theta(x).unflatten(1, (attention.num_heads, CHANNEL_GROUPS)).mT  # (B, H, N, G)
+        per_channel = weight.repeat_interleave(attention.head_dim // CHANNEL_GROUPS, dim=-1)
         sides.append(signs(x).to(value.dtype) * per_channel)
-    return F.scaled_dot_product_attention(sides[0], sides[1], value, scale=self.scale)
+    return F.scaled_dot_product_attention(sides[0], sides[1], value, scale=attention.scale)
 
 
+def register() -> dict[str, str]:
+    """Add the forms to the package's; returns the ``attention_type`` of each variant."""
+    sign, hamming = attention_form("sign"), attention_form("hamming")
+    forms = {}
+    for rule in ("row-maximum", "clipped-mean", "ternary-values"):
+        forms[rule] = AttentionForm(
+            f"sign_{rule.replace('-', '_')}",
+            f"{sign.scores}, ternary gradient by {rule}",
+            partial(attend_signs, rule),
+            reads=("bit_gradient",),
+            takes_bit_gradient=True,
+            default_bit_gradient="ternary",
+        )
+    forms["channel-groups"] = AttentionForm(
+        "hamming_channel_groups",
+        f"{hamming.scores}, one for each group of channels",
+        attend_channel_groups,
+        reads=hamming.reads[1:],
+        parts=group_weights,
+    )
+    return {variant: register_attention_form(form).name for variant, form in forms.items()}
+
+
+FORMS = register()
 Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
 
 
-def with_losses(change: Callable[[loop.Task, dict[str, Any]], Losses]) -> None:
-    """Have every training take its losses from ``change(task, train)``, made before it starts."""
-    inner = loop.run
-
-    def run(task: loop.Task, train: dict[str, Any], *rest: Any) -> None:
-        inner(replace(task, losses=change(task, train)), train, *rest)
-
-    changed: Any = loop
-    changed.run = run
-
-
-def from_ste(task: loop.Task, train: dict[str, Any]) -> Losses:
+def from_ste(task: Task, train: dict[str, Any]) -> Losses:
     """The script's losses, with the gradient of the bits that is drawn for the step: the same after a resume."""
     modules = attention_modules(task.model)
     configured = [module.config.bit_gradient for module in modules]
@@ -131,7 +145,7 @@ def from_ste(task: loop.Task, train: dict[str, Any]) -> Losses:
     return losses
 
 
-def taught(teacher: nn.Module, task: loop.Task, train: dict[str, Any]) -> Losses:
+def taught(teacher: nn.Module, task: Task, train: dict[str, Any]) -> Losses:
     """Half the script's loss, half the cross-entropy of masked tokens to the teacher's predictions, in nats."""
     seen: list[Tensor] = []
     task.model.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -149,32 +163,3 @@ def taught(teacher: nn.Module, task: loop.Task, train: dict[str, Any]) -> Losses
         return losses | {"loss": (losses["loss"] + lesson) / 2, "lesson": lesson}
 
     return losses
-
-
-def apply(variant: str) -> None:
-    """Change the package and the training core in this process.
-
-    Raises:
-        SystemExit: no such variant.
-    """
-    name, _, argument = variant.partition(":")
-    attention: Any = BinaryAttention
-    module: Any = attention_module
-    if name in ("row-maximum", "clipped-mean", "ternary-values"):
-        attention._attend_sign = lambda self, *qkv: attend_signs(name, self, *qkv)
-    elif name == "channel-groups":
-        module.TokenWeight = GroupWeight
-        attention._attend_hamming = attend_channel_groups
-    elif name == "from-ste":
-        with_losses(from_ste)
-    elif name == "teacher":
-        with_losses(partial(taught, BinaryVQTransformer3DModel.from_pretrained(argument).eval()))
-    else:
-        raise SystemExit(f"no variant '{variant}'; see the head of {__file__}")
-
-
-if __name__ == "__main__":
-    apply(sys.argv[1])
-    del sys.argv[:2]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    runpy.run_path(sys.argv[0], run_name="__main__")

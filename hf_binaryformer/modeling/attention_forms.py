@@ -1,0 +1,148 @@
+"""The forms of attention, one entry each; a new one is one more entry (:func:`register_attention_form`) and its test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
+from hf_binaryformer.modeling.attention_configuration import AttentionConfig, AttentionForm, register_attention_form
+from hf_binaryformer.modeling.token_weight import TokenWeight, saturate
+
+# From so many tokens on, softmax attention with fewer value than query channels gets zeros for the missing ones: torch has no
+# fused kernel for that case on CPUs, and without one memory grows with N^2. Short sequences do not gain from it.
+PADDED_TOKENS = 384
+
+
+def attend_softmax(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Torch's own attention."""
+    dropout = attention.attn_drop if attention.training else 0.0
+    channels, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
+    if missing > 0 and key.shape[2] >= PADDED_TOKENS:
+        value = F.pad(value, (0, missing))
+    query = attention.scale_heads(query)
+    return F.scaled_dot_product_attention(query, key, value, scale=attention.scale, dropout_p=dropout)[..., :channels]
+
+
+def attend_sign(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Hamming attention with all token weights at 1."""
+    ones = value.new_ones(query.shape[:3])
+    return attend_bits(attention, query, key, ones, ones, value)
+
+
+def attend_hamming(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Hamming attention with learned token weights."""
+    return attend_bits(attention, query, key, attention.query_theta(query), attention.key_theta(key), value)
+
+
+def attend_bits(
+    attention: Any, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, value: Tensor
+) -> Tensor:
+    """Hamming attention with token weights (B, H, N)."""
+    return hamming_attention(
+        pack_sign_bits(query),
+        pack_sign_bits(key),
+        attention.scale_heads(query_weight),
+        key_weight,
+        value,
+        head_dim=query.shape[-1],
+        scale=attention.scale,
+        query=query,
+        key=key,
+        bit_gradient=attention.config.resolved_bit_gradient,
+        backend=attention.backend,
+    )
+
+
+def attend_bernoulli(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Hamming attention with two random samples of the signs of each token, and their bilinear weights."""
+    query_bits, query_weight = bernoulli_pair(attention, query)
+    key_bits, key_weight = bernoulli_pair(attention, key)
+    out = hamming_attention(
+        query_bits,
+        key_bits,
+        attention.scale_heads(query_weight),
+        key_weight,
+        value,
+        head_dim=query.shape[-1],
+        scale=attention.scale,
+        backend=attention.backend,
+    )
+    if attention.config.bernoulli_transpose_heads:
+        return out
+    # (B, H, N, d_v) read as if it were (B, N, H, d_v).
+    batch, heads, tokens, channels = out.shape
+    return out.reshape(batch, tokens, heads, channels).transpose(1, 2)
+
+
+def bernoulli_pair(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two samples of psgn(sigma(x)) as bits (B, H, N, 2, words), and their bilinear weights (B, H, N, 2)."""
+    x = saturate(x, attention.config)
+    probability = ((x + 1) / 2).clamp(0, 1)
+    draw = torch.rand((2, *x.shape), generator=attention.generator, device=x.device)
+    samples = torch.where(draw < probability, 1.0, -1.0).to(x.dtype)  # (2, B, H, N, d)
+    distance = (x - samples).abs().mean(-1)
+    total = distance.sum(0).clamp_min(torch.finfo(distance.dtype).tiny)
+    return pack_sign_bits(samples.movedim(0, 3)), (distance.flip(0) / total).movedim(0, 3)
+
+
+def attend_uniform(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The mean of the values."""
+    return value.mean(2, keepdim=True).expand_as(value)
+
+
+def token_weights(
+    config: AttentionConfig, head_dim: int, num_heads: int, factory: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The networks theta of queries and of keys."""
+    return {name: TokenWeight(config, head_dim, num_heads, **factory) for name in ("query_theta", "key_theta")}
+
+
+SIGMA = ("sigma_beta", "sigma_cap")
+WEIGHT = ("weight_bias_init", "weight_activation", "weight_max", "weight_input_norm", "initializer_range")
+
+for form in (
+    AttentionForm("softmax", "lambda q.k / sqrt(d)", attend_softmax, takes_dropout=True),
+    AttentionForm(
+        "sign",
+        "lambda sgn(q).sgn(k) / sqrt(d)",
+        attend_sign,
+        reads=("bit_gradient",),
+        has_bits=True,
+        takes_bit_gradient=True,
+        default_bit_gradient="ste",
+    ),
+    AttentionForm("sign_stopgrad", "as sign, without a gradient to q and k", attend_sign, has_bits=True),
+    AttentionForm(
+        "hamming",
+        "lambda w_q w_k sgn(q).sgn(k) / sqrt(d), weights by one network over all heads",
+        attend_hamming,
+        reads=("bit_gradient", *SIGMA, *WEIGHT),
+        has_bits=True,
+        takes_bit_gradient=True,
+        parts=token_weights,
+    ),
+    AttentionForm(
+        "hamming_grouped",
+        "as hamming, each head's weights by a network of its own",
+        attend_hamming,
+        reads=("bit_gradient", *SIGMA, *WEIGHT, "grouped_layout"),
+        has_bits=True,
+        takes_bit_gradient=True,
+        parts=token_weights,
+    ),
+    AttentionForm(
+        "hamming_bernoulli",
+        "as hamming, with two random sign samples each for q and k and weights from their distances",
+        attend_bernoulli,
+        reads=(*SIGMA, "bernoulli_transpose_heads"),
+        has_bits=True,
+    ),
+    AttentionForm(
+        "uniform", "0: the mean of the values, a control that ignores q and k", attend_uniform, has_queries=False
+    ),
+):
+    register_attention_form(form)
