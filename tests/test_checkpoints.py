@@ -89,6 +89,12 @@ def test_the_first_snippet_runs(page, tmp_path, monkeypatch, capsys):
     assert "cerebral cortex" in capsys.readouterr().out
 
 
+def test_the_operator_snippet_runs(capsys):
+    code = (ROOT / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "[1, 6, 1601, 64]" in capsys.readouterr().out
+
+
 def test_segments_slices_of_a_real_brain():
     datasets = pytest.importorskip("nilearn.datasets")
     template, white = (

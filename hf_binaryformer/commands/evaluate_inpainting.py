@@ -99,6 +99,12 @@ def inpainting(
         "cases": cases,
         "versions": versions(),
     }
+    write(content, report, table, targets)
+
+
+def write(content: dict[str, Any], report: Path | None, table: Path | None, targets: list[Path]) -> None:
+    """Print the tables, and write what was asked for."""
+    summary = content["against"]
     text = "\n\n".join(f"Against the {reference}:\n\n{inpainting_table(found)}" for reference, found in summary.items())
     with all_or_nothing(targets) as temporary:
         if report:

@@ -13,8 +13,10 @@ from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from hf_binaryformer.pipelines.volumes import Volume
+    from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintOutput
     from hf_binaryformer.pipelines.vq_sampling import VQSamplingPipeline
 
 DEFAULT_MODEL = "binaryvq-tiny-brain"
@@ -69,21 +71,14 @@ def inpaint_file(
         ValueError, OSError: bad input (see :mod:`hf_binaryformer.pipelines.volumes`) or unusable output.
         BackendUnavailableError: the backend cannot run here.
     """
-    from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
-
-    volume_suffixes = _suffixes(samples)
-    wanted = ((output, volume_suffixes), (std_map, _suffixes(1)), (overlay, (".png",)), (report, (".json",)))
+    wanted = ((output, _suffixes(samples)), (std_map, _suffixes(1)), (overlay, (".png",)), (report, (".json",)))
     targets = check_outputs(wanted, [source, mask, *([truth] if truth else [])])
     if std_map is not None and samples < 2:
         raise ValueError(f"a std map needs at least 2 samples, asked for is {samples}: add --samples 8, for example")
-    volume, hole = read_volume(source), read_volume(mask, labels=True)
-    true_volume = read_volume(truth) if truth else None
-    if true_volume is not None:
-        check_same_grid(volume, true_volume)
+    volume, hole, true_volume = _read_inpainting(source, mask, truth)
 
     import torch
 
-    from hf_binaryformer.pipelines.panels import volume_panels
     from hf_binaryformer.pipelines.volumes import write_image
     from hf_binaryformer.pipelines.vq_inpainting import EMPTY_MASK, BinaryVQInpaintPipeline
 
@@ -113,21 +108,38 @@ def inpaint_file(
             description = f"{GENERATED} Standard deviation. {NOTICE}"
             write_image(temporary[std_map], result.std[0, 0], volume, description=description)
         if overlay is not None:
-            columns = {"hole": volume.array, "result": result.images[0, 0]}
-            if true_volume is not None:
-                columns["truth"] = true_volume.array
-            picture = volume_panels(
-                columns,
-                volume.spacing,
-                hole=hole.array != 0,
-                hide_hole_in=["hole"],
-                maps={} if result.std is None else {f"std of {samples} samples": result.std[0, 0]},
-                title=title or source.name,
-            )
+            picture = _inpainting_picture(volume, hole, result, true_volume, samples, title or source.name)
             picture.save(temporary[overlay], format="PNG", optimize=True)
         if report is not None:
             write_json(temporary[report], content)
     return content
+
+
+def _read_inpainting(source: Path, mask: Path, truth: Path | None) -> tuple[Volume, Volume, Volume | None]:
+    """The image, the mask, and the true image on the same grid where there is one."""
+    from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
+
+    volume, hole = read_volume(source), read_volume(mask, labels=True)
+    true_volume = read_volume(truth) if truth else None
+    if true_volume is not None:
+        check_same_grid(volume, true_volume)
+    return volume, hole, true_volume
+
+
+def _inpainting_picture(
+    volume: Volume, hole: Volume, result: BinaryVQInpaintOutput, truth: Volume | None, samples: int, title: str
+) -> Image:
+    """Hole, first result, truth and standard deviation, as far as there are any, side by side."""
+    import numpy as np
+
+    from hf_binaryformer.pipelines.panels import volume_panels
+
+    columns = {"hole": volume.array, "result": np.asarray(result.images)[0, 0]}
+    if truth is not None:
+        columns["truth"] = truth.array
+    maps = {} if result.std is None else {f"std of {samples} samples": np.asarray(result.std)[0, 0]}
+    mask = hole.array != 0
+    return volume_panels(columns, volume.spacing, hole=mask, hide_hole_in=["hole"], maps=maps, title=title)
 
 
 def synthesize_file(

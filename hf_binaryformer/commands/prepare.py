@@ -90,9 +90,8 @@ def hippocampus(
         fail(str(error))
 
 
-def add_public(name: str) -> None:
+def add_public(file: Path) -> None:
     """Register the command of a public data set, which its YAML file describes."""
-    file = DATA_SETS / f"{name}.yaml"
 
     def command(
         source: Annotated[Path, typer.Option(help="Folder of the download, in its public layout.")],
@@ -112,7 +111,7 @@ def add_public(name: str) -> None:
         except (ValueError, ImportError) as error:
             fail(str(error))
 
-    app.command(name, help=f"{load_data_set(file).source}: public layout to a prepared folder.")(command)
+    app.command(file.stem, help=f"{load_data_set(file).source}: public layout to a prepared folder.")(command)
 
 
 @app.command("shards")
@@ -130,8 +129,8 @@ def unpack_shards(
     typer.echo(f"{len(manifest['cases'])} volumes -> {out}")
 
 
-for public_name in ("amos", "crossmoda", "oasis", "spider"):
-    add_public(public_name)
+for described in sorted(DATA_SETS.glob("*.yaml")):
+    add_public(described)
 
 
 @app.command("check-leakage")

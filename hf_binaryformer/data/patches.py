@@ -94,7 +94,7 @@ class PatchSamples(Dataset):
             patch = window(volume, start, self.crop)
             if (patch > self.data["foreground_threshold"]).mean() >= self.data["min_foreground"]:
                 break
-        axis = self.data["flip_axis"]
+        axis = self.data["mirror_axis"]
         if axis is not None and rng.random() < 0.5:
             patch = np.flip(patch, axis)
         gain = 1 + rng.uniform(-1, 1) * self.data["max_gain"]

@@ -64,41 +64,21 @@ def volume_panels(
         ValueError: no image, shapes that differ or are not 3D, or spacing that is not three positive numbers.
     """
     maps = dict(maps or {})
-    shapes = {a.shape for a in (*images.values(), *maps.values(), *([] if hole is None else [hole]))}
-    if not images or len(shapes) != 1 or len(next(iter(shapes))) != 3:
-        raise ValueError(f"the volumes have shapes {sorted(shapes)}; expected at least one, all of the same (I, J, K)")
-    if len(spacing) != 3 or min(spacing) <= 0:
-        raise ValueError(f"spacing is {spacing}; expected three positive numbers in mm, one for each axis")
+    check_volumes(images, maps, hole, spacing)
     first = next(iter(images.values()))
-    low, high = np.percentile(first if hole is None or hole.all() else first[~hole], (0.5, 99.5))
-    grey = {name: np.clip((a - low) / max(high - low, 1e-12), 0, 1) for name, a in images.items()}
+    grey = _grey(images, hole)
     bright = np.maximum.reduce(list(grey.values()))
     centre = view_centre(bright > 0.1 if hole is None else hole)
     box = content_box(bright, np.zeros_like(bright, dtype=np.uint8), spacing)
-    columns: list[tuple[str, np.ndarray]] = []
-    for name, values in grey.items():
-        rgb = np.repeat(values[..., None] * 255, 3, axis=-1)
-        if hole is not None and name in hide_hole_in:
-            rgb[hole] = HOLE_COLOUR
-        columns.append((name, rgb))
-    for name, values in maps.items():
-        inside = values[hole] if hole is not None and hole.any() else values
-        columns.append((name, _heat(values / max(float(np.percentile(inside, 99.5)), 1e-12))))
+    columns = _columns(grey, maps, hole, hide_hole_in)
 
-    extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
-    scale = ((max_width - 2 * MARGIN - (len(columns) - 1) * GAP) / len(columns)) / max(extent[0], extent[1])
-    scale = min(scale, max_height / (2 * extent[2] + extent[1]))
-    sizes = [max(1, round(e * scale)) for e in extent]
-    width = max(sizes[0], sizes[1])
-    heights = [sizes[2], sizes[2], sizes[1]]
-    canvas = Image.new(
-        "RGB",
-        (
-            max(2 * MARGIN + len(columns) * width + (len(columns) - 1) * GAP, 640),
-            2 * MARGIN + HEAD + COLUMN_HEAD + sum(heights) + 2 * GAP + FOOT,
-        ),
-        BACKGROUND,
+    sizes = _sizes(box, spacing, len(columns), max_width, max_height)
+    width, heights = max(sizes[0], sizes[1]), [sizes[2], sizes[2], sizes[1]]
+    whole = (
+        max(2 * MARGIN + len(columns) * width + (len(columns) - 1) * GAP, 640),
+        2 * MARGIN + HEAD + COLUMN_HEAD + sum(heights) + 2 * GAP + FOOT,
     )
+    canvas = Image.new("RGB", whole, BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     size = f"{times(first.shape)} voxels of {times(spacing)} mm"
     draw.text((MARGIN, MARGIN), title or size, fill=TEXT, font=font_of(22), anchor="lt")
@@ -114,6 +94,53 @@ def volume_panels(
             canvas.paste(panel, (left + (width - panel.width) // 2, top))
             top += height + GAP
     return canvas
+
+
+def check_volumes(
+    images: Mapping[str, np.ndarray],
+    maps: Mapping[str, np.ndarray],
+    hole: np.ndarray | None,
+    spacing: tuple[float, float, float],
+) -> None:
+    """Raise ValueError for volumes that cannot stand side by side."""
+    shapes = {a.shape for a in (*images.values(), *maps.values(), *([] if hole is None else [hole]))}
+    if not images or len(shapes) != 1 or len(next(iter(shapes))) != 3:
+        raise ValueError(f"the volumes have shapes {sorted(shapes)}; expected at least one, all of the same (I, J, K)")
+    if len(spacing) != 3 or min(spacing) <= 0:
+        raise ValueError(f"spacing is {spacing}; expected three positive numbers in mm, one for each axis")
+
+
+def _grey(images: Mapping[str, np.ndarray], hole: np.ndarray | None) -> dict[str, np.ndarray]:
+    """All images between two percentiles of what the first one has outside the hole, 0 to 1."""
+    first = next(iter(images.values()))
+    low, high = np.percentile(first if hole is None or hole.all() else first[~hole], (0.5, 99.5))
+    return {name: np.clip((a - low) / max(high - low, 1e-12), 0, 1) for name, a in images.items()}
+
+
+def _columns(
+    grey: Mapping[str, np.ndarray], maps: Mapping[str, np.ndarray], hole: np.ndarray | None, hide_in: Sequence[str]
+) -> list[tuple[str, np.ndarray]]:
+    """Names and colours (I, J, K, 3), 0-255, of all images and then of all maps."""
+    columns: list[tuple[str, np.ndarray]] = []
+    for name, values in grey.items():
+        rgb = np.repeat(values[..., None] * 255, 3, axis=-1)
+        if hole is not None and name in hide_in:
+            rgb[hole] = HOLE_COLOUR
+        columns.append((name, rgb))
+    for name, values in maps.items():
+        inside = values[hole] if hole is not None and hole.any() else values
+        columns.append((name, _heat(values / max(float(np.percentile(inside, 99.5)), 1e-12))))
+    return columns
+
+
+def _sizes(
+    box: list[slice], spacing: tuple[float, float, float], columns: int, max_width: int, max_height: int
+) -> list[int]:
+    """Pixels along I, J, K with which all columns fit."""
+    extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
+    scale = ((max_width - 2 * MARGIN - (columns - 1) * GAP) / columns) / max(extent[0], extent[1])
+    scale = min(scale, max_height / (2 * extent[2] + extent[1]))
+    return [max(1, round(e * scale)) for e in extent]
 
 
 def _panel(rgb: np.ndarray, view: View, index: int, box: list[slice], sizes: list[int]) -> Image.Image:

@@ -124,11 +124,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             ValueError: an argument out of range, or known intensities that are all equal.
         """
         start = time.perf_counter()
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is '{output_type}', expected one of {', '.join(OUTPUT_TYPES)}")
-        for name, value, least in (("num_samples", num_samples, 1), ("feather", feather, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}")
+        check_inputs(output_type, num_samples, feather)
         images, holes, affine, volume = self._read(image, mask_image, spacing)
         cases = [self.prepare(one, hole, affine) for one, hole in zip(images, holes, strict=True)]
         notes = [CUT_OFF] if any(case.cut_off for case in cases) else []
@@ -136,9 +132,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             notes.append(EMPTY_MASK)
             warnings.warn(EMPTY_MASK, stacklevel=3)
 
-        known = self.encode(torch.from_numpy(np.stack([case.network_image() for case in cases]))[:, None])
-        masked = torch.stack([self.touched(case) for case in cases])[:, None].expand_as(known)
-        known, masked = (t.repeat_interleave(num_samples, 0) for t in (known, masked))
+        known, masked = self.prepare_latents(cases, num_samples)
         sampling = time.perf_counter()
         tokens = self.unmask(
             known,
@@ -152,15 +146,9 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         )
         sampling = time.perf_counter() - sampling
 
-        filled = decoded = std = None
+        filled = std = decoded = None
         if output_type != "tokens":
-            owners = [case for case in cases for _ in range(num_samples)]
-            volumes = self.decode(tokens)[:, 0].numpy()
-            decoded = np.stack([case.to_input(one) for case, one in zip(owners, volumes, strict=True)])[:, None]
-            filled = np.stack([c.composite(one[0], feather) for c, one in zip(owners, decoded, strict=True)])[:, None]
-            if num_samples > 1:
-                groups = filled.reshape(len(cases), num_samples, *filled.shape[1:])
-                std = np.where(holes[:, None], groups.std(1), 0).astype(np.float32)
+            filled, std, decoded = self._fill(cases, tokens, num_samples, feather)
         self.maybe_free_model_hooks()
         report = self._report(cases, volume, masked, num_samples, time.perf_counter() - start, sampling, notes)
         fields = [
@@ -168,6 +156,27 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         ]
         output = BinaryVQInpaintOutput(fields[0], tokens.to(torch.uint8), fields[1], fields[2], report, volume)
         return output if return_dict else (output.images, output.tokens, output.std, output.decoded)
+
+    def prepare_latents(self, cases: Sequence[HoleCase], num_samples: int) -> tuple[Tensor, Tensor]:
+        """Tokens of the known images, and which of them are to be drawn: (B * num_samples, K, d, h, w), int64 and bool."""
+        known = self.encode(torch.from_numpy(np.stack([case.network_image() for case in cases]))[:, None])
+        masked = torch.stack([self.touched(case) for case in cases])[:, None].expand_as(known)
+        return known.repeat_interleave(num_samples, 0), masked.repeat_interleave(num_samples, 0)
+
+    def _fill(
+        self, cases: Sequence[HoleCase], tokens: Tensor, num_samples: int, feather: int
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """Filled images, their standard deviation where there are several, and what was decoded."""
+        owners = [case for case in cases for _ in range(num_samples)]
+        volumes = self.decode(tokens)[:, 0].numpy()
+        decoded = np.stack([case.to_input(one) for case, one in zip(owners, volumes, strict=True)])[:, None]
+        filled = np.stack([c.composite(one[0], feather) for c, one in zip(owners, decoded, strict=True)])[:, None]
+        std = None
+        if num_samples > 1:
+            groups = filled.reshape(len(cases), num_samples, *filled.shape[1:])
+            holes = np.stack([case.hole for case in cases])
+            std = np.where(holes[:, None], groups.std(1), 0).astype(np.float32)
+        return filled, std, decoded
 
     def _read(
         self, image: Image, mask: Image, spacing: Sequence[float] | None
@@ -243,6 +252,15 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             "sampling_seconds": sampling_seconds,
             "versions": versions(),
         }
+
+
+def check_inputs(output_type: str, num_samples: int, feather: int) -> None:
+    """Raise ValueError for arguments of :class:`BinaryVQInpaintPipeline` that are out of range."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is '{output_type}', expected one of {', '.join(OUTPUT_TYPES)}")
+    for name, value, least in (("num_samples", num_samples, 1), ("feather", feather, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def _as_batch(name: str, values: Volume | Tensor | np.ndarray) -> np.ndarray:

@@ -25,7 +25,8 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 from hf_binaryformer.training.dry_run import rehearse
-from hf_binaryformer.training.loop import Task, build_optimizer, load_batches, run, start
+from hf_binaryformer.training.loop import Task, load_batches, run, start
+from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.options import (
     DATA_NEEDED,
     DryRun,

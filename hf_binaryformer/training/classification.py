@@ -26,7 +26,8 @@ from hf_binaryformer.data.pixels import PixelSamples, load_splits, scale
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.modeling import BinaryFormerForImageClassification
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
-from hf_binaryformer.training.loop import Task, build_optimizer, load_batches, run, start
+from hf_binaryformer.training.loop import Task, load_batches, run, start
+from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.options import (
     DATA_NEEDED,
     DryRun,

@@ -33,8 +33,8 @@ def placed_copy(volume: np.ndarray, data: dict[str, Any], rng: np.random.Generat
     placed, _ = place_on_grid(volume.astype(np.float32), data["volume_shape"])
     if rng is None:
         return placed
-    if data["flip_axis"] is not None and rng.random() < 0.5:
-        placed = np.flip(placed, data["flip_axis"])
+    if data["mirror_axis"] is not None and rng.random() < 0.5:
+        placed = np.flip(placed, data["mirror_axis"])
     shift = rng.integers(-data["token_max_shift"], data["token_max_shift"] + 1, 3)
     pad = data["token_max_shift"]
     window = tuple(slice(pad + s, pad + s + n) for s, n in zip(shift, placed.shape, strict=True))

@@ -1,6 +1,6 @@
-"""The training loop of every script, and what belongs to it: the learning rate's course, the optimizer, the batches.
+"""The one training loop.
 
-A script says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
+A training says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
 resuming, trackers and interruptions are here.
 """
 
@@ -13,7 +13,6 @@ import signal
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from hf_binaryformer.modeling.attention import attention_modules
 from hf_binaryformer.training.checkpoints import (
     BEST_WEIGHTS,
     VALIDATION,
@@ -38,52 +36,13 @@ from hf_binaryformer.training.checkpoints import (
     Progress,
     refuse_other_run,
 )
+from hf_binaryformer.training.optimization import rate_factor
 from hf_binaryformer.training.run_log import Log, to_json
 
 # Apart, so that no two (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
-
-
-def rate_factor(step: int, train: dict[str, Any]) -> float:
-    """Learning-rate factor: linear warm-up, then cosine to 0, or the paper's steps (x decay_factor every decay_every)."""
-    warmup = train["warmup"]
-    if step < warmup:
-        return train["warmup_start"] + (1 - train["warmup_start"]) * step / warmup
-    if train["schedule"] == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(train["iterations"] - warmup, 1)))
-    return train["decay_factor"] ** ((step - warmup) // train["decay_every"])
-
-
-def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; the weight networks theta and the learned scales have rates of their own, and vectors do not decay.
-
-    With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
-    """
-    frozen = train.get("freeze_query_key")  # which a network without attention does not have
-    if frozen:
-        for attention in attention_modules(model):
-            for parameter in attention.qkv.parameters():
-                parameter.register_hook(partial(_without_rows, rows=2 * attention.query_key_dim))
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        scale = train["theta_lr_scale"] if "_theta." in name else 1.0
-        if name.endswith(".log_scale"):
-            scale = train["log_scale_lr_scale"]
-        decays = parameter.dim() > 1 and not (frozen and ".qkv." in name)
-        decay = train["weight_decay"] if decays else 0.0
-        groups.setdefault((scale, decay), []).append(parameter)
-    rate = train["learning_rate"]
-    per_group = [{"params": p, "lr": rate * s, "weight_decay": d} for (s, d), p in groups.items()]
-    return torch.optim.AdamW(per_group, betas=train["betas"], eps=train["epsilon"])
-
-
-def _without_rows(gradient: Tensor, rows: int) -> Tensor:
-    """The gradient with its first rows at zero."""
-    kept = gradient.clone()
-    kept[:rows] = 0
-    return kept
 
 
 @dataclass
@@ -176,6 +135,50 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass
+class Training:
+    """A task that Accelerate has prepared, and what goes on with it from iteration to iteration."""
+
+    model: Any
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    average: EMAModel | None
+    progress: Progress
+    checkpoints: Checkpoints
+    log: Log
+    # Of a network that is split over processes (FSDP): takes its weights in the end.
+    whole: nn.Module | None
+
+
+class LossSums:
+    """Losses since the last whole record of the log: their means go there, they themselves into checkpoints."""
+
+    def __init__(self, accelerator: Accelerator, progress: Progress) -> None:
+        self._accelerator, self._progress = accelerator, progress
+        self._sums = torch.tensor(progress.sums, device=accelerator.device) if progress.parts else None
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Those of one backward pass."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        self._sums = values if self._sums is None else self._sums + values
+        self._progress.parts += 1
+
+    def means(self) -> list[float]:
+        """Over passes and processes."""
+        assert self._sums is not None
+        return self._accelerator.reduce(self._sums / self._progress.parts, "mean").tolist()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums, self._progress.parts = None, 0
+
+    def keep(self) -> None:
+        """Put them where checkpoints find them."""
+        if self._sums is not None:
+            self._sums = self._accelerator.reduce(self._sums, "mean")
+        self._progress.sums = [] if self._sums is None else self._sums.tolist()
+
+
 def run(
     task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, resume: bool, stop_after: int | None
 ) -> None:
@@ -195,13 +198,58 @@ def run(
         ArithmeticError: no validation gave a finite figure to choose the best by.
         typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
     """
+    training = prepare(task, train, accelerator, output, resume)
+    model, optimizer, progress = training.model, training.optimizer, training.progress
+    last = min(train["iterations"], stop_after or train["iterations"])
+    batches, sums = task.batches(progress.step), LossSums(accelerator, progress)
+    bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
+    with Interruption() as interruption:
+        while progress.step < last:
+            # What a step draws depends on its number and the process alone, so that a resumed run repeats it.
+            torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
+            for part in range(train["accumulation"]):
+                batch = send_to_device(next(batches), accelerator.device)
+                with nullcontext() if part + 1 == train["accumulation"] else accelerator.no_sync(model):
+                    losses = task.losses(model, batch, progress.step)
+                    accelerator.backward(losses["loss"] / train["accumulation"])
+                sums.add(losses)
+            accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
+            optimizer.step()
+            training.schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            if training.average:
+                training.average.step(task.model.parameters())
+            progress.step += 1
+            bar.update()
+
+            asked = anywhere(interruption.asked, accelerator)
+            ends = progress.step == last or asked
+            validates = task.validate is not None and due(progress.step, train["validate_every"], last)
+            if ends or validates or record_is_due(progress.step, task, train):
+                record = record_of(training, task, dict(zip(losses, sums.means(), strict=True)), accelerator)
+                # An early end does not take losses away from the next record of a run that goes on.
+                if record_is_due(progress.step, task, train):
+                    sums.clear()
+                if validates:
+                    record |= validate(task, train, training.average, accelerator, output, progress)
+                bar.set_postfix(loss=f"{record['loss']:.5f}")
+                training.log.write(record)
+            if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
+                progress.seconds = training.log.seconds()
+                sums.keep()
+                training.checkpoints.save(progress.step)
+            if asked:
+                break
+    bar.close()
+    finish(training, task, train, accelerator, output, interrupted=progress.step < last)
+
+
+def prepare(task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, resume: bool) -> Training:
+    """Set up all that a run needs, from its newest checkpoint where it is resumed; arguments as those of :func:`run`."""
     if train["best_by"] and train["best_by"].lstrip("-") not in task.figures:
         raise typer.BadParameter(f"best_by is '{train['best_by']}'; validation gives {', '.join(task.figures)}")
     if train["gradient_checkpointing"]:
-        if not getattr(task.model, "_supports_gradient_checkpointing", True):
-            raise typer.BadParameter(f"{type(task.model).__name__} has no gradient_checkpointing: set it to false")
-        enable = getattr(task.model, "gradient_checkpointing_enable", None) or task.model.enable_gradient_checkpointing
-        enable()
+        enable_gradient_checkpointing(task.model)
     task.model.train()
     schedule = torch.optim.lr_scheduler.LambdaLR(task.optimizer, lambda step: rate_factor(step, train))
     average = None
@@ -222,87 +270,74 @@ def run(
         average.to(accelerator.device)
     log = Log(accelerator, output, progress)
     if train["trackers"]:
-        config = {k: v for k, v in train.items() if isinstance(v, (int, float, str))}
-        # A resumed run goes on in the trackers too, which may have seen more of it than its checkpoint.
-        same = {
-            "tensorboard": {"purge_step": progress.step + 1},
-            "trackio": {"name": progress.name, "resume": "allow"},
-            "wandb": {"id": progress.name, "resume": "allow"},
-        }
-        accelerator.init_trackers(output.name, config, {k: v for k, v in same.items() if k in train["trackers"]})
+        start_trackers(train, accelerator, output, progress)
+    return Training(model, optimizer, schedule, average, progress, checkpoints, log, whole)
 
-    last = min(train["iterations"], stop_after or train["iterations"])
-    batches = task.batches(progress.step)
-    sums = torch.tensor(progress.sums, device=accelerator.device) if progress.parts else None
-    bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
-    with Interruption() as interruption:
-        while progress.step < last:
-            # What a step draws depends on its number and the process alone, so that a resumed run repeats it.
-            torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
-            for part in range(train["accumulation"]):
-                batch = send_to_device(next(batches), accelerator.device)
-                with nullcontext() if part + 1 == train["accumulation"] else accelerator.no_sync(model):
-                    losses = task.losses(model, batch, progress.step)
-                    accelerator.backward(losses["loss"] / train["accumulation"])
-                values = torch.stack([value.detach().float() for value in losses.values()])
-                sums = values if sums is None else sums + values
-                progress.parts += 1
-            accelerator.clip_grad_norm_(model.parameters(), train["max_grad_norm"])
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average:
-                average.step(task.model.parameters())
-            progress.step += 1
-            bar.update()
 
-            asked = interruption.asked
-            if accelerator.num_processes > 1:  # all or none
-                asked = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
-            ends = progress.step == last or asked
-            validation_every = train["validate_every"] if task.validate else None
-            validates = due(progress.step, validation_every, last)
-            # Where a run that is not stopped logs too: an early end does not take losses away from its next record.
-            whole_record = any(
-                due(progress.step, every, train["iterations"]) for every in (train["log_every"], validation_every)
-            )
-            if whole_record or validates or ends:
-                assert sums is not None
-                means = accelerator.reduce(sums / progress.parts, "mean").tolist()
-                if whole_record:
-                    sums, progress.parts = None, 0
-                record = {
-                    "step": progress.step,
-                    **dict(zip(losses, means, strict=True)),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                    "processes": accelerator.num_processes,
-                    **(task.measures() if task.measures else {}),
-                }
-                if validates:
-                    record |= validate(task, train, average, accelerator, output, progress)
-                bar.set_postfix(loss=f"{record['loss']:.5f}")
-                log.write(record)
-            if train["checkpoint_every"] and (progress.step % train["checkpoint_every"] == 0 or ends):
-                progress.seconds = log.seconds()
-                if sums is not None:
-                    sums = accelerator.reduce(sums, "mean")
-                progress.sums = [] if sums is None else sums.tolist()
-                checkpoints.save(progress.step)
-            if asked:
-                break
-    bar.close()
-    if whole is not None:
-        task.model = gather(model, whole).to(accelerator.device)
+def enable_gradient_checkpointing(model: Any) -> None:
+    """By transformers' or by diffusers' name for it.
+
+    Raises:
+        typer.BadParameter: the network has none.
+    """
+    if not getattr(model, "_supports_gradient_checkpointing", True):
+        raise typer.BadParameter(f"{type(model).__name__} has no gradient_checkpointing: set it to false")
+    enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
+    enable()
+
+
+def start_trackers(train: dict[str, Any], accelerator: Accelerator, output: Path, progress: Progress) -> None:
+    """A resumed run goes on in the trackers too, which may have seen more of it than its checkpoint."""
+    config = {k: v for k, v in train.items() if isinstance(v, (int, float, str))}
+    same = {
+        "tensorboard": {"purge_step": progress.step + 1},
+        "trackio": {"name": progress.name, "resume": "allow"},
+        "wandb": {"id": progress.name, "resume": "allow"},
+    }
+    accelerator.init_trackers(output.name, config, {k: v for k, v in same.items() if k in train["trackers"]})
+
+
+def anywhere(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: all stop together."""
+    if accelerator.num_processes > 1:
+        return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
+    return asked
+
+
+def record_is_due(step: int, task: Task, train: dict[str, Any]) -> bool:
+    """Whether a run that is not stopped early logs after this iteration."""
+    validation_every = train["validate_every"] if task.validate else None
+    return any(due(step, every, train["iterations"]) for every in (train["log_every"], validation_every))
+
+
+def record_of(training: Training, task: Task, losses: dict[str, float], accelerator: Accelerator) -> dict[str, Any]:
+    """What the log says of an iteration, but for validation."""
+    return {
+        "step": training.progress.step,
+        **losses,
+        "learning_rate": training.optimizer.param_groups[0]["lr"],
+        "processes": accelerator.num_processes,
+        **(task.measures() if task.measures else {}),
+    }
+
+
+def finish(
+    training: Training, task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, interrupted: bool
+) -> None:
+    """Leave the weights to save in ``task.model``: the last, the averaged, or the best; ends the program after Ctrl-C."""
+    if training.whole is not None:
+        task.model = gather(training.model, training.whole).to(accelerator.device)
     # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if progress.step < last:
+    progress = training.progress
+    if interrupted:
         saved = "which is saved: go on with --resume" if train["checkpoint_every"] else "and no checkpoint was wanted"
         if accelerator.is_main_process:
             typer.echo(f"interrupted after iteration {progress.step}, {saved}", err=True)
         raise typer.Exit(INTERRUPTED)
-    if average:
-        average.copy_to(task.model.parameters())
+    if training.average:
+        training.average.copy_to(task.model.parameters())
     if train["best_by"] and accelerator.is_main_process:
         if progress.best is None:
             raise ArithmeticError(

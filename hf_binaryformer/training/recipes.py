@@ -66,6 +66,8 @@ FREE = {
     "checkpoints_kept",
 }
 KEPT = "recipe.yaml"
+# Settings that had another name once: recipes and runs that have the old one still load.
+RENAMED = {("data", "flip_axis"): "mirror_axis"}
 
 
 def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
@@ -83,7 +85,7 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
         typer.BadParameter: no such recipe, section or setting, or a section without settings; says which there are.
     """
     path = find_recipe(name, folder, part)
-    recipe: dict[str, Any] = yaml.safe_load(path.read_text())
+    recipe = read_recipe(path)
     if "like" in recipe:
         base = load_recipe(recipe.pop("like"), [], path.parent)
         recipe = {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
@@ -95,6 +97,7 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
     for override in overrides:
         key, equals, value = override.partition("=")
         section, _, field = key.partition(".")
+        field = RENAMED.get((section, field), field)
         if section not in recipe or not field or not equals:
             raise typer.BadParameter(f"--set {override}: expected section.key=value, sections are {', '.join(recipe)}")
         if field not in known_fields(section, recipe[section]):
@@ -102,6 +105,16 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
             raise typer.BadParameter(f"--set {override}: {section} has no setting '{field}'; it has {known}")
         recipe[section][field] = parse(value)
     return with_defaults(recipe)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's file as it stands, with the names that settings have now."""
+    sections: dict[str, Any] = yaml.safe_load(path.read_text())
+    for (section, old), new in RENAMED.items():
+        fields = sections.get(section)
+        if isinstance(fields, dict) and old in fields:
+            fields[new] = fields.pop(old)
+    return sections
 
 
 def find_recipe(name: str, folder: Path, part: str = "") -> Path:
@@ -185,7 +198,7 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
     if not resume:
         refuse_other_run(output)
     elif path.is_file():
-        began, now = (yaml.safe_load(text) for text in (path.read_text(), yaml.safe_dump(recipe)))
+        began, now = read_recipe(path), yaml.safe_load(yaml.safe_dump(recipe))
         changed = [
             f"{section}.{field} (was {began.get(section, {}).get(field)}, is now {now.get(section, {}).get(field)})"
             for section in {**began, **now}

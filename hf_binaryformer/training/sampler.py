@@ -26,7 +26,8 @@ from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, 
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
 from hf_binaryformer.training.dry_run import rehearse
-from hf_binaryformer.training.loop import SEED_STRIDE, Task, build_optimizer, run, start
+from hf_binaryformer.training.loop import SEED_STRIDE, Task, run, start
+from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.options import (
     DATA_NEEDED,
     DryRun,

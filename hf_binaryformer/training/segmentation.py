@@ -32,7 +32,8 @@ from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentatio
 from hf_binaryformer.pipelines.metrics import METRICS
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
-from hf_binaryformer.training.loop import Task, build_optimizer, load_batches, run, start
+from hf_binaryformer.training.loop import Task, load_batches, run, start
+from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.options import (
     DATA_NEEDED,
     DryRun,

@@ -186,46 +186,15 @@ def main(
         "product_tokens": product_tokens or default["product_tokens"],
     }
     lengths, checked, products = (parse_numbers(options[k]) for k in ("tokens", "check_tokens", "product_tokens"))
-    # What would otherwise be found out after minutes.
-    for path in (json_path, plot):
-        if path is not None and not path.parent.is_dir():
-            fail(f"{path} cannot be written: there is no folder {path.parent}", 2)
-    try:
-        options["backend"] = kernel = select_backend(backend, "cpu").name
-        if plot is not None:
-            figure_class()
-    except (BackendUnavailableError, ImportError) as error:
-        fail(str(error), 2)
+    options["backend"] = kernel = usable_backend(backend, json_path, plot)
     torch.set_num_threads(options["threads"])
     console = Console(width=max(Console().width, TABLE_WIDTH))
-    device = describe_device()
-    report = backend_report()[kernel]
+    device, report = describe_device(), backend_report()[kernel]
     console.print(f"{device['cpu']}, {device['cores']} cores, {options['threads']} threads, torch {torch.__version__}")
     console.print(f"backend '{kernel}', {report}")
     errors = check_correctness(checked, kernel, console)
-
-    def timed(subjects: list[Any], label: str) -> list[Result]:
-        return time_interleaved(subjects, options["rounds"], turn / 1e3, label, options["seconds"])
-
-    results: list[Result] = []
-    for n in lengths:
-        attention = timed(attention_subjects(n, kernel, dense_limit), f"attention, N = {n}")
-        if memory:
-            measure_peaks(attention, options["threads"])
-        results += attention
-        results += timed(one_head_subjects(n, kernel), f"one head, N = {n}")
-    results += timed(product_subjects(products), "product alone")
-    if encoder:
-        # Here, as each child process of measure_peaks imports this file: it needs neither timm nor transformers.
-        from encoder import encoder_subjects
-    for n in lengths if encoder else []:
-        results += timed(encoder_subjects(n, kernel, encoder_blocks, encoder_step_limit), f"encoder, N = {n}")
-    if sampler:
-        from sampler import sampler_subjects
-
-        results += timed(sampler_subjects(kernel, sampler_blocks, sampler_steps), "sampler")
+    results = measure(options, lengths, products)
     throughput = figure_6(results)
-
     record = {
         "device": device,
         "threads": options["threads"],
@@ -252,6 +221,53 @@ def main(
         json_path.write_text(json.dumps(record, indent=1) + "\n")
     if plot is not None:
         draw_plot(plot, results, f"{device['cpu']}, {options['threads']} threads, backend '{kernel}'")
+    show(results, throughput, kernel, console)
+
+
+def usable_backend(backend: str | None, json_path: Path | None, plot: Path | None) -> str:
+    """Name of the kernel's backend; ends the program where something would otherwise be found missing after minutes."""
+    for path in (json_path, plot):
+        if path is not None and not path.parent.is_dir():
+            fail(f"{path} cannot be written: there is no folder {path.parent}", 2)
+    try:
+        if plot is not None:
+            figure_class()
+        return select_backend(backend, "cpu").name
+    except (BackendUnavailableError, ImportError) as error:
+        fail(str(error), 2)
+
+
+def measure(options: dict[str, Any], lengths: list[int], products: list[int]) -> list[Result]:
+    """Times (and memory) of everything that the options ask for."""
+    kernel = options["backend"]
+
+    def timed(subjects: list[Any], label: str) -> list[Result]:
+        return time_interleaved(subjects, options["rounds"], options["turn"] / 1e3, label, options["seconds"])
+
+    results: list[Result] = []
+    for n in lengths:
+        attention = timed(attention_subjects(n, kernel, options["dense_limit"]), f"attention, N = {n}")
+        if options["memory"]:
+            measure_peaks(attention, options["threads"])
+        results += attention
+        results += timed(one_head_subjects(n, kernel), f"one head, N = {n}")
+    results += timed(product_subjects(products), "product alone")
+    # Imported here, as each child process of measure_peaks imports this file: it needs neither timm nor transformers.
+    if options["encoder"]:
+        from encoder import encoder_subjects
+
+        for n in lengths:
+            subjects = encoder_subjects(n, kernel, options.get("encoder_blocks"), options["encoder_step_limit"])
+            results += timed(subjects, f"encoder, N = {n}")
+    if options["sampler"]:
+        from sampler import sampler_subjects
+
+        results += timed(sampler_subjects(kernel, options["sampler_blocks"], options["sampler_steps"]), "sampler")
+    return results
+
+
+def show(results: list[Result], throughput: list[dict[str, Any]], kernel: str, console: Console) -> None:
+    """Print the tables."""
     console.print(figure_2b_table())
     if not numpy_counts_bits():
         console.print(f"NumPy {np.__version__} has no bitwise_count (2.0 and later): its rows are left out")

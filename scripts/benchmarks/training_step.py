@@ -48,7 +48,7 @@ class TrainingStep(Subject):
 
     def prepare(self) -> Callable[[], object]:
         """A whole step, the optimizer's too."""
-        from hf_binaryformer.training.loop import build_optimizer
+        from hf_binaryformer.training.optimization import build_optimizer
         from hf_binaryformer.training.segmentation import build_criterion, build_model
 
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import hf_binaryformer as bf
-from hf_binaryformer.training import loop, run_log
+from hf_binaryformer.training import loop, optimization, run_log
 from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, MANIFEST, checkpoints_of, find_damage
 from hf_binaryformer.training.recipes import ATTENTION_DEFAULTS, DEFAULTS
 from hf_binaryformer.training.run_log import read_log
@@ -72,7 +72,7 @@ def train(output: Path, *, resume=False, stop_after=None, on_step=None, validati
     plain = torch.optim.SGD(model.parameters(), settings["learning_rate"]) if settings["accumulation"] > 1 else None
     task = loop.Task(
         model,
-        plain or loop.build_optimizer(model, settings),
+        plain or optimization.build_optimizer(model, settings),
         batches=lambda first: loop.load_batches(Lines(), settings, accelerator, first),
         losses=losses,
         validate=(lambda: {"score": next(values), "weight": float(model[0].weight.sum())}) if validation else None,
@@ -257,7 +257,7 @@ def test_accumulated_batches_are_the_whole_batch(tmp_path):
     for step in range(SETTINGS["iterations"]):
         x = torch.stack([Lines()[4 * step + n][0] for n in range(4)])
         error = x @ weight.T + bias - x.sum(1, keepdim=True)
-        rate = SETTINGS["learning_rate"] * loop.rate_factor(step, SETTINGS)
+        rate = SETTINGS["learning_rate"] * optimization.rate_factor(step, SETTINGS)
         weight, bias = weight - rate * 2 * (error * x).mean(0), bias - rate * 2 * error.mean(0)
     torch.testing.assert_close(four, torch.cat([weight.flatten(), bias]))
     with pytest.raises(
@@ -365,7 +365,7 @@ def test_frozen_queries_and_keys_stay_and_the_rest_learns():
         value_head_dim=4, class_token=False, num_labels=3, attention_type="softmax",
     )  # fmt: skip
     model = bf.BinaryFormerForImageClassification(config)
-    optimizer = loop.build_optimizer(model, SETTINGS | {"weight_decay": 0.5, "freeze_query_key": True})
+    optimizer = optimization.build_optimizer(model, SETTINGS | {"weight_decay": 0.5, "freeze_query_key": True})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(3):
         model(torch.randn(5, 1, 4, 4), labels=torch.tensor([0, 1, 2, 0, 1])).loss.backward()
@@ -383,7 +383,7 @@ def test_theta_and_learned_scales_have_rates_of_their_own():
     for name in ("key_theta", "attn", "head"):
         setattr(model, name, torch.nn.Linear(2, 2, bias=False))
     model.attn.log_scale = torch.nn.Parameter(torch.zeros(2))
-    optimizer = loop.build_optimizer(model, SETTINGS | {"learning_rate": 0.5, "epsilon": 1e-5})
+    optimizer = optimization.build_optimizer(model, SETTINGS | {"learning_rate": 0.5, "epsilon": 1e-5})
     rates = {id(p): (group["lr"], group["eps"]) for group in optimizer.param_groups for p in group["params"]}
     wanted = {"key_theta.weight": 0.05, "attn.weight": 0.5, "attn.log_scale": 5.0, "head.weight": 0.5}
     assert {name: rates[id(p)] for name, p in model.named_parameters()} == {k: (v, 1e-5) for k, v in wanted.items()}

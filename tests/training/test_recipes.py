@@ -117,3 +117,25 @@ def test_a_resumed_run_goes_on_as_it_began(tmp_path):
     (tmp_path / "run" / "recipe.yaml").unlink()
     keep_recipe(began, tmp_path / "run", resume=True, writes=True)
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == began
+
+
+def test_a_setting_that_had_another_name_still_loads(tmp_path):
+    words = yaml.safe_load((VQ_RECIPES / "brain-small.yaml").read_text())
+    words["data"]["flip_axis"] = words["data"].pop("mirror_axis") + 1
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(words))
+    recipe = load_recipe(str(path), [])
+    assert recipe["data"]["mirror_axis"] == 1 and "flip_axis" not in recipe["data"]
+    assert load_recipe("brain-small", ["data.flip_axis=2"], VQ_RECIPES)["data"]["mirror_axis"] == 2
+    # A run that was interrupted before the change of the name goes on.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(path.read_text())
+    began = load_recipe(str(tmp_path / "run" / "recipe.yaml"), [])
+    (tmp_path / "run" / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            began | {"data": {"flip_axis": 1} | {k: v for k, v in began["data"].items() if k != "mirror_axis"}}
+        )
+    )
+    keep_recipe(recipe, tmp_path / "run", resume=True, writes=True)
+    with pytest.raises(typer.BadParameter, match=r"data\.mirror_axis \(was 1, is now 0\)"):
+        keep_recipe(load_recipe("brain-small", [], VQ_RECIPES), tmp_path / "run", resume=True, writes=True)

@@ -19,7 +19,7 @@ import hf_binaryformer as bf
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.training import sampler as train_sampler
-from hf_binaryformer.training.loop import build_optimizer
+from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.recipes import VQ_RECIPES, load_recipe
 from hf_binaryformer.training.run_log import read_log
 

@@ -20,7 +20,7 @@ import hf_binaryformer as bf
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.data.slices import SliceSamples
 from hf_binaryformer.training import segmentation
-from hf_binaryformer.training.loop import build_optimizer, rate_factor
+from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
 from hf_binaryformer.training.recipes import load_recipe
 from hf_binaryformer.training.run_log import read_log
