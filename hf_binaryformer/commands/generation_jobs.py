@@ -102,13 +102,15 @@ def inpaint_file(
     settings = _settings(pipeline, model, dtype, seed, steps, temperature)
     chosen = selection or pipeline.scheduler.config.selection
     content = {**result.report, "feather": feather, "selection": chosen, **settings}
+    picture = None
+    if overlay is not None:
+        picture = _inpainting_picture(volume, hole, result, true_volume, samples, title or source.name)
     with all_or_nothing(targets) as temporary:
         result.save(temporary[output])
         if std_map is not None:
             description = f"{GENERATED} Standard deviation. {NOTICE}"
             write_image(temporary[std_map], result.std[0, 0], volume, description=description)
-        if overlay is not None:
-            picture = _inpainting_picture(volume, hole, result, true_volume, samples, title or source.name)
+        if overlay is not None and picture is not None:
             picture.save(temporary[overlay], format="PNG", optimize=True)
         if report is not None:
             write_json(temporary[report], content)

@@ -47,28 +47,30 @@ def check_inputs(
             f"batch and heads differ: query_bits {tuple(query_bits.shape[:2])}, key_bits {tuple(key_bits.shape[:2])}, "
             f"value {tuple(value.shape[:2])}"
         )
-    for name, bits, weight, real in (
-        ("query", query_bits, query_weight, query),
-        ("key", key_bits, key_weight, key),
-    ):
-        if bits.dtype != torch.int64:
-            raise ValueError(f"{name}_bits has type {bits.dtype}, expected torch.int64 as pack_sign_bits returns it")
-        if bits.shape[-1] != words_for(head_dim):
-            raise ValueError(
-                f"{name}_bits has {bits.shape[-1]} words, head_dim {head_dim} needs {words_for(head_dim)}: "
-                f"pass the head_dim that was packed"
-            )
-        if weight.shape != bits.shape[:-1]:
-            raise ValueError(
-                f"{name}_weight has shape {tuple(weight.shape)}, {name}_bits asks for {tuple(bits.shape[:-1])}"
-            )
-        if bit_gradient == "none":
-            continue
-        if bits.dim() == 5:
-            raise ValueError(
-                f"bit_gradient '{bit_gradient}' needs one plane of sign bits; two samples learn by their weights"
-            )
-        if real is None:
-            raise ValueError(f"bit_gradient '{bit_gradient}' needs {name}=, the real tensor whose signs were packed")
-        if real.shape != (*bits.shape[:3], head_dim):
-            raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")
+    check_side("query", query_bits, query_weight, query, head_dim, bit_gradient)
+    check_side("key", key_bits, key_weight, key, head_dim, bit_gradient)
+
+
+def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, head_dim: int, bit_gradient: str) -> None:
+    """Raise ValueError for bits, weights and real numbers of the queries or of the keys that do not fit one another."""
+    if bits.dtype != torch.int64:
+        raise ValueError(f"{name}_bits has type {bits.dtype}, expected torch.int64 as pack_sign_bits returns it")
+    if bits.shape[-1] != words_for(head_dim):
+        raise ValueError(
+            f"{name}_bits has {bits.shape[-1]} words, head_dim {head_dim} needs {words_for(head_dim)}: "
+            f"pass the head_dim that was packed"
+        )
+    if weight.shape != bits.shape[:-1]:
+        raise ValueError(
+            f"{name}_weight has shape {tuple(weight.shape)}, {name}_bits asks for {tuple(bits.shape[:-1])}"
+        )
+    if bit_gradient == "none":
+        return
+    if bits.dim() == 5:
+        raise ValueError(
+            f"bit_gradient '{bit_gradient}' needs one plane of sign bits; two samples learn by their weights"
+        )
+    if real is None:
+        raise ValueError(f"bit_gradient '{bit_gradient}' needs {name}=, the real tensor whose signs were packed")
+    if real.shape != (*bits.shape[:3], head_dim):
+        raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")

@@ -194,9 +194,21 @@ def main(
     console.print(f"backend '{kernel}', {report}")
     errors = check_correctness(checked, kernel, console)
     results = measure(options, lengths, products)
-    throughput = figure_6(results)
-    record = {
-        "device": device,
+    if json_path is not None:
+        record = record_of(options, lengths, results, errors)
+        json_path.write_text(json.dumps(record, indent=1) + "\n")
+    if plot is not None:
+        draw_plot(plot, results, f"{device['cpu']}, {options['threads']} threads, backend '{kernel}'")
+    show(results, kernel, console)
+
+
+def record_of(
+    options: dict[str, Any], lengths: list[int], results: list[Result], errors: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """All that a run found out, for machines."""
+    kernel = options["backend"]
+    return {
+        "device": describe_device(),
         "threads": options["threads"],
         "versions": {
             "torch": torch.__version__,
@@ -204,9 +216,9 @@ def main(
             "hf_binaryformer": __version__,
             "python": platform.python_version(),
         },
-        "backend": {"name": kernel, "report": report},
+        "backend": {"name": kernel, "report": backend_report()[kernel]},
         "command": command_line(options),
-        "memory_method": memory_method() if memory else None,
+        "memory_method": memory_method() if options["memory"] else None,
         "errors": errors,
         "rows": [r.row() for r in results],
         "samples": [[round(ms, 5) for ms in r.samples] for r in results],
@@ -215,13 +227,8 @@ def main(
             for b, n in [(FIGURE_2_BATCH, FIGURE_2_TOKENS), *((1, n) for n in lengths)]
             for c in figure_2b(b, n)
         ],
-        "figure_6": throughput,
+        "figure_6": figure_6(results),
     }
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=1) + "\n")
-    if plot is not None:
-        draw_plot(plot, results, f"{device['cpu']}, {options['threads']} threads, backend '{kernel}'")
-    show(results, throughput, kernel, console)
 
 
 def usable_backend(backend: str | None, json_path: Path | None, plot: Path | None) -> str:
@@ -266,12 +273,12 @@ def measure(options: dict[str, Any], lengths: list[int], products: list[int]) ->
     return results
 
 
-def show(results: list[Result], throughput: list[dict[str, Any]], kernel: str, console: Console) -> None:
+def show(results: list[Result], kernel: str, console: Console) -> None:
     """Print the tables."""
     console.print(figure_2b_table())
     if not numpy_counts_bits():
         console.print(f"NumPy {np.__version__} has no bitwise_count (2.0 and later): its rows are left out")
-    console.print(figure_6_table(throughput))
+    console.print(figure_6_table(figure_6(results)))
     console.print("The kernel is fused: it has no product of its own that could be timed.")
     titles = {
         "attention": f"Attention, backend '{kernel}'",
