@@ -49,7 +49,7 @@ class Selection(str, Enum):
     raster = "raster"
 
 
-# Of commands whose words another program reads, which is imported only then.
+# For commands that pass their arguments on to another program; that program is imported only then.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options that mean the same in several commands.
 Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
@@ -63,7 +63,7 @@ Device = Annotated[str | None, typer.Option(help="torch device, such as cpu or c
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors that a user can cure into one red line and exit code 1; all others are ours and keep their trace."""
+    """Turn errors that a user can fix into one red line and exit code 1; others are bugs and keep their traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -91,7 +91,7 @@ def _fail(error: Exception) -> NoReturn:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[jobs.Progress]:
-    """A bar on stderr, if that is a terminal, gone at the end; yields what is to be called with (done, total)."""
+    """Show a temporary progress bar on stderr if that is a terminal; yields a function to call with (done, total)."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -153,7 +153,7 @@ def inpaint(
     dtype: NumberFormat = DType.float32,
     device: Device = None,
 ) -> None:
-    """Fill the hole of a volume; outside the hole every voxel stays as it is."""
+    """Fill the hole of a volume; voxels outside the hole do not change."""
     with progress_bar("filling") as progress:
         content = generation_jobs.inpaint_file(
             source,
@@ -195,7 +195,7 @@ def synthesize(
     dtype: NumberFormat = DType.float32,
     device: Device = None,
 ) -> None:
-    """Make volumes out of nothing."""
+    """Synthesise new volumes."""
     with progress_bar("sampling") as progress:
         content = generation_jobs.synthesize_file(
             output,
@@ -233,7 +233,7 @@ def evaluate(
 @app.command(context_settings=PASSED_ON, add_help_option=False, options_metavar="SOURCE [OPTIONS]")
 @one_line_errors
 def prepare(context: typer.Context) -> None:
-    """Make a data folder to train on, out of a public data set, your own volumes or label maps."""
+    """Make a data folder to train on, from a public data set, your own volumes or label maps."""
     from hf_binaryformer.commands.prepare import app as program
 
     program(context.args, prog_name="binaryformer prepare")
@@ -251,7 +251,7 @@ def train(context: typer.Context) -> None:
 @app.command()
 @one_line_errors
 def info() -> None:
-    """Versions, attention backends and why one is missing, checkpoints."""
+    """Show versions, attention backends (and why one is missing), and checkpoints."""
     from hf_binaryformer.kernels import backend_report
     from hf_binaryformer.modeling.pretrained import known_checkpoints, resolve_checkpoint
 
@@ -297,7 +297,7 @@ def tell_written(*paths: Path | None) -> None:
 
 
 def show_generation(content: dict[str, Any]) -> None:
-    """How much was generated, and how long it took."""
+    """Print how much was generated, and how long it took."""
     size = f"{content['hole_ml'][0]:,.1f} ml filled" if "hole_ml" in content else "nothing given"
     out.print(
         f"{content['model']}: {content['samples']} sample(s), {size}, {content['steps']} steps, {content['seconds']:.1f} s. "
@@ -309,7 +309,7 @@ def show_generation(content: dict[str, Any]) -> None:
 
 
 def show_scores(content: dict[str, Any]) -> None:
-    """Scores of each label, averaged over cases, and their mean."""
+    """Print the scores of each label, averaged over cases, and their mean."""
     number_of_cases = len(content["cases"])
     table = Table(
         "label",
@@ -332,7 +332,7 @@ def show_scores(content: dict[str, Any]) -> None:
 
 
 def show_volumes(content: dict[str, Any]) -> None:
-    """The labels that were found and how large they are."""
+    """Print the labels that were found and their volumes."""
     table = Table("label", "name", "volume ml", title=f"{content['model']}, {content['seconds']:.1f} s")
     for row in content["labels"]:
         if row["label"] == 0:
@@ -342,7 +342,7 @@ def show_volumes(content: dict[str, Any]) -> None:
 
 
 def show(table: Table) -> None:
-    """Print with numbers aligned to the right and nothing in a name read as markup."""
+    """Print a table with numbers aligned to the right; names are not read as markup."""
     for column in table.columns[2:]:
         column.justify = "right"
     out.print(table, markup=False)

@@ -1,6 +1,6 @@
 """python scripts/evaluate.py inpainting --model binaryvq-tiny-brain --data mni152 --report inpainting.json
 
-Scores a checkpoint at filling holes beside fills that know less. The program is
+Scores a checkpoint at filling holes and compares it with simpler fills. The program is
 :mod:`hf_binaryformer.commands.evaluate_inpainting`.
 """
 

@@ -1,8 +1,8 @@
 """python scripts/write_card.py binaryformer-tiny-brain
 
-Renders ``model_cards/<name>.md`` from the words in ``model_cards/<name>.yaml`` and the records in
-``model_cards/evidence/<name>/``, and puts it beside the weights, in the package or in ``published/``. Every number in a card
-comes from a record: {{ placeholders }} in the words name it as ``record.key.key``.
+Renders ``model_cards/<name>.md`` from the texts in ``model_cards/<name>.yaml`` and the records in
+``model_cards/evidence/<name>/``. Copies it to the folder of the weights, in the package or in ``published/``. Every
+number in a card comes from a record: {{ placeholders }} in the texts name it as ``record.key.key``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_binaryformer.training.cards import checkpoint_card
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
-# In the package, and for the Hub alone: weights under the licence of their data.
+# Weights in the package, and weights for the Hub only, which are under the licence of their data.
 WEIGHTS = (ROOT / "hf_binaryformer" / "checkpoints", ROOT / "published")
 
 

@@ -15,8 +15,8 @@ TISSUES: dict[str, tuple[int, ...]] = {
     "white matter": (1, 4),
     "grey matter": (2, 5, 6, 7, 8, 9, 12, 13),
 }
-# A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that what is
-# missing on one side is missing on the other too.
+# A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that the
+# same structures are missing on both sides.
 HOLE_MM = 45.0
 SAMPLES, STEPS, TEMPERATURE, FEATHER, SELECTION = 4, 50, 0.2, 8, "confidence"
 
@@ -54,7 +54,7 @@ def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
 def segmentation_job(
     folder: Path, brain: Path, tissues: dict[str, np.ndarray], progress: jobs.Progress | bool = False
 ) -> dict[str, Any]:
-    """Segment the brain into `segmentation.nii.gz` and `.png`; the report with a Dice for each tissue."""
+    """Segment the brain into `segmentation.nii.gz` and `.png`; return the report with a Dice for each tissue."""
     from hf_binaryformer.pipelines.metrics import mask_dice
     from hf_binaryformer.pipelines.volumes import read_volume
 
@@ -68,10 +68,12 @@ def segmentation_job(
 
 
 def inpainting_job(folder: Path, brain: Path, progress: jobs.Progress | bool = False) -> dict[str, Any]:
-    """Fill a hole in the brain: `inpainting.nii.gz` (one volume a sample), `.png`, and the mask `inpainting_hole.nii.gz`.
+    """Fill a hole in the brain; writes `inpainting.nii.gz`, `.png`, and the mask `inpainting_hole.nii.gz`.
+
+    `inpainting.nii.gz` has one volume per sample.
 
     Returns:
-        The report with ``psnr_hole``: for the samples, their mean, and fills that know less, in dB.
+        The report with ``psnr_hole``: PSNR in dB for the samples, their mean, and the fills for comparison.
     """
     import torch
 
@@ -121,7 +123,7 @@ def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[st
     """All jobs of the demo, one after the other.
 
     Args:
-        folder: made if it is missing; gets the results, the input, and `report.json`.
+        folder: created if it is missing; receives the results, the input, and `report.json`.
         progress: called with (done, total), or whether to show a bar.
 
     Returns:

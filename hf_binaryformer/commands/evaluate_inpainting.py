@@ -1,9 +1,9 @@
 """python -m hf_binaryformer.commands.evaluate_inpainting inpainting --data mni152 --report inpainting.json
 
-In a clone: ``scripts/evaluate.py``. Fills a hole in known volumes, over several seeds, and compares with fills that know
-less: the paper's random tokens, zero, the mean, the mirrored other side, an atlas; and with the true tokens, which no
-transformer can beat. PSNR, SSIM and MAE, in the hole and in the whole object, against the volume itself and against what
-the autoencoder makes of it.
+In a clone: ``scripts/evaluate.py``. Fills a hole in known volumes with several random seeds. The result is compared
+with simpler fills: the paper's random tokens, zero, the mean, the mirrored other side, and an atlas. It is also
+compared with the true tokens, which no transformer can beat. The scores are PSNR, SSIM and MAE, in the hole and in the
+whole object, against the volume itself and against its reconstruction by the autoencoder.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def inpainting(
 
 
 def write(content: dict[str, Any], report: Path | None, table: Path | None, targets: list[Path]) -> None:
-    """Print the tables, and write what was asked for."""
+    """Print the tables, and write the requested files."""
     summary = content["against"]
     text = "\n\n".join(f"Against the {reference}:\n\n{inpainting_table(found)}" for reference, found in summary.items())
     with all_or_nothing(targets) as temporary:
@@ -130,7 +130,7 @@ def volumes(data: str, split: str) -> Iterator[tuple[str, Volume]]:
 
 
 def hole_of(volume: Volume, mask: Path | None, size: float, kind: str) -> np.ndarray:
-    """The mask that was given, or a hole in the middle of the foreground."""
+    """The given mask, or a hole in the middle of the foreground."""
     if mask is not None:
         given = read_volume(mask, labels=True)
         check_same_grid(volume, given)
@@ -150,7 +150,7 @@ def fill(
     feather: int,
     selection: str | None,
 ) -> np.ndarray:
-    """The pipeline's results (seeds, I, J, K), seed n with a generator of its own."""
+    """The pipeline's results (seeds, I, J, K); each seed has its own generator."""
     results = [
         pipeline(
             volume,

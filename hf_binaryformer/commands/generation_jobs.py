@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "binaryvq-tiny-brain"
 DEFAULT_STEPS, DEFAULT_TEMPERATURE = 200, 0.8
-# More columns than this are too small to see anything in.
+# With more columns than this, the images would be too small.
 MAX_COLUMNS = 4
 
 
@@ -50,19 +50,19 @@ def inpaint_file(
     """Fill the hole of a volume on its own grid.
 
     Args:
-        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder; what it holds inside the hole is not looked at.
-        mask: on the same grid, whole numbers, not 0 is the hole.
+        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder; its values inside the hole are not used.
+        mask: volume on the same grid with whole numbers; voxels other than 0 are the hole.
         output: volume to write; several samples become a 4D NIfTI.
-        std_map: volume to write with the standard deviation over samples, of which there must be two.
-        overlay: PNG to write: hole, result, and what else there is (truth, standard deviation).
-        report: JSON to write, the same as what is returned.
+        std_map: volume to write with the standard deviation over samples; this needs at least two samples.
+        overlay: PNG to write: hole and result, and truth and standard deviation if available.
+        report: JSON to write, with the same content as the return value.
         samples: number of results.
-        seed: of all that is random; the same seed gives the same bytes.
+        seed: random seed; the same seed gives the same bytes.
         steps, temperature, feather, selection: see ``BinaryVQInpaintPipeline``.
         model: short name, folder or Hub id.
-        backend: who computes Hamming attention; None chooses.
+        backend: backend of Hamming attention; None leaves the choice to the operator.
         dtype: "float32", "bfloat16" or "float16".
-        device: torch device; None chooses.
+        device: torch device; None takes CUDA if it is available, otherwise the CPU.
         truth: volume on the same grid, shown in the overlay.
         title: first line of the overlay; the source's name if empty.
         progress: called with (done, total) after each step, or whether to show the pipeline's own bar.
@@ -85,7 +85,7 @@ def inpaint_file(
     pipeline = _load(BinaryVQInpaintPipeline, model)
     callback = _set_up(pipeline, device, dtype, backend, progress)
     with warnings.catch_warnings():
-        # The report says it too, and whoever reads that has been told.
+        # The report contains the same note, so the warning is not needed.
         warnings.filterwarnings("ignore", message=EMPTY_MASK)
         result = pipeline(
             volume,
@@ -118,7 +118,7 @@ def inpaint_file(
 
 
 def _read_inpainting(source: Path, mask: Path, truth: Path | None) -> tuple[Volume, Volume, Volume | None]:
-    """The image, the mask, and the true image on the same grid where there is one."""
+    """The image, the mask, and the true image on the same grid if it is given."""
     from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
 
     volume, hole = read_volume(source), read_volume(mask, labels=True)
@@ -131,7 +131,7 @@ def _read_inpainting(source: Path, mask: Path, truth: Path | None) -> tuple[Volu
 def _inpainting_picture(
     volume: Volume, hole: Volume, result: BinaryVQInpaintOutput, truth: Volume | None, samples: int, title: str
 ) -> Image:
-    """Hole, first result, truth and standard deviation, as far as there are any, side by side."""
+    """A picture of hole and first result, and of truth and standard deviation if available, side by side."""
     import numpy as np
 
     from hf_binaryformer.pipelines.panels import volume_panels
@@ -159,14 +159,14 @@ def synthesize_file(
     device: str | None = None,
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
-    """Make volumes out of nothing, on the checkpoint's grid, intensities 0 to about 1.
+    """Synthesise new volumes on the checkpoint's grid, with intensities of 0 to about 1.
 
     Args:
         output, overlay, report, samples, seed, steps, temperature, model, backend, dtype, device, progress: as for
             :func:`inpaint_file`.
 
     Raises:
-        ValueError, OSError, BackendUnavailableError: as there.
+        ValueError, OSError, BackendUnavailableError: as for :func:`inpaint_file`.
     """
     targets = check_outputs(((output, _suffixes(samples)), (overlay, (".png",)), (report, (".json",))), [])
 
@@ -216,10 +216,10 @@ def synthesize_file(
 
 
 def _suffixes(samples: int) -> tuple[str, ...]:
-    """Endings of a volume file that can hold so many samples.
+    """Suffixes of volume files that can hold this number of samples.
 
     Raises:
-        ValueError: fewer than one.
+        ValueError: the number is below one.
     """
     from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES, OUTPUT_SUFFIXES
 
@@ -231,7 +231,7 @@ def _suffixes(samples: int) -> tuple[str, ...]:
 def _load(kind: type[VQSamplingPipeline], model: str) -> Any:
     from diffusers.utils import logging
 
-    # Bars for loading small files would run through the one that counts.
+    # Progress bars for loading small files would disturb the main one.
     logging.disable_progress_bar()
     return kind.from_pretrained(model)
 
@@ -239,7 +239,7 @@ def _load(kind: type[VQSamplingPipeline], model: str) -> Any:
 def _set_up(
     pipeline: VQSamplingPipeline, device: str | None, dtype: str, backend: str | None, progress: Progress | bool
 ) -> Any:
-    """Put the pipeline on its device, in its number format; the callback that shows progress."""
+    """Set the pipeline's device, backend and number format; return the callback that shows progress."""
     import torch
 
     pipeline.to(usable_device(device) or ("cuda" if torch.cuda.is_available() else "cpu"))

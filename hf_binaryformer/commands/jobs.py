@@ -40,12 +40,12 @@ def segment_file(
         source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.
         output: label volume to write (.nii, .nii.gz, .mha or .nrrd).
         overlay: PNG to write, see :func:`hf_binaryformer.pipelines.overlay.label_overlay`.
-        report: JSON to write, the same as what is returned.
+        report: JSON to write, with the same content as the return value.
         probabilities: NIfTI to write, 4D, one volume for each label from 0, values 0 to 1 in steps of 1/255.
         model: short name, folder or Hub id.
-        backend: who computes Hamming attention; None chooses.
+        backend: backend of Hamming attention; None leaves the choice to the operator.
         dtype: "float32", "bfloat16" or "float16".
-        device: torch device; None chooses.
+        device: torch device; None takes CUDA if it is available, otherwise the CPU.
         title: first line of the overlay; the source's name if empty.
         progress: called with (done, total), or whether to show the pipeline's own bar.
 
@@ -65,7 +65,7 @@ def segment_file(
     from hf_binaryformer.pipelines.overlay import label_overlay
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 
-    # Bars for loading small files would run through the one that counts.
+    # Progress bars for loading small files would disturb the main one.
     logging.disable_progress_bar()
     pipeline = VolumeSegmentationPipeline.from_pretrained(
         model, device=usable_device(device), dtype=getattr(torch, dtype)
@@ -88,10 +88,10 @@ def segment_file(
 
 
 def usable_device(name: str | None) -> str | None:
-    """The device itself, once a tensor has been put on it; None stays None.
+    """Return the device after creating a test tensor on it; None stays None.
 
     Raises:
-        ValueError: torch does not know it, or it is not there.
+        ValueError: torch does not know the device, or it is not available.
     """
     import torch
 
@@ -116,7 +116,7 @@ def _write_probabilities(path: Path, probabilities: np.ndarray, like: Volume) ->
     write_image(path, probabilities[0], like, description=NOTICE)
     grid: Any = nib.load(path)
     back = ornt_transform(axcodes2ornt("RAS"), like.source.orientation)
-    # nibabel stores the array as it is beside a slope that was set by hand, so it is scaled here, label by label.
+    # nibabel does not scale the array if a slope is set explicitly, so it is scaled here, one label at a time.
     own = np.empty((*grid.shape, len(probabilities)), dtype=np.uint8)
     for label, probability in enumerate(probabilities):
         own[..., label] = np.rint(255 * apply_orientation(probability, back).astype(np.float32))
@@ -130,7 +130,7 @@ def read_label_names(path: Path) -> dict[int, str]:
     """Label names from JSON: {"1": "cortex", ...}, the report of `segment`, a data set's manifest, or a model's config.
 
     Raises:
-        ValueError: the file holds neither.
+        ValueError: the file holds none of these.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -143,10 +143,10 @@ def read_label_names(path: Path) -> dict[int, str]:
 
 
 def pair_volumes(pred: Path, truth: Path) -> list[tuple[str, Path, Path]]:
-    """(case, prediction, truth): the two files, or every file of two folders by equal name.
+    """(case, prediction, truth): the two given files, or the files of two folders paired by name.
 
     Raises:
-        FileNotFoundError: one does not exist.
+        FileNotFoundError: a file or folder does not exist.
         ValueError: a file against a folder, no volumes, or names that only one folder has.
     """
     for path in (pred, truth):
@@ -186,13 +186,14 @@ def evaluate_files(
     Args:
         pred: label volume or folder.
         truth: label volume or folder.
-        report: JSON to write, the same as what is returned.
+        report: JSON to write, with the same content as the return value.
         labels: JSON with label names, see :func:`read_label_names`; None scores the labels that occur.
-        tolerance: of the NSD, in mm.
+        tolerance: tolerance of the NSD in mm.
         progress: called with (done, total) after each case.
 
     Returns:
-        "cases" (scores of each), "labels" (mean over cases for each label) and "mean" (over labels); null is NaN.
+        "cases" (scores of each), "labels" (mean over cases for each label) and "mean" (over labels); null stands for
+        NaN.
 
     Raises:
         ValueError, OSError: see :func:`pair_volumes`; unreadable volumes, or grids that differ.

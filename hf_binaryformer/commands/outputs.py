@@ -13,17 +13,17 @@ from typing import Any
 
 
 def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: Sequence[Path]) -> list[Path]:
-    """Fail before the work when one of its results could not be written.
+    """Fail before the work starts if one of its results could not be written.
 
     Args:
-        wanted: files and the endings that each may have; None stands for a result that nobody asked for.
+        wanted: files and the suffixes that each may have; None stands for a result that was not requested.
         inputs: files and folders that the job reads.
 
     Returns:
         The files without None.
 
     Raises:
-        ValueError: wrong ending, a file that is one of the inputs, or the same file twice.
+        ValueError: wrong suffix, a file that is one of the inputs, or the same file twice.
         FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: no file can be made at that place.
     """
     paths = [path for path, _ in wanted if path is not None]
@@ -67,5 +67,5 @@ def all_or_nothing(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Strict JSON: numbers that JSON lacks are an error."""
+    """Write strict JSON; numbers that JSON cannot hold (NaN, infinity) are an error."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

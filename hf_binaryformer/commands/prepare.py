@@ -119,7 +119,7 @@ def unpack_shards(
     source: Annotated[str, typer.Option(help="Folder of shards, or the id of such a data set on the Hub.")],
     out: Annotated[Path, typer.Option(help="New folder to write.")],
 ) -> None:
-    """Shards that `prepare` wrote: back to the prepared folder, with its splits."""
+    """Turn shards that `prepare` wrote back into the prepared folder, with its splits."""
     try:
         with new_folder(out) as folder:
             manifest = read_shards(fetch_shards(source), folder)
@@ -135,7 +135,7 @@ for described in sorted(DATA_SETS.glob("*.yaml")):
 
 @app.command("check-leakage")
 def check_folder(folder: Annotated[Path, typer.Argument(help="Prepared folder.")]) -> None:
-    """Look for leaks between the splits of a prepared folder, and for files that are not what the manifest says."""
+    """Look for leaks between the splits of a prepared folder, and for files that differ from the manifest."""
     described = folder / "manifest.json"
     if not described.is_file():
         fail(f"{folder} has no manifest.json: write it with `binaryformer prepare`")

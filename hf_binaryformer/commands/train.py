@@ -51,7 +51,7 @@ def run_program(main: Callable[..., Any], arguments: list[str], name: str) -> No
 
 
 def help_text() -> str:
-    """What ``binaryformer train --help`` says."""
+    """The text of ``binaryformer train --help``."""
     recipes = {name: trainings_of(name) for name in known_recipes()}
     lines = [f"  {name:<16} {' and '.join(trainings)}" for name, trainings in recipes.items()]
     trainings = sorted({training for found in recipes.values() for training in found})

@@ -17,7 +17,7 @@ HIPPOCAMPUS_NAMES = {0: "background", 1: "anterior", 2: "posterior"}
 
 
 class GroupRule(StrEnum):
-    """Which files belong to one subject: each its own (``none``), or those with the numbers 2k-1 and 2k (``pairs``)."""
+    """Which files belong to one subject: every file is one (``none``), or files 2k-1 and 2k are one (``pairs``)."""
 
     none = "none"
     pairs = "pairs"
@@ -66,10 +66,13 @@ def build_decathlon(out: Path, case: NewCase) -> dict:
 
 
 def read_label_names(labels: dict[str, str] | dict[str, int]) -> dict[int, str]:
-    """Names of label values, in lower case, from a dataset.json: value: name (Decathlon) or name: value (nnU-Net v2).
+    """Names of label values, in lower case, from a dataset.json.
+
+    The file maps value to name (Decathlon) or name to value (nnU-Net v2).
 
     Raises:
-        ValueError: neither, or not the values that a network has: 0 (background, which may be left out), 1, 2 and so on.
+        ValueError: the mapping has neither form, or its values are not those of a network: 0 (background, which may be
+            left out), 1, 2 and so on.
     """
     try:
         if all(isinstance(value, int) for value in labels.values()):
@@ -99,17 +102,17 @@ def prepare_decathlon(
     """Check all of a Decathlon folder, then write the prepared folder.
 
     Args:
-        source: folder with imagesTr/ and labelsTr/; without a dataset.json it is taken for Task04_Hippocampus.
+        source: folder with imagesTr/ and labelsTr/; without a dataset.json it is treated as Task04_Hippocampus.
         out: new folder.
         test_fraction: share of all volumes, 0 to 1, in whole groups.
         validation_fraction: share of the volumes not in test.
         group_rule: which files belong to one subject.
-        seed: of the split.
+        seed: random seed of the split.
         qc_every: a picture for every n-th case; 0: none.
 
     Raises:
         ValueError: lists all problems of all files at once; nothing is written.
-        typer.Exit: ``out`` is not empty, or a file stands in two splits; nothing is written.
+        typer.Exit: ``out`` is not empty, or a file is in two splits; nothing is written.
     """
     described = source / "dataset.json"
     description = json.loads(described.read_text()) if described.is_file() else {}

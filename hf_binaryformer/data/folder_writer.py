@@ -1,8 +1,8 @@
 """Writing a prepared folder: how its cases are split, written in one piece, checked for leaks and shown.
 
-images/CASE.nii.gz and, where there are labels, labels/CASE.nii.gz on one grid in RAS order, manifest.json, qc/CASE.png, and
-where asked for shards/. Intensities are those of the source: ``slices.py`` and ``patches.py`` scale them by the recipe's
-percentiles when they load a volume, and nothing scales them before.
+The folder holds images/CASE.nii.gz and, where there are labels, labels/CASE.nii.gz on the same grid, both in RAS order.
+It also holds manifest.json, qc/CASE.png and, if requested, shards/. Intensities are those of the source. ``slices.py``
+and ``patches.py`` scale them by the recipe's percentiles when they load a volume; nothing scales them before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hf_binaryformer.data.shards import write_shards
 from hf_binaryformer.pipelines.overlay import label_overlay
 from hf_binaryformer.pipelines.volumes import read_volume
 
-# So many warnings are printed; the manifest has them all.
+# Number of warnings that are printed; the manifest has all of them.
 SHOWN_WARNINGS = 10
 
 
@@ -61,8 +61,9 @@ def write_case(out: Path, case: NewCase, image: nib.Nifti1Image, labels: nib.Nif
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, in ``out`` if that is there (it may be a mount) or beside it; its content moves to ``out`` at the
-    end, or vanishes after an error.
+    """Yield a temporary folder whose content moves to ``out`` at the end, or is deleted after an error.
+
+    The temporary folder is in ``out`` if that exists (it may be a mount), otherwise beside it.
 
     Raises:
         typer.Exit: ``out`` holds files.
@@ -92,13 +93,13 @@ def write_dataset(
     qc_every: int,
     shard_mb: int | None = None,
 ) -> dict:
-    """Build every case, look for leaks, and write all there is, or nothing.
+    """Build every case, check for leaks, and write the complete folder or nothing.
 
     Args:
         out: new or empty folder.
         cases: what to build; their groups decide what a leak is.
         build: writes one case into the given folder and returns its row; runs in a worker process.
-        manifest: its keys beside ``command``, ``leakage`` and ``cases``.
+        manifest: its keys other than ``command``, ``leakage`` and ``cases``.
         workers: processes.
         qc_every: a picture for every n-th case; 0: none.
         shard_mb: size of a Parquet shard in 10⁶ bytes; None: no shards.
@@ -107,7 +108,7 @@ def write_dataset(
         The manifest.
 
     Raises:
-        typer.Exit: ``out`` is not empty, or a group or file stands in two splits.
+        typer.Exit: ``out`` is not empty, or a group or file is in two splits.
     """
     with new_folder(out) as folder:
         for name in ("images", "labels", "qc"):
@@ -132,9 +133,9 @@ def write_dataset(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """manifest.json, with the command that this process was called by."""
+    """Write manifest.json, with the command that started this process."""
     script, *words = sys.argv
-    # Of `binaryformer` the bare name: where it is installed says something about a machine, not about the data.
+    # For `binaryformer` only the bare name: its installation path describes a machine, not the data.
     is_command = script.endswith(("binaryformer", "hf_binaryformer/__main__.py"))
     program = ["binaryformer"] if is_command else ["python", script]
     whole = {"command": shlex.join([*program, *words])} | manifest
@@ -170,13 +171,13 @@ def show_leakage(report: LeakageReport) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End with a message."""
+    """Print an error message and exit."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(2)
 
 
 def write_qc(out: Path, row: dict[str, Any], label_names: dict[int, str]) -> None:
-    """qc/CASE.png: three views through the labels' centre, without labels through the volume's."""
+    """Write qc/CASE.png: three views through the centre of the labels, or of the volume if there are no labels."""
     image = read_volume(out / row["image"])
     labels = np.zeros(image.array.shape, np.uint8)
     if "label" in row:
@@ -186,8 +187,10 @@ def write_qc(out: Path, row: dict[str, Any], label_names: dict[int, str]) -> Non
 
 
 def split_groups(groups: list[str], test_fraction: float, validation_fraction: float, seed: int) -> dict[str, str]:
-    """Split of every group: shuffled, then whole groups to test until `test_fraction` of all cases is reached, then to
-    validation until `validation_fraction` of the remaining cases is.
+    """Assign every group to a split.
+
+    The groups are shuffled. Whole groups go to test until `test_fraction` of all cases is reached, then to validation
+    until `validation_fraction` of the remaining cases is reached.
     """
     sizes = {group: groups.count(group) for group in sorted(set(groups))}
     order = [list(sizes)[index] for index in np.random.default_rng(seed).permutation(len(sizes))]

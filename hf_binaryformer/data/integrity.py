@@ -13,7 +13,9 @@ from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES
 
 
 def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (I, J, K) in the file's own order and type, and its affine to mm, with nothing checked but that it is one volume.
+    """Array (I, J, K) in the file's own order and type, and its affine to mm.
+
+    The only check is that the file holds one volume.
 
     Raises:
         VolumeError: not readable, or not one volume.
@@ -27,10 +29,10 @@ def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pair_problems(image_path: Path, label_path: Path | None, known: Collection[int], root: Path) -> list[str]:
-    """What is wrong with an image and its labels; an empty list where nothing is.
+    """Problems of an image and its labels; an empty list if there are none.
 
     Args:
-        image_path, label_path: files below ``root``; no label: the image alone is checked.
+        image_path, label_path: files below ``root``; without a label only the image is checked.
         known: values that a label file may hold.
         root: folder that the messages leave out.
     """
@@ -58,7 +60,7 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             problems.append(f"{name}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
         if "image" in read and voxels.shape != classes.shape:
             problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape}")
-        # Written so that a NaN in the label's affine is a difference too.
+        # Written so that a NaN in the label's affine counts as a difference too.
         elif (
             "image" in read
             and spans_volume

@@ -12,10 +12,12 @@ import torch
 
 from hf_binaryformer.pipelines.volumes import read_volume
 
-# Volumes are compared as GRID³ block means. Unlike subjects stay below this correlation, even in one registered space.
+# Volumes are compared as GRID³ block means. Different subjects stay below this correlation, even in one
+# registered space.
 GRID = 32
 SAME_CORRELATION = 0.99
-# All of mean, deviation and quantiles within this share of the volume's range (5 % to 95 %): the same voxels, moved.
+# Two volumes hold the same voxels, moved, if their mean, standard deviation and quantiles all agree within this share
+# of the volume's range (5 % to 95 %).
 SAME_STATISTICS = 1e-3
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HASHES = ("image_sha256", "label_sha256", "source_image_sha256", "source_label_sha256")
@@ -26,10 +28,10 @@ class LeakageReport:
     """What :func:`check_leakage` found.
 
     Args:
-        errors: patients, or files with one content, that stand in two splits.
+        errors: patients, or files with the same content, that are in two splits.
         warnings: pairs of volumes across splits that are nearly the same.
-        statistics: for each split, number of volumes, and mean and deviation over them of their mean intensity and of
-            their standard deviation.
+        statistics: for each split, the number of volumes, and the mean and standard deviation over these volumes of two
+            quantities: the mean intensity of a volume, and the standard deviation of its intensities.
     """
 
     errors: list[str]
@@ -40,11 +42,12 @@ class LeakageReport:
 def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:
     """Compare the splits of a prepared folder.
 
-    Nearly the same means: block means correlate by at least 0.99, which finds copies with another gain or noise, or
-    mean, deviation and quantiles agree within 0.1 % of the range, which finds turned, mirrored and padded copies.
+    Two volumes are nearly the same if one of two conditions holds. Either their block means correlate by at least 0.99,
+    which finds copies with another gain or noise. Or their mean, standard deviation and quantiles agree within 0.1 % of
+    the range, which finds rotated, mirrored and padded copies.
 
     Args:
-        folder: that ``rows`` speak of.
+        folder: the prepared folder.
         rows: cases of its manifest.
     """
     splits = np.array([row["split"] for row in rows])
@@ -70,12 +73,12 @@ def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:
 
 
 def shared_values(folder: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Every group and every file hash that several rows share: what it is, its value, indices of the rows."""
+    """Every group and every file hash that several rows share: its kind, its value, and the indices of the rows."""
     for key in ("group", *HASHES):
         values = np.array([str(row.get(key, "")) for row in rows])
         for value in sorted(set(values) - {""}):
             where = np.flatnonzero(values == value)
-            # Two label maps without any label are alike and say nothing.
+            # Two label maps without any label are equal, but that is no leak.
             if len(where) > 1 and not (
                 key in HASHES and "label" in key and _is_empty(folder / rows[where[0]]["label"])
             ):
@@ -89,7 +92,7 @@ def _is_empty(label: Path) -> bool:
 def fingerprint(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """A volume's block means (GRID³,), of mean 0 and norm 1, and mean, deviation and quantiles of its foreground.
 
-    The foreground is all that is brighter than the minimum, so that padding changes nothing.
+    The foreground is everything brighter than the minimum, so that padding changes nothing.
     """
     array = read_volume(path).array
     small = torch.nn.functional.adaptive_avg_pool3d(torch.from_numpy(array)[None], GRID).flatten().double().numpy()

@@ -16,14 +16,15 @@ from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
 
-# Crops with too little in them are drawn again, this often at most.
+# Crops with too little foreground are drawn again, up to this number of draws.
 MAX_DRAWS = 10
 
 
 def image_paths(folder: Path, split: str, validation_fraction: float, seed: int) -> list[Path]:
-    """Images of a split of a folder by ``binaryformer prepare``, or of any folder with NIfTI files.
+    """Images of a split, from a folder by ``binaryformer prepare`` or any folder with NIfTI files.
 
-    Without a manifest, a share of the files, drawn by ``seed``, is for validation; subjects with several files need one.
+    Without a manifest, a random share of the files, drawn with ``seed``, is for validation. If subjects have several
+    files, the folder needs a manifest.
 
     Raises:
         FileNotFoundError: no images.
@@ -39,7 +40,7 @@ def image_paths(folder: Path, split: str, validation_fraction: float, seed: int)
 
 
 def load_scaled(path: Path, vqmodel: dict[str, Any]) -> np.ndarray:
-    """A volume (I, J, K) float16 at the recipe's spacing, scaled to 0 to about 1, cut to its foreground and 10 mm around.
+    """A volume (I, J, K) float16 at the recipe's spacing, scaled to 0 to about 1, cropped to its foreground plus 10 mm.
 
     Args:
         path: any file that :func:`read_volume` takes.
@@ -63,11 +64,11 @@ class PatchSamples(Dataset):
     """Augmented crops out of one or more sources.
 
     Args:
-        sources: scaled volumes of each folder; one smaller than a crop is mirrored outwards.
-        data: the recipe's section; ``sources[n]`` has the share of folder n, and how many voxels beyond its volumes, where
-            all is 0, a crop may reach.
+        sources: scaled volumes of each folder; a volume smaller than a crop is extended by mirroring.
+        data: the recipe's section; ``sources[n]`` has the share of folder n, and its margin: the number of voxels by
+            which a crop may extend beyond a volume. Voxels there are 0.
         ceiling: intensities are cut to [0, ceiling].
-        seed: of the whole run.
+        seed: random seed of the whole run.
         length: number of samples.
     """
 
@@ -106,9 +107,9 @@ class NestedDropout(Dataset):
 
     Args:
         patches: the crops.
-        share: of the crops that lose at least one sub-codebook, never the first.
-        num_codebooks: how many there are.
-        seed: of the whole run.
+        share: share of the crops that lose at least one sub-codebook; the first sub-codebook is never lost.
+        num_codebooks: number of sub-codebooks.
+        seed: random seed of the whole run.
     """
 
     def __init__(self, patches: PatchSamples, share: float, num_codebooks: int, seed: int) -> None:
@@ -119,13 +120,13 @@ class NestedDropout(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         """Crop ``number``, and 1 to ``num_codebooks``."""
-        rng = np.random.default_rng([self.seed, number, 1])  # apart from what the crop draws
+        rng = np.random.default_rng([self.seed, number, 1])  # independent of the crop's random numbers
         loses = self.num_codebooks > 1 and rng.random() < self.share
         return self.patches[number], int(rng.integers(1, self.num_codebooks)) if loses else self.num_codebooks
 
 
 def mirrored(volume: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """A volume at least as large as ``shape``, mirrored outwards where it is smaller."""
+    """Extend a volume by mirroring until it is at least as large as ``shape``."""
     missing = np.maximum(shape - volume.shape, 0)
     return np.pad(volume, [(m // 2, m - m // 2) for m in missing], mode="symmetric")
 

@@ -20,10 +20,10 @@ IDX_UINT8 = 8
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array of the IDX files of MNIST and Fashion-MNIST, as they are or in .gz.
+    """Read an array from an IDX file of MNIST or Fashion-MNIST, plain or as .gz.
 
     Raises:
-        ValueError: not such a file, not of bytes, or cut short.
+        ValueError: the file is not an IDX file, does not hold bytes, or is truncated.
     """
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
@@ -65,8 +65,8 @@ def load_images(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
         part: "train" or "test".
 
     Raises:
-        FileNotFoundError: the folder holds neither, or not all of them.
-        ValueError: there are more images than labels, or fewer; or a file is not what it should be.
+        FileNotFoundError: the folder holds neither set of files, or only some files of a set.
+        ValueError: the numbers of images and labels differ, or a file is invalid.
     """
     prefix = {"train": "train", "test": "t10k"}[part]
     images = sorted(folder.glob(f"{prefix}-images-idx3-ubyte*"))
@@ -107,13 +107,13 @@ def scale(images: np.ndarray, data: dict[str, Any]) -> Tensor:
 
 
 class PixelSamples(Dataset):
-    """Training images, each a function of (seed, number): every pass takes all in a new order.
+    """Training images; a sample depends only on (seed, number), and every pass takes all images in a new order.
 
     Args:
         images: (n, channels, h, w) uint8.
         labels: (n,).
         data: the recipe's ``data`` section.
-        seed: of the run.
+        seed: random seed of the run.
         length: number of samples.
     """
 

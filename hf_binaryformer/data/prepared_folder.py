@@ -19,7 +19,7 @@ class Case:
     group: str
     split: str
     image: Path
-    # None in a folder of images alone, which the autoencoder takes.
+    # None in a folder without labels; the autoencoder can be trained on such a folder.
     label: Path | None
 
 
@@ -51,7 +51,7 @@ class PreparedFolder:
         """Cases of "train", "validation" or "test".
 
         Raises:
-            ValueError: a group of the split also stands in another one.
+            ValueError: a group of the split is also in another split.
         """
         chosen = [case for case in self.cases if case.split == name]
         elsewhere = {case.group for case in self.cases if case.split != name}

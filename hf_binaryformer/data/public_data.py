@@ -1,6 +1,7 @@
 """Public data sets in the layouts in which they are published; data_sets/NAME.yaml describes one.
 
-Such a file says which files are images and labels, what the labels mean and become, and to which grid volumes are brought.
+Such a file states which files are images and labels, what the labels mean, which network labels they become, and which
+grid the volumes are brought to.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ DATA_SETS = Path(__file__).parent / "data_sets"
 
 @dataclass(frozen=True)
 class DataSet:
-    """One YAML file.
+    """The content of one YAML file.
 
     Args:
         name, source, url, licence: for the manifest.
-        image, label: paths below the source folder with {fields} in place of what varies; ``patient`` is one of them.
-        labels_required: every image needs labels; else, where no file at all matches ``label``, images alone are prepared.
+        image, label: paths below the source folder, with {fields} for the parts that vary; ``patient`` is one of the
+            fields.
+        labels_required: True if every image needs labels. Otherwise, if no file matches ``label``, only images are
+            prepared.
         fields: regular expression of each field.
         min_patient: patients with a smaller number are left out.
-        labels: network label -> name, and the values that it has in the files, as numbers "1-9,20".
+        labels: network label -> its name, and its values in the files, as numbers "1-9,20".
         size: voxels along R, A, S that volumes are cut or padded to around their centre; None keeps an axis, or all.
-        spacing: mm along R, A, S that they are resampled to before; None likewise.
+        spacing: voxel size in mm along R, A, S that volumes are resampled to first; None keeps an axis, or all.
         test_fraction: share of all volumes, in whole patients, 0 to 1.
         validation_fraction: share of the volumes not in test.
     """
@@ -96,7 +99,7 @@ def load_data_set(path: Path) -> DataSet:
     """Read a YAML file.
 
     Raises:
-        ValueError: it is missing, keys are missing or unknown, or values contradict each other.
+        ValueError: the file is missing, keys are missing or unknown, or values contradict each other.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; those of the project are in {DATA_SETS}")
@@ -115,7 +118,7 @@ def parse_numbers(text: str) -> list[int]:
     """'1-3,7' -> [1, 2, 3, 7]; '' -> [].
 
     Raises:
-        typer.BadParameter: anything else.
+        typer.BadParameter: the text has another form.
     """
     numbers: list[int] = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -127,13 +130,13 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def find_files(source: Path, template: str, data_set: DataSet) -> dict[tuple[str, ...], Path]:
-    """Files below ``source`` that a template describes, by the values of its fields (in the fields' order), sorted."""
+    """Files below ``source`` that match a template, sorted; keys are the values of its fields, in the fields' order."""
     pattern = "".join(
         re.escape(text) + (f"(?P<{name}>{data_set.fields[name]})" if name else "")
         for text, name, _, _ in Formatter().parse(template)
     )
     found = {}
-    # Folders may be links, as where one download serves several people.
+    # Folders may be links, for example when several people share one download.
     paths = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names]
     for path in sorted(paths):
         match = re.fullmatch(pattern, path.relative_to(source).as_posix())
@@ -188,7 +191,7 @@ def fit_grid(
         array: (I, J, K) in RAS order.
         affine: (4, 4), voxel to mm.
         data_set: size and spacing.
-        labels: no interpolation.
+        labels: if True, nothing is interpolated.
 
     Returns:
         The array and its affine.
@@ -208,7 +211,7 @@ def fit_grid(
 
 
 def whole_numbers(array: np.ndarray) -> np.ndarray:
-    """As int16 where nothing is lost by it, which halves the file."""
+    """Convert to int16 if that loses nothing; the file is then half as large."""
     limits = np.iinfo(np.int16)
     fits = array.min() >= limits.min and array.max() <= limits.max and bool((array == np.rint(array)).all())
     return array.astype(np.int16) if fits else array
@@ -217,8 +220,8 @@ def whole_numbers(array: np.ndarray) -> np.ndarray:
 def build_public(out: Path, case: NewCase) -> dict:
     """Bring one case to RAS order and the data set's grid; runs in a worker process.
 
-    Intensities are resampled, but not scaled: that is done by percentiles, once, when training loads the volume. The row's
-    ``labels_lost`` is the share of labelled voxels that lay outside of the size.
+    Intensities are resampled but not scaled. Training scales them once, by percentiles, when it loads the volume. The
+    row's ``labels_lost`` is the share of labelled voxels that lay outside the data set's size.
     """
     torch.set_num_threads(1)
     image_path, label_path, data_set, source = case.inputs
@@ -234,7 +237,7 @@ def build_public(out: Path, case: NewCase) -> dict:
         table = np.zeros(max(data_set.file_labels) + 1, np.uint8)
         table[list(data_set.file_labels)] = list(data_set.file_labels.values())
         classes = table[raw]
-        # The image's affine: the check let no pair on different grids through.
+        # The image's affine is also that of the labels: pairs on different grids were refused by the check.
         fitted, _ = fit_grid(classes, image.affine, data_set, labels=True)
         uncut, _ = fit_grid(classes, image.affine, dataclasses.replace(data_set, size=None), labels=True)
         before, after = int(np.count_nonzero(uncut)), int(np.count_nonzero(fitted))
@@ -251,11 +254,11 @@ def build_public(out: Path, case: NewCase) -> dict:
 def prepare_public(
     data_set: DataSet, source: Path, out: Path, seed: int, workers: int, qc_every: int, shard_mb: int | None
 ) -> None:
-    """Check all of a public download, then write the prepared folder.
+    """Check a complete public download, then write the prepared folder.
 
     Raises:
         ValueError: lists all problems of all files at once; nothing is written.
-        typer.Exit: ``out`` is not empty, or a file stands in two splits; nothing is written.
+        typer.Exit: ``out`` is not empty, or a file is in two splits; nothing is written.
     """
     cases = find_cases(source, data_set, workers, seed)
     labelled = any(case.inputs[1] is not None for case in cases)

@@ -22,8 +22,9 @@ def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:
 
     Args:
         folder: prepared folder.
-        manifest: its manifest, without the command: that names folders of this machine, and shards are to be given away.
-        shard_mb: a shard is closed when its volumes pass this size, in 10⁶ bytes; one volume always fits.
+        manifest: its manifest, without the command. The command names folders of this machine, and shards are meant to
+            be shared.
+        shard_mb: largest size of a shard in 10⁶ bytes, summed over its volumes; a larger volume has a shard of its own.
     """
     from datasets import Dataset, Features, Nifti, Value
 
@@ -39,9 +40,9 @@ def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:
         for number, part in enumerate(parts):
             columns: dict[str, list[Any]] = {key: [row[key] for row in part] for key in ("case", "group")}
             for kind in kinds:
-                # A path beside the bytes would be stored in place of them.
+                # If a path were given as well, it would be stored instead of the bytes.
                 columns[kind] = [{"bytes": (folder / row[kind]).read_bytes(), "path": None} for row in part]
-            # One volume a row group: a stream holds one volume, not one shard.
+            # One volume per row group, so that a stream holds one volume in memory and not a whole shard.
             Dataset.from_dict(columns, features=features).to_parquet(
                 data / f"{split}-{number:05d}-of-{len(parts):05d}.parquet", batch_size=1
             )
@@ -50,10 +51,10 @@ def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:
 
 
 def fetch_shards(source: str) -> Path:
-    """The folder of that name or, where there is none, the data set of that Hub id, downloaded into the Hub's cache.
+    """The folder of this name or, if there is none, the data set of this Hub id, downloaded into the Hub's cache.
 
     Raises:
-        ValueError: neither is there, or it may not be read.
+        ValueError: neither exists, or reading is not permitted.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -67,13 +68,14 @@ def fetch_shards(source: str) -> Path:
 
 
 def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
-    """Write images/ and labels/ of a prepared folder, byte for byte what :func:`write_shards` took.
+    """Write images/ and labels/ of a prepared folder, identical byte for byte to those that :func:`write_shards` read.
 
     Returns:
         The manifest, without a command.
 
     Raises:
-        ValueError: not written by :func:`write_shards`, or a volume is missing or not what the manifest says.
+        ValueError: the shards were not written by :func:`write_shards`, or a volume is missing or differs from the
+            manifest.
     """
     from datasets import Nifti, load_dataset
 
@@ -91,7 +93,7 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
             case = sample["case"]
             row = rows.pop((split, case), {})
             for kind in kinds:
-                # The names come from elsewhere: they must not lead out of the folder.
+                # The names come from a foreign file: they must not lead out of the folder.
                 path, content = f"{kind}s/{case}.nii.gz", (sample.get(kind) or {"bytes": b""})["bytes"]
                 known = re.fullmatch(r"[\w.-]+", case) and row.get(kind) == path
                 if not known or hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:

@@ -27,7 +27,7 @@ class SliceSamples(Dataset):
         cases: volumes to draw from; held in memory, slice axis first, scaled and at the processor's spacing.
         processor: scaling, slicing and window size.
         augment: the recipe's ``augment`` section.
-        seed: of the whole run.
+        seed: random seed of the whole run.
         length: number of samples.
     """
 
@@ -41,7 +41,7 @@ class SliceSamples(Dataset):
         for case in cases:
             image, label = read_volume(case.image), read_labels(case).array
             scaled = processor.scale_volume(image.array)
-            # As the pipeline cuts a volume, so that a slice's position means the same here and there.
+            # Crop as the pipeline does, so that a slice's position means the same in training and in the pipeline.
             box = foreground_box(scaled, image.spacing)
             scaled, label, affine = scaled[box], label[box], crop_affine(image.affine, box)
             spacing = processor.target_spacing(image.spacing)
@@ -87,9 +87,9 @@ class SliceSamples(Dataset):
         }
 
     def _window(self, pixels: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A window half as large again as the network's, where the pipeline could put one, and shifted at random.
+        """A window 1.5 times as large as the network's, at a position that the pipeline could use, shifted at random.
 
-        The pipeline centres a slice smaller than the window, and tiles a larger one: so does training.
+        The pipeline centres a slice that is smaller than the window and tiles a larger one. Training does the same.
         """
         extent, window = np.array(label.shape), np.array(self.processor.image_size)
         spare = np.maximum(extent - window, 0)

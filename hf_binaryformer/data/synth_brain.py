@@ -44,7 +44,7 @@ LAST_BRAIN_VALUE = 499  # above: skull, skin and the other tissues of the head
 # Brain structures without a class of their own, left and right together; None: no known T1 mean.
 OTHER_TISSUES: tuple[tuple[tuple[int, ...], float | None], ...] = (
     ((30, 62, 31, 63), 0.40),  # vessels, choroid plexus
-    ((136, 163), 0.40),  # choroid plexus of the lateral ventricle, by where it lies
+    ((136, 163), 0.40),  # choroid plexus of the lateral ventricle, judged by its position
     ((137, 164), 0.40),  # the same in the temporal horn
     ((72,), 0.15),  # fifth ventricle
     ((85,), 0.78),  # optic chiasm
@@ -54,8 +54,10 @@ OTHER_TISSUES: tuple[tuple[tuple[int, ...], float | None], ...] = (
 
 @dataclass(frozen=True)
 class SynthSettings:
-    """Ranges of the generator: (low, high) pairs are uniform draws; lengths in mm (= voxels), intensities as a fraction
-    of full scale (white matter 0.87).
+    """Ranges of the generator.
+
+    (low, high) pairs are uniform draws. Lengths are in mm (= voxels), intensities are fractions of full scale (white
+    matter 0.87).
     """
 
     rotation_degrees: float = 10.0
@@ -262,7 +264,7 @@ def paint(values: np.ndarray, contrast: str, settings: SynthSettings, rng: np.ra
     image = gaussian(image, (sigma, sigma, sigma))
     if rng.random() < settings.thick_slice_probability:
         axis, thickness = int(rng.integers(3)), rng.uniform(*settings.thick_slice_mm)
-        # A slice of this thickness averages over it: blur whose width matches, then sample the slices.
+        # A slice averages over its thickness: blur with a matching width, then sample the slices.
         blurred = gaussian(image, tuple(thickness / 2.355 if other == axis else 0.0 for other in range(3)))
         slices = list(values.shape)
         slices[axis] = max(2, round(slices[axis] / thickness))
@@ -307,10 +309,10 @@ def synthesize(
 
     Args:
         anatomy: from `read_anatomy`.
-        seed: e.g. (seed, anatomy, variant), non-negative; it alone decides the volume, whatever was made before.
+        seed: e.g. (seed, anatomy, variant), non-negative; the volume depends on it alone, not on earlier volumes.
         contrast: "t1", "random", or "mixed" (random with probability `settings.random_contrast_fraction`).
         skull: keep the tissues outside the brain.
-        mild: deform by `settings.mild_factor` only, so that the volume stays the held-out anatomy.
+        mild: deform by `settings.mild_factor` only, so that the volume still shows the held-out anatomy.
 
     Raises:
         ValueError: unknown contrast.
@@ -321,7 +323,7 @@ def synthesize(
     if contrast == "mixed":
         contrast = "random" if rng.random() < settings.random_contrast_fraction else "t1"
     values, affine = anatomy
-    if not skull:  # work on the brain alone: half the voxels
+    if not skull:  # work on the brain alone, which has half the voxels
         brain = (values > 0) & (values <= LAST_BRAIN_VALUE) & (values != CSF_VALUE)
         box = tuple(
             slice(max(0, side.start - 20), min(size, side.stop + 20))

@@ -26,7 +26,7 @@ class Contrast(StrEnum):
 
 
 class Skull(StrEnum):
-    """Whether volumes keep what lies around the brain; ``both``: every second variant does."""
+    """Whether volumes keep the tissues around the brain; ``both``: every second variant keeps them."""
 
     with_ = "with"
     without = "without"
@@ -45,7 +45,7 @@ def build_brain(out: Path, case: NewCase) -> dict:
 
 
 def read_settings(path: Path | None) -> SynthSettings:
-    """The generator's ranges: its defaults, and what a .yaml file says otherwise.
+    """The generator's ranges: the defaults, overridden by those of a .yaml file.
 
     Args:
         path: the file, or the name of one in ``synth_settings/``; None: the defaults.
@@ -89,15 +89,15 @@ def prepare_synth_brain(
         splits: numbers of the anatomies of each split.
         variants: volumes for each training anatomy.
         eval_variants: volumes for each validation or test anatomy.
-        contrast: of the training volumes.
-        skull: whether volumes keep it.
+        contrast: contrast of the training volumes.
+        skull: whether volumes keep the skull.
         settings: the generator's ranges.
-        seed: of all that is drawn.
+        seed: random seed of everything that is drawn.
         workers: processes, about 2 GB each.
         qc_every: a picture for every n-th case; 0: none.
 
     Raises:
-        ValueError: an anatomy stands in two splits, or has no file.
+        ValueError: an anatomy is in two splits, or has no file.
         typer.Exit: ``out`` is not empty.
     """
     numbers = sum(splits.values(), [])

@@ -26,7 +26,7 @@ class AbsorbingSchedulerOutput(BaseOutput):
 
     Args:
         prev_sample: tokens after the step, the input of the next one.
-        pred_original_sample: ``sample`` with every masked token drawn, those too that stay masked: a preview.
+        pred_original_sample: ``sample`` with every masked token drawn, including those that stay masked: a preview.
         changed: bool, where ``prev_sample`` differs from ``sample``.
     """
 
@@ -37,19 +37,22 @@ class AbsorbingSchedulerOutput(BaseOutput):
 
 @dataclass
 class _Run:
-    """What :meth:`AbsorbingScheduler.prepare` fixes; tokens of a sample are flat, N = K d h w, U units, V entries."""
+    """State that :meth:`AbsorbingScheduler.prepare` fixes.
+
+    Tokens of a sample are flattened; N = K d h w tokens, U units, V codebook entries.
+    """
 
     units: TokenUnits
     generators: list[torch.Generator]
     hole: Tensor  # (B, N) bool, the tokens to draw
-    wanted: Tensor  # (B,) units to draw
-    steps: Tensor  # (B,) steps in which that happens
-    order: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, U), the smallest first
+    wanted: Tensor  # (B,) number of units to draw
+    steps: Tensor  # (B,) number of steps in which they are drawn
+    order: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, U), the smallest is drawn first
     noise: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, N, V) Gumbel
     remask: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, U) uniform
 
     def left(self, step: int, per_step: int | None) -> Tensor:
-        """(B,) units that are still masked after so many steps; each sample as if it were alone."""
+        """(B,) number of units that are still masked after ``step`` steps, independent of the other samples."""
         done = step * per_step if per_step else (step * self.wanted + self.steps // 2) // self.steps.clamp_min(1)
         return (self.wanted - done).clamp_min(0)
 
@@ -57,27 +60,28 @@ class _Run:
 class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
     r"""Masks tokens for training and draws them again, a few at each step (Bond-Taylor 2022; paper Sec. 3.2, A.2).
 
-    What is masked and drawn together is a *unit*: a grid position with all its K tokens, or one token of it
-    (``mask_granularity``), or a block of positions (``block_size``). Sampling K' steps draws an equal share of the masked
-    units at each: token = argmax(logits + temperature * Gumbel noise), in float64. The tokens of one step, and so the K of
-    one position, are drawn independently of one another: a single token a step is exact in "random" and "raster" order,
-    fewer steps are an approximation.
+    Tokens that are masked and drawn together form a *unit*: a grid position with all its K tokens, or one token of it
+    (``mask_granularity``), or a block of positions (``block_size``). Sampling in K' steps draws an equal share of the
+    masked units at each step: token = argmax(logits + temperature * Gumbel noise), in float64. The tokens of one step,
+    and so the K tokens of one position, are drawn independently of one another. A single token per step is exact in
+    "random" and "raster" order; fewer steps are an approximation.
 
-    Everything random about a sample comes from its own generator, drawn up front for the whole grid, so that it depends
-    neither on what else is in the batch nor on the mask; ``remask_eta`` draws afresh at each step, from the same generator.
+    All random numbers of a sample come from its own generator. They are drawn in advance for the whole grid, so that
+    they depend neither on the rest of the batch nor on the mask. With ``remask_eta`` they are drawn again at each step,
+    from the same generator.
 
     Args:
         num_train_timesteps: T; at training time t each unit is masked with probability t / T.
         mask_token_id: the token that says "masked"; also the number of codebook entries.
         num_codebooks: tokens at each position.
         selection: order in which units are drawn: "random"; "halton" (spread evenly over the grid, Besnier 2025);
-            "confidence" (the likeliest first, Chang 2022: for holes; from nothing it tends to draw background alone);
+            "confidence" (the likeliest first, Chang 2022: for holes; in synthesis it tends to draw only background);
             "raster" (one after another, C order).
-        temperature: of the draws; 0 takes the likeliest token.
+        temperature: temperature of the draws; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest tokens whose probabilities sum to this only.
-        remask_eta: at each step each token drawn before is masked again with at most this probability, and drawn anew
-            later (ReMDM-cap, Wang 2025); then steps beyond the number of units improve the sample further.
+        remask_eta: at each step each token drawn before is masked again with at most this probability, and drawn again
+            later (ReMDM-cap, Wang 2025). Then more steps than units improve the sample further.
         block_size: side of the blocks of positions that are drawn together.
         mask_granularity: "position" or "codebook".
 
@@ -139,17 +143,19 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the number of steps, before :meth:`prepare`.
 
-        ``timesteps`` count down, to 1 at most. They are final after :meth:`prepare`, which knows the mask: no more steps
-        than units to draw, none for an empty mask (with ``remask_eta`` all that were asked for: each then does something).
+        ``timesteps`` count down, to 1 at most. They are final after :meth:`prepare`, which knows the mask. There are no
+        more steps than units to draw, and none for an empty mask. With ``remask_eta`` all requested steps are kept,
+        because each of them changes something.
 
         Args:
             num_inference_steps: steps that share the masked units evenly.
-            tokens_per_step: instead, units drawn at each step; 1 is the paper's wording.
+            tokens_per_step: the alternative: number of units drawn at each step; 1 is the paper's wording.
             temperature, selection: of this run; None takes the configuration's.
             device: of ``timesteps``.
 
         Raises:
-            ValueError: not exactly one of the two numbers, or one below 1, a negative temperature, or an unknown selection.
+            ValueError: not exactly one of the two numbers is given, it is below 1, the temperature is negative, or the
+                selection is unknown.
         """
         given = [n for n in (num_inference_steps, tokens_per_step) if n is not None]
         if len(given) != 1 or given[0] < 1:
@@ -162,16 +168,16 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         self.timesteps = torch.arange(num_inference_steps or 0, 0, -1, device=device)
 
     def prepare(self, masked: Tensor, generator: Generators = None) -> None:
-        """Draw what is random about each sample, and spread its masked units over the steps.
+        """Draw the random numbers of each sample, and distribute its masked units over the steps.
 
         Args:
             masked: (B, K, d, h, w) bool, the tokens to be drawn; the others are known and never change.
-            generator: one for the batch (its samples come out as one after another on their own would), a list of one a
-                sample, or None: torch's own.
+            generator: one for the batch (its samples are the same as if they were drawn one after another), a list with
+                one for each sample, or None: torch's own.
 
         Raises:
-            ValueError: no steps are chosen, another shape, another number of generators than samples, or a position that
-                is masked in part although its tokens are drawn together.
+            ValueError: no steps are chosen, the shape is wrong, the number of generators differs from that of the
+                samples, or a position is partly masked although its tokens are drawn together.
         """
         if self._request is None:
             raise ValueError("no steps are chosen: call set_timesteps before prepare")
@@ -204,12 +210,12 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         """Draw this step's share of the masked units.
 
         Args:
-            logits: (B, K, V, d, h, w), the transformer's for ``sample``.
-            timestep: out of ``timesteps``.
+            logits: (B, K, V, d, h, w), the transformer's output for ``sample``.
+            timestep: one of ``timesteps``.
             sample: (B, K, d, h, w) tokens, the masked ones ``mask_token_id``.
 
         Raises:
-            ValueError: :meth:`prepare` was not called for such samples, shapes that do not fit, or NaN.
+            ValueError: :meth:`prepare` was not called for samples of this shape, shapes do not fit, or logits are NaN.
         """
         run, config = self._run, self.config
         self._check_shape("sample", sample)
@@ -219,7 +225,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         if logits.shape != expected:
             raise ValueError(f"logits have shape {tuple(logits.shape)}, expected {expected}")
         if config.remask_eta:
-            # A token that was masked again must not come out as before.
+            # A token that was masked again must not be drawn with the same random numbers as before.
             self._draw(run)
         before = sample.to(run.hole.device).flatten(1)
         masked = (before == config.mask_token_id) & run.hole
@@ -251,7 +257,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
             tokens: (B, K, d, h, w).
             timesteps: (B,), t from 0 to T.
             generator: as for :meth:`prepare`.
-            block_size: side of the blocks masked together, one number or one a sample; None: the configuration's.
+            block_size: side of the blocks masked together, one number or one per sample; None: the configuration's.
             hole: bool, broadcastable to the tokens' shape: nothing is masked outside it, as when a hole is inpainted.
 
         Returns:
@@ -323,7 +329,7 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
     def _draw(self, run: _Run) -> None:
         """Fresh random numbers for every sample, each from its own generator."""
         size, device = run.hole.shape[1], run.hole.device
-        # Halton's evenness lies in one sequence that is kept; in a kept random order the first would always be first.
+        # A Halton order is even only if one sequence is kept. A kept random order would begin with the same units.
         if not run.order.numel() or self._selection != "halton":
             run.order = torch.stack([run.units.order(self._selection, g) for g in run.generators]).to(device)
         run.noise = torch.stack([gumbel_noise((size, self.config.mask_token_id), g) for g in run.generators]).to(device)
@@ -338,21 +344,21 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
             rows = rows.masked_fill(rows < rows.topk(top_k).values[:, -1:], -math.inf)
         if top_p is not None and temperature > 0:
             probabilities, ranked = (rows / temperature).softmax(-1).sort(-1, descending=True)
-            # Kept while those before it do not reach top_p, so that the likeliest always is.
+            # A token is kept if those before it do not reach top_p, so that the likeliest is always kept.
             beyond = probabilities.cumsum(-1) - probabilities >= top_p
             beyond[:, 0] = False
             rows = rows.masked_fill(beyond.scatter(1, ranked, beyond), -math.inf)
         return (rows + temperature * noise).argmax(-1)
 
     def _choose(self, run: _Run, step: int, masked: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens to draw now and tokens to mask again, each (B, N) bool, in the step of this number from 0."""
+        """Tokens to draw now and tokens to mask again, each (B, N) bool, in step ``step``, counted from 0."""
         per_step = self._request[1] if self._request else None
         tokens = run.units.sum(masked)
         waiting = tokens > 0  # (B, U)
         target = run.left(step + 1, per_step)
         again = torch.zeros_like(waiting)
         if self.config.remask_eta:
-            # ReMDM-cap: at most the share at which the masked units would be as many as the step should leave.
+            # ReMDM-cap: with a larger share, more units would be masked than the step should leave.
             share = target / (run.wanted - run.left(step, per_step)).clamp_min(1)
             done = (run.units.sum(run.hole) > 0) & ~waiting
             again = done & (run.remask < share.clamp_max(self.config.remask_eta)[:, None])

@@ -13,18 +13,18 @@ import torch
 # Corners of two grids may lie this many voxels apart and the grids still count as the same: qform and sform of one file
 # differ by rounding, which grows with the distance from the origin.
 SAME_GRID_TOLERANCE = 0.05
-# Spacings that differ by less than this share are taken for equal.
+# Spacings that differ by less than this share count as equal.
 SAME_SPACING_TOLERANCE = 0.01
 FOREGROUND_THRESHOLD = 0.1
 FOREGROUND_MARGIN_MM = 10.0
 
 
 class VolumeError(ValueError):
-    """A volume cannot be used; the message says what was expected, what came, and the remedy."""
+    """A volume cannot be used; the message says what was expected, what was found, and the remedy."""
 
 
 def check_shape(name: object, shape: Sequence[int]) -> None:
-    """Refuse anything but one 3D volume; further axes of length 1 are let through.
+    """Refuse anything but one 3D volume; further axes of length 1 are allowed.
 
     Raises:
         VolumeError: fewer than three axes, an empty one, or a series of volumes.
@@ -65,7 +65,7 @@ def foreground_box(
     threshold: float = FOREGROUND_THRESHOLD,
     margin_mm: float = FOREGROUND_MARGIN_MM,
 ) -> tuple[slice, slice, slice]:
-    """The box of everything brighter than a threshold, with a margin; all of the volume where nothing is.
+    """The box of everything brighter than a threshold, with a margin; the whole volume if nothing is.
 
     Args:
         scaled: intensities scaled to about [0, 1], (I, J, K).
@@ -98,9 +98,9 @@ def resample(
     Args:
         array: (I, J, K).
         affine: (4, 4), voxel to mm.
-        spacing: wanted voxel size along I, J, K in mm, exactly reached; the length is rounded to whole voxels.
-        order: 0 for labels (nearest voxel, dtype kept), 1 for intensities (linear, float32; averages over the wanted
-            voxel where that is the larger one, so that nothing aliases).
+        spacing: new voxel size along I, J, K in mm, reached exactly; the length is rounded to whole voxels.
+        order: 0 for labels (nearest voxel, dtype kept), 1 for intensities (linear, float32; if the new voxel is larger,
+            the average over it, to avoid aliasing).
 
     Returns:
         The resampled array (I', J', K') and its affine.
@@ -122,14 +122,14 @@ def resample(
 def resample_to(
     array: np.ndarray, affine: np.ndarray, shape: Sequence[int], target_affine: np.ndarray, *, order: int
 ) -> np.ndarray:
-    """Bring a volume onto another grid whose axes run along its own.
+    """Resample a volume to another grid whose axes are parallel to its own.
 
     Voxels of the target whose centre lies outside the source volume become 0.
 
     Args:
         array: (I, J, K).
         affine: its (4, 4) affine, voxel to mm.
-        shape: of the target grid.
+        shape: shape of the target grid.
         target_affine: (4, 4) affine of the target grid.
         order: 0 nearest or 1 linear, as in :func:`resample`.
 
@@ -181,8 +181,8 @@ def _inside(centre: np.ndarray, size: int) -> np.ndarray:
 def _linear_weights(size: int, target_size: int, step: float, start: float) -> torch.Tensor:
     """Along one axis: (target_size, size) weights of linear interpolation.
 
-    Where the step is larger than one source voxel, the interpolated function is averaged over a box that keeps the
-    blur of a large voxel, sqrt(step^2 - 1) wide: a linear field stays exact, and step 1 changes nothing.
+    Where the step is larger than one source voxel, the interpolated function is averaged over a box of width
+    sqrt(step^2 - 1), which keeps the blur of a large voxel. A linear field stays exact, and step 1 changes nothing.
     """
     centre = start + step * np.arange(target_size)
     distance = np.clip(centre, 0, size - 1)[:, None] - np.arange(size)

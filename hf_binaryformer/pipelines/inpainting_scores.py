@@ -63,7 +63,7 @@ def score_fill(filled: np.ndarray, reference: np.ndarray, hole: np.ndarray, scal
         )
     if not np.array_equal(filled[~hole], reference[~hole]):
         raise ValueError("the volumes differ outside the hole, expected the same there: compare composited volumes")
-    # Beyond the reach of an SSIM window that touches the hole both volumes are equal, and windows there score 1.
+    # Both volumes are equal in SSIM windows that do not touch the hole, so these windows score 1.
     reach = 2 * (SSIM_WINDOW // 2)
     box = tuple(
         slice(max(0, part.start - reach), min(size, part.stop + reach))
@@ -92,7 +92,7 @@ def hole_psnr(filled: np.ndarray, reference: np.ndarray, hole: np.ndarray, scale
 
 
 def _psnr(mean_squared_error: float) -> float:
-    # Equal volumes: as good as float32 can tell.
+    # The error of equal volumes is set to the smallest that float32 can resolve.
     return float(-10 * np.log10(max(mean_squared_error, 1e-14)))
 
 
@@ -107,14 +107,14 @@ def make_hole(
     """A hole (I, J, K), bool.
 
     Args:
-        shape: of the volume.
+        shape: shape of the volume.
         spacing: voxel size in mm.
         size: diameter or edge in mm.
         centre: voxel (i, j, k); None takes the middle of the volume.
         kind: "ball" or "box".
 
     Raises:
-        ValueError: another kind.
+        ValueError: the kind is unknown.
     """
     if kind not in ("ball", "box"):
         raise ValueError(f"kind is '{kind}', expected 'ball' or 'box'")
@@ -128,16 +128,16 @@ def make_hole(
 def token_fills(
     pipeline: BinaryVQInpaintPipeline, case: HoleCase, generator: torch.Generator | None = None
 ) -> dict[str, np.ndarray]:
-    """Fills that need the autoencoder and no transformer.
+    """Fills that need the autoencoder but no transformer.
 
     Args:
         pipeline: its autoencoder is used.
-        case: whose image is known in the hole too, from ``pipeline.prepare``.
-        generator: of the random tokens.
+        case: from ``pipeline.prepare``; its image is also known in the hole.
+        generator: random generator of the random tokens.
 
     Returns:
-        "random tokens": each masked token drawn evenly, the paper's baseline; "oracle tokens": the true ones, the best that
-        any transformer can reach.
+        "random tokens": each masked token drawn uniformly, the paper's baseline; "oracle tokens": the true tokens, the
+        best that any transformer can reach.
     """
     import torch
 
@@ -176,10 +176,11 @@ def mean_fill(image: np.ndarray, hole: np.ndarray, scale: IntensityScale) -> np.
 
 
 def mirror_fill(image: np.ndarray, hole: np.ndarray, scale: IntensityScale) -> np.ndarray:
-    """Each voxel of the hole becomes its partner on the other side of the known foreground's middle along the first axis.
+    """Replace each voxel of the hole by its mirror voxel along the first axis.
 
-    Where the partner is not known either, it is what lies as far behind the nearer face of the hole along that axis, or
-    behind the other one; failing that, the mean.
+    The mirror plane is the middle of the known foreground. If the mirror voxel is not known either, the voxel is
+    mirrored at the nearer face of the hole along that axis, or else at the other face. If none of these is known, it
+    becomes the mean.
 
     Args:
         image, hole: (I, J, K), RAS order: the first axis runs from left to right.
@@ -189,7 +190,7 @@ def mirror_fill(image: np.ndarray, hole: np.ndarray, scale: IntensityScale) -> n
     body = occupied_box(foreground(image, hole, scale))[0]
     index = np.argwhere(hole)
     i, rest = index[:, 0], (index[:, 1], index[:, 2])
-    # Along the first axis, the last known voxel before each and the first one behind.
+    # Along the first axis, the last known voxel before each voxel of the hole, and the first one behind it.
     line = np.arange(size)[:, None, None]
     before = np.maximum.accumulate(np.where(hole, -1, line))[tuple(index.T)]
     behind = np.minimum.accumulate(np.where(hole, size, line)[::-1])[::-1][tuple(index.T)]
@@ -209,7 +210,7 @@ def mirror_fill(image: np.ndarray, hole: np.ndarray, scale: IntensityScale) -> n
 
 
 def foreground(image: np.ndarray, hole: np.ndarray, scale: IntensityScale) -> np.ndarray:
-    """Known voxels that are no background, bool."""
+    """Known voxels that are not background, bool."""
     return ~hole & (scale.apply(image) > FOREGROUND_THRESHOLD)
 
 

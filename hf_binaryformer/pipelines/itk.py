@@ -16,7 +16,7 @@ from hf_binaryformer.pipelines.grids import VolumeError
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SERIES_UID, SERIES_DESCRIPTION = "0020|000e", "0008|103e"
 IMAGE_POSITION, IMAGE_ORIENTATION = "0020|0032", "0020|0037"
-# Slices may lie this share of their distance off an even spacing, and direction cosines this much off each other.
+# Largest deviation of slices from even spacing, as a share of their distance; largest difference of direction cosines.
 SPACING_TOLERANCE = 0.05
 DIRECTION_TOLERANCE = 1e-3
 
@@ -25,7 +25,7 @@ def require(module: str, extra: str = "dicom") -> Any:
     """Import an optional module.
 
     Raises:
-        ImportError: it is not installed; names the extra that brings it.
+        ImportError: it is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -54,7 +54,8 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (I, J, K) and affine of the one DICOM series in a folder, or of the series that a file belongs to.
 
     Raises:
-        VolumeError: no or several series, slices missing, doubled or turned against each other, colours, damage.
+        VolumeError: there is no series or more than one; slices are missing, doubled or rotated against each other; the
+            image has colours; or a file is damaged.
     """
     sitk = require("SimpleITK")
     folder = path if path.is_dir() else path.parent
@@ -90,7 +91,7 @@ def write_file(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """Write (I, J, K) with its RAS+ affine.
 
     Raises:
-        VolumeError: the axes are not at right angles, which these formats cannot say.
+        VolumeError: the axes are not at right angles, which these formats cannot store.
     """
     sitk = require("SimpleITK")
     lps = LPS_TO_RAS @ affine
@@ -143,7 +144,7 @@ def _array_and_affine(path: Path, image: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tag(reader: Any, count: int, tag: str) -> np.ndarray | None:
-    """Numbers of a DICOM tag in every slice, (slices, values); None where one lacks it."""
+    """Numbers of a DICOM tag in every slice, (slices, values); None if a slice lacks it."""
     if not all(reader.HasMetaDataKey(index, tag) for index in range(count)):
         return None
     return np.array([[float(v) for v in reader.GetMetaData(index, tag).split("\\")] for index in range(count)])
@@ -152,7 +153,10 @@ def _tag(reader: Any, count: int, tag: str) -> np.ndarray | None:
 def _slice_affine(
     path: Path, affine: np.ndarray, position: np.ndarray | None, orientation: np.ndarray | None
 ) -> np.ndarray:
-    """The affine with its third column from the slices' positions, which ITK neither checks nor follows when tilted."""
+    """The affine with its third column from the slices' positions.
+
+    ITK does not check these positions, and does not follow them if the slices are tilted.
+    """
     if position is None or orientation is None:
         raise VolumeError(f"{path} has slices without a position in space, expected one for each: export it again")
     if np.abs(orientation - orientation[0]).max() > DIRECTION_TOLERANCE:

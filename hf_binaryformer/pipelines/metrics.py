@@ -101,8 +101,8 @@ def score_labels(
 def _score_mask(
     label: int, name: str, pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> LabelScore:
-    # MONAI gives 0 for a surface Dice without a true surface and a warning for distances to nothing; a label that the
-    # truth lacks has no score here, whatever the metric, and one that only the prediction lacks has no distance.
+    # Without a true surface, MONAI gives a surface Dice of 0, and a warning for distances. Here a label that the truth
+    # lacks has no score in any metric, and a label that only the prediction lacks has no distance.
     dice = nsd = hd95 = math.nan
     if truth.any():
         pred, truth = _crop_to_union(pred, truth)
@@ -114,7 +114,7 @@ def _score_mask(
 
 
 def _crop_to_union(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both masks within the smallest box that holds them and one voxel around it, where the volume has it."""
+    """Both masks within the smallest box that holds them and one voxel around it, as far as the volume reaches."""
     union, box = pred | truth, []
     for axis in range(union.ndim):
         hits = np.flatnonzero(union.any(axis=tuple(a for a in range(union.ndim) if a != axis)))
@@ -138,7 +138,7 @@ def _surface_scores(
 
 
 def mean_score(scores: Iterable[LabelScore], *, label: int | None = None, name: str = "mean") -> LabelScore:
-    """Mean of each metric over the scores that are not NaN, and how many were; NaN where all of them are."""
+    """Mean of each metric over the scores that are not NaN, and the number of NaN scores; NaN if all of them are."""
     rows = list(scores)
     values, nan = {}, {}
     for metric in METRICS:

@@ -33,7 +33,7 @@ def read_file(path: Path) -> Nifti1Image:
             raise VolumeError(f"{path} holds a {type(image).__name__}, expected a NIfTI volume: convert it first")
         check_shape(path, image.shape)
         if path.name.lower().endswith(".gz"):
-            # nibabel stops reading at the last voxel and never sees the checksum behind it.
+            # nibabel stops reading at the last voxel and does not reach the checksum behind it.
             with gzip.open(path) as file:
                 image = type(image).from_bytes(file.read())
     except VolumeError:
@@ -44,7 +44,7 @@ def read_file(path: Path) -> Nifti1Image:
 
 
 def image_values(name: object, image: Nifti1Image, *, labels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Array, of float32 or for labels of the file's own type, and affine in mm."""
+    """Array (float32, or the file's own type for labels) and affine in mm."""
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
         kind = "complex numbers" if dtype.kind == "c" else "colours"
@@ -74,7 +74,8 @@ def write_file(
 ) -> None:
     """Write (I, J, K) or (I, J, K, C), converted to ``dtype`` on the way.
 
-    Geometry, codes and units are those of ``header``; without one they are ``affine``'s, code "scanner", mm.
+    Geometry, codes and units are those of ``header``. Without a header, the geometry is ``affine``, the code "scanner"
+    and the unit mm.
     """
     from nibabel.nifti1 import Nifti1Extension, Nifti1Image
     from nibabel.nifti2 import Nifti2Header, Nifti2Image

@@ -58,7 +58,7 @@ def label_overlay(
 ) -> Image.Image:
     """Coronal, sagittal and axial views through the labels' centre of mass, in true proportions, with a legend.
 
-    The viewer looks at the patient from behind: L is on the left of the picture, as letters at the panels' edges say.
+    The viewer looks at the patient from behind: L is on the left of the picture, as letters at the panels' edges show.
 
     Args:
         image: intensities, (I, J, K) in RAS order (i grows to the right, j to the front, k upwards), any finite range;
@@ -67,8 +67,8 @@ def label_overlay(
         spacing: voxel size along I, J, K in mm.
         label_names: name of each label for the legend; a label without one is called "label 3".
         title: first line beside the legend, such as the file name.
-        max_width: widest that the picture may be, in pixels, at least 700.
-        max_height: highest that the views may be together, in pixels; only a long legend makes the picture higher.
+        max_width: largest width of the picture in pixels, at least 700.
+        max_height: largest height of all views together in pixels; only a long legend makes the picture higher.
 
     Returns:
         An RGB picture.
@@ -137,7 +137,8 @@ def _panel(
 def _blend_labels(rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Colour (H, W, 3) grey values 0-255 by labels (h, w), with smooth borders and a stronger line along them."""
     size = (rgb.shape[1], rgb.shape[0])
-    # Each label's mask is smoothed and enlarged by itself and the largest wins: resized label numbers would make steps.
+    # Each label's mask is smoothed and enlarged separately, and the largest wins: resized label numbers would
+    # show steps.
     best = enlarge(_smooth(labels == 0), size, Image.Resampling.BICUBIC)
     winner = np.zeros(best.shape, dtype=np.int64)
     for label in np.unique(labels[labels > 0]):

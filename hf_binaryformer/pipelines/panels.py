@@ -52,13 +52,13 @@ def volume_panels(
         images: intensities under their names, each (I, J, K) in RAS order, any finite range; all are shown between the
             0.5 and 99.5 percentiles of the first.
         spacing: voxel size along I, J, K in mm.
-        hole: bool, the same shape; what the views run through. None: the middle of what is bright.
+        hole: bool, the same shape; the views pass through its middle. None: through the middle of the bright region.
         hide_hole_in: names of images that are shown with the hole painted over.
         maps: values of at least 0 that are not intensities, such as a standard deviation, each shown up to its own
             99.5 percentile inside the hole.
         title: first line.
-        max_width: widest that the picture may be, in pixels.
-        max_height: highest that the views may be together, in pixels.
+        max_width: largest width of the picture in pixels.
+        max_height: largest height of all views together in pixels.
 
     Raises:
         ValueError: no image, shapes that differ or are not 3D, or spacing that is not three positive numbers.
@@ -102,7 +102,7 @@ def check_volumes(
     hole: np.ndarray | None,
     spacing: tuple[float, float, float],
 ) -> None:
-    """Raise ValueError for volumes that cannot stand side by side."""
+    """Raise ValueError for volumes that cannot be shown side by side."""
     shapes = {a.shape for a in (*images.values(), *maps.values(), *([] if hole is None else [hole]))}
     if not images or len(shapes) != 1 or len(next(iter(shapes))) != 3:
         raise ValueError(f"the volumes have shapes {sorted(shapes)}; expected at least one, all of the same (I, J, K)")
@@ -111,7 +111,7 @@ def check_volumes(
 
 
 def _grey(images: Mapping[str, np.ndarray], hole: np.ndarray | None) -> dict[str, np.ndarray]:
-    """All images between two percentiles of what the first one has outside the hole, 0 to 1."""
+    """All images, scaled to 0 to 1 between two percentiles of the first image outside the hole."""
     first = next(iter(images.values()))
     low, high = np.percentile(first if hole is None or hole.all() else first[~hole], (0.5, 99.5))
     return {name: np.clip((a - low) / max(high - low, 1e-12), 0, 1) for name, a in images.items()}

@@ -8,10 +8,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def number_format(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The type of a name or type out of :data:`DTYPES`; None is float32.
+    """The torch type for a name or type in :data:`DTYPES`; None means float32.
 
     Raises:
-        ValueError: another one.
+        ValueError: it is not one of them.
     """
     name = str(dtype or torch.float32).removeprefix("torch.")
     if name not in DTYPES:

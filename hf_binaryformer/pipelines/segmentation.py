@@ -34,8 +34,9 @@ class VolumeSegmentationOutput:
         probabilities: (C, I, J, K) float16, 0 to 1, one for each label; None unless asked for.
         volume: the input, in canonical orientation.
         label_names: name of each label number.
-        seconds: time that it took, reading included.
-        report: the same and more for machines: names and volumes in ml of all labels, grid, model, backend, versions.
+        seconds: time taken, including reading.
+        report: the same and more in machine-readable form: names and volumes in ml of all labels, grid, model, backend,
+            versions.
     """
 
     labels: np.ndarray
@@ -67,7 +68,7 @@ class VolumeSegmentationPipeline:
         batch_size: windows that go through the network at once.
 
     Raises:
-        ValueError: processor and model do not belong together, or ``dtype`` or ``batch_size`` are of no use.
+        ValueError: processor and model do not belong together, or ``dtype`` or ``batch_size`` is invalid.
 
     Example:
         >>> pipeline = VolumeSegmentationPipeline.from_pretrained("binaryformer-tiny-brain")
@@ -121,11 +122,11 @@ class VolumeSegmentationPipeline:
             name: see :func:`hf_binaryformer.from_pretrained`.
             device: None takes CUDA where there is one, or else the CPU.
             dtype, batch_size: as in the constructor.
-            backend: who computes Hamming attention; None lets the operator choose.
+            backend: backend of Hamming attention; None leaves the choice to the operator.
             options: handed to the model's and the processor's ``from_pretrained``, ``revision`` for example.
 
         Raises:
-            CheckpointNotFoundError, CheckpointError: as there.
+            CheckpointNotFoundError, CheckpointError: as for :func:`hf_binaryformer.from_pretrained`.
             BackendUnavailableError: the backend cannot run here.
         """
         from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -154,7 +155,7 @@ class VolumeSegmentationPipeline:
 
         Args:
             volume: a file that :func:`~hf_binaryformer.pipelines.volumes.read_volume` reads, or what it returned.
-            return_probabilities: keep the probability of every label on the volume's grid; 2 bytes each a voxel.
+            return_probabilities: keep the probability of every label on the volume's grid; 2 bytes per label and voxel.
             progress: True shows a bar; a function is called with (slices done, all slices).
 
         Raises:
@@ -210,7 +211,7 @@ class VolumeSegmentationPipeline:
         return self.processor.slices_to_volume(stored)
 
     def _logits(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, C, H, W) float32 of slices of any size from that of the window up."""
+        """Logits (B, C, H, W) float32 of slices that are at least as large as the window."""
         window = tuple(self.processor.image_size)
         if tuple(pixel_values.shape[2:]) == window:
             return self._forward(pixel_values)
@@ -231,7 +232,7 @@ class VolumeSegmentationPipeline:
         return logits.float()
 
     def _steps(self, slices: int, progress: ProgressCallback | bool) -> Iterable[int]:
-        """First slice of every batch, telling about those that are done."""
+        """Yield the first slice of every batch, and report progress."""
         from tqdm.auto import tqdm
 
         with tqdm(total=slices, unit="slice", desc="segmenting", disable=progress is not True) as bar:
@@ -285,12 +286,13 @@ def _as_half(logits: Tensor) -> Tensor:
 
 
 def _as_labels(logits: Tensor) -> Tensor:
-    # By way of the stored precision, so that asking for probabilities changes no label. max is 4 times as fast as argmax.
+    # Round to the stored precision first, so that labels do not depend on whether probabilities are returned. max is 4
+    # times as fast as argmax.
     return _as_half(logits).max(1).indices.int()
 
 
 def _pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[slice, slice]]:
-    """Pad (S, H, W) with 0 to at least the window, half on each side; also where the slices stand in the result."""
+    """Pad (S, H, W) with 0 to at least the window, half on each side; also returns the slices' place in the result."""
     padding: list[int] = []
     inner = []
     for size, wanted in zip(slices.shape[1:], window, strict=True):
@@ -309,7 +311,7 @@ def _most_probable(
 ) -> np.ndarray:
     """Resample (C, I', J', K') float16 to ``shape`` and take the arg-max, one label in float32 at a time.
 
-    ``kept`` receives the resampled probabilities, where given.
+    ``kept`` receives the resampled probabilities, if given.
     """
     labels = np.zeros(shape, dtype=np.int32)
     best = np.full(shape, -1, dtype=np.float32)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# One for each grid axis, and one for the codebook where tokens are masked singly.
+# One base for each grid axis, and one for the codebook, which is used if tokens are masked individually.
 HALTON_BASES = (2, 3, 5, 7)
-# So many points for each unit leave hardly any cell of the grid without one.
+# With this number of points per unit, hardly any cell of the grid has no point.
 HALTON_POINTS_PER_UNIT = 16
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -66,7 +66,7 @@ class TokenUnits:
         return self._halton(generator) + random if selection == "halton" else random
 
     def _halton(self, generator: torch.Generator) -> Tensor:
-        """Number of the first point of a randomly shifted Halton sequence in each unit's cell of the unit cube."""
+        """For each unit, the index of a randomly shifted Halton sequence's first point in its cell of the unit cube."""
         points = torch.arange(1, HALTON_POINTS_PER_UNIT * self.count + 1)
         shift = torch.rand(len(self.shape), generator=generator, dtype=torch.float64)
         cell = torch.zeros_like(points)
@@ -90,10 +90,10 @@ def radical_inverse(numbers: Tensor, base: int) -> Tensor:
 
 
 def sample_generators(generator: Generators, count: int) -> list[torch.Generator]:
-    """One CPU generator for each sample; one given for all makes their seeds, sample by sample.
+    """One CPU generator for each sample; a single given generator draws their seeds, sample by sample.
 
     Raises:
-        ValueError: another number of generators than samples.
+        ValueError: the number of generators differs from that of the samples.
     """
     if not isinstance(generator, Sequence):
         parents: list[torch.Generator | None] = [generator] * count

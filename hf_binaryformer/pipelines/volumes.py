@@ -141,7 +141,7 @@ def volume_from_image(
     """The same as :func:`read_volume` for a NIfTI image that nibabel holds.
 
     Raises:
-        VolumeError: as there.
+        VolumeError: as for :func:`read_volume`.
     """
     path = None if path is None else Path(path)
     array, affine = nifti.image_values(path or "image in memory", image, labels=labels)

@@ -21,9 +21,9 @@ from hf_binaryformer.pipelines.vq_sampling import Box, Placement, occupied_box, 
 
 @dataclass(frozen=True, eq=False)
 class HoleCase:
-    """One volume on its own grid, and what leads from there to the model's grid and back.
+    """One volume on its own grid, with the mapping to the model's grid and back.
 
-    Made by :meth:`of`; what the volume holds inside the hole changes nothing in it but ``image``.
+    Made by :meth:`of`. The volume's values inside the hole affect only ``image``.
 
     Args:
         image: (I, J, K) float32, any intensities.
@@ -31,9 +31,9 @@ class HoleCase:
         affine: (4, 4), voxel to mm.
         scale: from the intensities of the known voxels.
         spacing: voxel size of the model's grid in mm.
-        network_affine: of the volume at that voxel size.
-        placement: of that volume on the model's grid.
-        network_hole: bool, on the model's grid; every voxel that the hole has any part in.
+        network_affine: affine of the volume resampled to that voxel size.
+        placement: position of the resampled volume on the model's grid.
+        network_hole: bool, on the model's grid; every voxel that the hole overlaps.
         cut_off: whether known foreground lies beyond the grid.
     """
 
@@ -59,7 +59,7 @@ class HoleCase:
         percentiles: Sequence[float],
         ceiling: float,
     ) -> HoleCase:
-        """Scale and place a volume by what is known of it.
+        """Scale and place a volume by its known voxels only.
 
         Args:
             image, hole, affine: as above.
@@ -77,7 +77,7 @@ class HoleCase:
         if not same_spacing(affine_spacing(affine), spacing):
             known, network_affine = resample(known, affine, spacing, order=1)
             touched = resample(hole.astype(np.float32), affine, spacing, order=1)[0] > 0
-        # Nothing known: the autoencoder's own intensities, as synthesis has them.
+        # If nothing is known, the scale is that of the autoencoder's own intensities, as in synthesis.
         scale = IntensityScale(0, 1, ceiling)
         if not all_unknown:
             values = image[~hole] if touched.all() else known[~touched]
@@ -85,18 +85,18 @@ class HoleCase:
         scaled = np.where(touched, np.float32(0), scale.apply(known))
         placed, placement = place_on_grid(scaled, grid, box=object_box(scaled, touched, grid, spacing))
         seen, there = ((a > FOREGROUND_THRESHOLD).sum() for a in (placed, scaled))
-        # With nothing known, nor is it known that there is only air around the volume.
+        # If nothing is known, it is not known either whether there is only air around the volume.
         network_hole = placement.apply(touched, grid) | all_unknown
         return cls(image, hole, affine, scale, spacing, network_affine, placement, network_hole, bool(seen < there))
 
     def to_network(self, image: np.ndarray) -> np.ndarray:
-        """An image on this one's grid (I, J, K), scaled and on the model's grid; outside the volume 0."""
+        """Scale an image on this volume's grid (I, J, K) and bring it to the model's grid; 0 outside the volume."""
         if self.network_affine is not self.affine:
             image, _ = resample(image, self.affine, self.spacing, order=1)
         return self.placement.apply(self.scale.apply(image), self.network_hole.shape)
 
     def network_image(self) -> np.ndarray:
-        """This image so, with 0 in the hole."""
+        """This image, scaled and on the model's grid, with 0 in the hole."""
         image = np.where(self.hole, np.float32(self.scale.low), self.image)
         return np.where(self.network_hole, np.float32(0), self.to_network(image))
 
@@ -112,10 +112,10 @@ class HoleCase:
 
         Args:
             fill: intensities as the image's.
-            feather: over so many voxels inwards from the hole's edge, the difference between the nearest known voxel and
-                its own value in ``fill`` is added, fading.
+            feather: number of voxels, inwards from the hole's edge, over which the fill is blended. The difference
+                between the nearest known voxel and that voxel's value in ``fill`` is added with decreasing weight.
         """
-        # With one voxel around the hole, the box holds the nearest known voxel of every voxel in it.
+        # With a margin of one voxel around the hole, the box holds the nearest known voxel of every voxel of the hole.
         box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in occupied_box(self.hole))
         hole, image, inner = self.hole[box], self.image[box], fill[box]
         if feather and hole.any() and not hole.all():
@@ -130,9 +130,9 @@ class HoleCase:
 
 
 def object_box(scaled: np.ndarray, hole: np.ndarray, grid: Sequence[int], spacing: Sequence[float]) -> Box:
-    """What is to lie in the middle of the grid: the known foreground, and the hole as far as there is room for it.
+    """The box to centre on the grid: the known foreground, and as much of the hole as there is room for.
 
-    The object goes on inside the hole; how far, nobody knows.
+    The object continues inside the hole, but its extent there is unknown.
 
     Args:
         scaled: (I, J, K) at the grid's voxel size, 0 for background.

@@ -33,14 +33,14 @@ class BinaryVQInpaintOutput(BaseOutput):
     """Filled volumes, B images times ``num_samples``; the samples of one image follow one another.
 
     Args:
-        images: (B * num_samples, 1, D, H, W) float32, on the input's grid (in RAS order, where it was a file) and in its
-            intensities; outside the hole the input bit for bit. None for output type "tokens".
+        images: (B * num_samples, 1, D, H, W) float32, on the input's grid (in RAS order, if it was a file) and in its
+            intensities. Outside the hole they equal the input bit for bit. None for output type "tokens".
         tokens: (B * num_samples, K, d, h, w) uint8, on the model's grid.
         std: (B, 1, D, H, W) float32, standard deviation over the samples in each voxel, 0 outside the hole; None for one
             sample.
-        decoded: as ``images``, what the autoencoder made of the tokens, everywhere.
-        report: seconds, steps, sizes and settings, for machines.
-        volume: the input, where it was a file or a ``Volume``.
+        decoded: like ``images``, but with the decoded tokens in all voxels.
+        report: seconds, steps, sizes and settings, in machine-readable form.
+        volume: the input, if it was a file or a ``Volume``.
     """
 
     images: Tensor | np.ndarray | None
@@ -54,7 +54,7 @@ class BinaryVQInpaintOutput(BaseOutput):
         """Write the images on the input file's own grid; several samples become a 4D NIfTI.
 
         Raises:
-            VolumeError: the input was no file, or the path cannot be written to.
+            VolumeError: the input was not a file, or the path cannot be written to.
         """
         if self.volume is None or self.images is None:
             raise VolumeError("the input was an array, expected a file or a Volume: save the images with its affine")
@@ -70,9 +70,9 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
     """Fills the hole of a volume.
 
     The image is scaled by percentiles of its known voxels, brought to the checkpoint's voxel size and onto its grid, and
-    encoded. Every token whose receptive field touches the hole is masked and drawn anew, a share of them at each step;
-    then all are decoded and brought back, and the hole alone is taken from there. What the image holds inside the hole
-    is never looked at.
+    encoded. Every token whose receptive field touches the hole is masked and drawn again, a share of them at each step.
+    Then all tokens are decoded and brought back to the image's grid, and only the hole is taken from the result. The
+    image's values inside the hole are never used.
 
     Args:
         vqmodel, transformer, scheduler: see :class:`~hf_binaryformer.pipelines.vq_sampling.VQSamplingPipeline`.
@@ -105,22 +105,24 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         Args:
             image: a file or ``Volume``; or a tensor or array (I, J, K), (1, I, J, K) or (B, 1, I, J, K) in RAS order, any
                 intensities.
-            mask_image: the same, on the same grid; not 0 is the hole. One mask serves a batch of images.
+            mask_image: the same, on the same grid; voxels other than 0 are the hole. One mask serves a batch of images.
             num_inference_steps: steps that share the masked tokens evenly; those that change nothing are left out.
-            temperature: of the draws; 0 takes the likeliest token, None the scheduler's.
-            generator: one, or a list of one for each of the B * num_samples results.
+            temperature: temperature of the draws; 0 takes the likeliest token, None the scheduler's.
+            generator: one, or a list with one for each of the B * num_samples results.
             num_samples: results for each image.
-            output_type: "pt", "np", or "tokens" to decode nothing.
+            output_type: "pt", "np", or "tokens" to skip decoding.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in ``BinaryVQPipeline``.
-            feather: over so many voxels inwards from the hole's edge, the difference between the known image there and
-                its decoded form is added to the fill, fading, so that no seam shows; 0 is a hard edge.
-            selection: order in which tokens are drawn, "random", "halton", "confidence" or "raster"; None takes the scheduler's.
-            spacing: voxel size of an array along I, J, K in mm; None takes it for the checkpoint's.
+            feather: number of voxels, inwards from the hole's edge, over which the fill is blended. The difference
+                between the known image at the edge and its decoded form is added to the fill with decreasing weight, so
+                that no seam is visible. 0 is a hard edge.
+            selection: order in which tokens are drawn, "random", "halton", "confidence" or "raster"; None takes the
+                scheduler's.
+            spacing: voxel size of an array along I, J, K in mm; None means that of the checkpoint.
             return_dict: False returns the tuple (images, tokens, std, decoded).
 
         Raises:
-            VolumeError: an image or mask that cannot be used: its shape, NaN, a mask on another grid, or a hole that does
-                not fit on the checkpoint's grid.
+            VolumeError: an image or mask cannot be used: its shape is wrong, it has NaN, the mask is on another grid,
+                or the hole does not fit on the checkpoint's grid.
             ValueError: an argument out of range, or known intensities that are all equal.
         """
         start = time.perf_counter()
@@ -166,7 +168,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
     def _fill(
         self, cases: Sequence[HoleCase], tokens: Tensor, num_samples: int, feather: int
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-        """Filled images, their standard deviation where there are several, and what was decoded."""
+        """Filled images, their standard deviation if there are several samples, and the decoded images."""
         owners = [case for case in cases for _ in range(num_samples)]
         volumes = self.decode(tokens)[:, 0].numpy()
         decoded = np.stack([case.to_input(one) for case, one in zip(owners, volumes, strict=True)])[:, None]
@@ -181,7 +183,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
     def _read(
         self, image: Image, mask: Image, spacing: Sequence[float] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None]:
-        """Images (B, I, J, K) float32, holes of that shape, their affine, and the volume where there was a file."""
+        """Images (B, I, J, K) float32, holes of that shape, their affine, and the volume if there was a file."""
         volume = read_volume(image) if isinstance(image, (str, os.PathLike)) else image
         hole = read_volume(mask, labels=True) if isinstance(mask, (str, os.PathLike)) else mask
         if isinstance(volume, Volume) and isinstance(hole, Volume):

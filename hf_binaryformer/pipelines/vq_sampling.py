@@ -66,7 +66,8 @@ def place_on_grid(
     Args:
         array: scaled intensities, 0 for background, (I, J, K).
         shape: voxels of the grid along I, J, K, of the same size as the volume's.
-        box: what is to lie in the middle; None takes the box of everything brighter than 0.1, or else all of the volume.
+        box: the part to place in the middle; None takes the box of everything brighter than 0.1, or else the whole
+            volume.
 
     Returns:
         The array on the grid, 0 where the volume does not reach; and where it lies, for ``Placement.undo``.
@@ -155,7 +156,7 @@ class VQSamplingPipeline(DiffusionPipeline):
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> str:
         """The folder with the checkpoint's files, fetched from the Hub if need be.
 
-        diffusers' own takes components from outside its library for code that it must not run, and fails.
+        diffusers' own method fails: it treats components from outside its library as code that it must not run.
         """
         hub_options = {key: value for key, value in options.items() if key in HUB_OPTIONS and value is not None}
         return str(resolve_checkpoint(pretrained_model_name, **hub_options))
@@ -182,17 +183,20 @@ class VQSamplingPipeline(DiffusionPipeline):
         self.transformer.set_attention_backend(backend)
 
     def set_autocast(self, dtype: torch.dtype | str | None) -> None:
-        """Run the networks in torch.bfloat16 or torch.float16 where that is safe; float32 or None: nowhere.
+        """Run the networks in torch.bfloat16 or torch.float16 where that is safe; float32 or None turns this off.
 
         Raises:
-            ValueError: another dtype.
+            ValueError: the dtype is another one.
         """
         wanted = number_format(dtype)
         self._autocast_dtype = None if wanted == torch.float32 else wanted
 
     @contextmanager
     def _running(self, network: nn.Module, *, autocast: bool = True) -> Iterator[None]:
-        """Without gradients, under autocast, in evaluation mode, so that no codebook learns; afterwards as it was."""
+        """Context without gradients, under autocast and in evaluation mode; the network's mode is restored afterwards.
+
+        In evaluation mode no codebook learns.
+        """
         training, enabled = network.training, autocast and self._autocast_dtype is not None
         network.eval()
         try:
@@ -203,8 +207,8 @@ class VQSamplingPipeline(DiffusionPipeline):
 
     def encode(self, volumes: Tensor) -> Tensor:
         """Tokens (B, K, d, h, w) int64, on the CPU, of scaled volumes (B, 1, D, H, W) on a grid the autoencoder takes."""
-        # Without autocast: what is known should not change with the number format. One at a time: a volume is large, and
-        # its tokens do not depend on the others.
+        # Without autocast, so that known tokens do not change with the number format. One volume at a time, because a
+        # volume is large and its tokens do not depend on the others.
         with self._running(self.vqmodel, autocast=False):
             codes = [self.vqmodel.encode(v[None].to(self.device, self.vqmodel.dtype)).tokens.cpu() for v in volumes]
         return torch.cat(codes)
@@ -217,7 +221,7 @@ class VQSamplingPipeline(DiffusionPipeline):
         return volumes.masked_fill(volumes < BACKGROUND_CEILING, 0)
 
     def check_callback_inputs(self, names: Sequence[str]) -> None:
-        """Refuse names that are no tensors of the loop.
+        """Refuse names that are not tensors of the loop.
 
         Raises:
             ValueError: an unknown name.
@@ -244,7 +248,7 @@ class VQSamplingPipeline(DiffusionPipeline):
         Args:
             tokens, masked: (B, K, d, h, w), int64 and bool.
             num_inference_steps, temperature, selection: see ``AbsorbingScheduler.set_timesteps``.
-            generator: one (whose samples come out as in turn on their own), one a sample, or None.
+            generator: one (its samples are the same as if they were drawn one after another), one per sample, or None.
             callback, callback_tensor_inputs: see :data:`StepCallback`.
 
         Returns:

@@ -58,11 +58,12 @@ class BinaryVQPipeline(VQSamplingPipeline):
 
         Args:
             batch_size: how many.
-            num_inference_steps: steps that share the tokens evenly; more than there are tokens make no difference.
-            temperature: of the draws; 0 takes the likeliest, None the scheduler's.
-            generator: one (its volumes come out as in turn on their own), or a list of one a volume.
+            num_inference_steps: steps that share the tokens evenly; more steps than tokens make no difference.
+            temperature: temperature of the draws; 0 takes the likeliest token, None the scheduler's temperature.
+            generator: one (its volumes are the same as if they were made one after another), or a list with one per
+                volume.
             grid_size: token positions (d, h, w); None takes what the transformer was trained on.
-            output_type: "pt", "np", or "tokens" to decode nothing.
+            output_type: "pt", "np", or "tokens" to skip decoding.
             callback_on_step_end: called with (pipeline, step, timestep, {"tokens": ...}) after each step; a dictionary
                 that it returns replaces the tokens.
             callback_on_step_end_tensor_inputs: what that dictionary holds.
@@ -72,7 +73,7 @@ class BinaryVQPipeline(VQSamplingPipeline):
             Volumes on the CPU and their tokens.
 
         Raises:
-            ValueError: an argument out of range, or as many generators as volumes are not there.
+            ValueError: an argument is out of range, or the number of generators differs from that of the volumes.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -100,17 +101,17 @@ class BinaryVQPipeline(VQSamplingPipeline):
 
     @torch.no_grad()
     def elbo(self, volumes: Tensor, *, num_samples: int = 16, generator: torch.Generator | None = None) -> Tensor:
-        """Upper bound of how many bits a volume's tokens take: the negative evidence lower bound of the diffusion.
+        """Upper bound of the bits that a volume's tokens take: the negative evidence lower bound of the diffusion.
 
         Times of masking are spread evenly over 1 ... T; each gives one mask.
 
         Args:
             volumes: scaled volumes (B, 1, D, H, W), or their tokens (B, K, d, h, w) as integers.
-            num_samples: times for each volume; the error of the estimate falls with it.
-            generator: of the masks and times.
+            num_samples: number of times for each volume; the error of the estimate decreases with it.
+            generator: random generator of the masks and times.
 
         Returns:
-            (B,) bits for each token position, all K entries together; without any knowledge K * log2(V).
+            (B,) bits for each token position, all K entries together. A model without any knowledge has K * log2(V).
         """
         from hf_binaryformer.modeling.vq_transformer import elbo_loss
 

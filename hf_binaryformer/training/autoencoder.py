@@ -1,10 +1,10 @@
 """accelerate launch -m hf_binaryformer.training.autoencoder --recipe brain-small --data data/brain --output runs/vqae
 
 In a clone: ``scripts/train_vqae.py``. Trains the vector-quantised autoencoder on crops of volumes and writes it to
-``<output>/vqmodel``, beside the PSNR of its reconstructions of whole volumes of the validation split. Data: folders of
-``binaryformer prepare`` or any folder of NIfTI files; further ``--data`` are mixed in by the shares in the recipe. Every
-default stands in ``recipes/vq`` beside this module; ``--set vqae.iterations=100`` overrides one. With ``--resume`` a run
-goes on from its newest checkpoint.
+``<output>/vqmodel``. The PSNR of its reconstructions of whole volumes of the validation split is written beside it.
+Data are folders of ``binaryformer prepare`` or any folder of NIfTI files. Further ``--data`` folders are mixed in with
+the shares in the recipe. All defaults are in ``recipes/vq`` beside this module; ``--set vqae.iterations=100`` overrides
+one. With ``--resume`` a run continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_sources(recipe: dict[str, Any], folders: list[Path], split: str, show: 
 
 
 def untrained_slice_loss() -> SliceLoss:
-    """A perceptual loss of VGG16's size that has learned nothing."""
+    """A perceptual loss of VGG16's size with untrained weights."""
     from torchvision.models import vgg16
 
     features = vgg16(weights=None).features.requires_grad_(False)
@@ -77,12 +77,12 @@ def untrained_slice_loss() -> SliceLoss:
 def build_task(
     recipe: dict[str, Any], folders: list[Path], held_out: list[np.ndarray], accelerator: Accelerator
 ) -> Task:
-    """What is trained, and validated on scaled volumes; without folders on a volume of noise, for a dry run."""
+    """The training task, validated on scaled volumes; without folders it uses a volume of noise, for a dry run."""
     train = recipe["vqae"]
     model = BinaryVQModel(**recipe["vqmodel"])
     perceptual = None
     if train["perceptual_loss"] != "none":
-        # Untrained weights, as large as the paper's, serve a dry run.
+        # A dry run uses untrained weights that are as large as the paper's.
         kind = train["perceptual_loss"] if folders else untrained_slice_loss()
         perceptual = PerceptualLoss(kind).to(accelerator.device)
     if folders:
@@ -158,8 +158,8 @@ def main(
     """Train, save, evaluate."""
     settings = load_recipe(recipe, overrides or [], VQ_RECIPES, "vqae")
     if settings["vqae"]["accumulation"] != 1 or settings["vqae"]["ema_decay"]:
-        # Codebooks follow every batch that the encoder makes: they would do so several times an iteration, or leave averaged
-        # weights behind.
+        # Codebooks are updated by every batch of the encoder. With accumulation this would happen several times per
+        # iteration; averaged weights would not match the updated codebooks.
         raise typer.BadParameter("the autoencoder's codebooks need accumulation 1 and ema_decay 0")
     if dry_run:
         settings["vqae"]["quantize_after"] = 0
@@ -177,7 +177,7 @@ def main(
     run(task, settings["vqae"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return
-    # Half-precision files still load as float32, and the codebooks stay float32 in them too.
+    # Half-precision files still load as float32. The codebooks are float32 even in these files.
     model = nn.Module.to(task.model, getattr(torch, settings["vqae"]["save_dtype"]))
     model.save_pretrained(output / "vqmodel")
     write_summary(settings, "vqae", output, accelerator.device)

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-# The frame of every card, and the words of those that a training writes.
+# The template of every card, and the texts of the cards that a training writes.
 TEMPLATES = Path(__file__).parent / "card_templates"
 INPAINTING_METRICS = {
     "psnr_hole": ("PSNR hole", ".2f"),
@@ -23,7 +23,10 @@ INPAINTING_METRICS = {
 
 
 def dice_table(results: dict[str, Any]) -> str:
-    """Markdown table of the ``results.json`` of a segmentation: a row a label, a column a method; n/a: no volume has it."""
+    """Markdown table of the ``results.json`` of a segmentation, with one row per label and one column per method.
+
+    n/a means that no volume has the label.
+    """
     methods = results["rows"]
     lines = ["| label | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
     for label in next(iter(methods.values()))["labels"]:
@@ -36,7 +39,10 @@ def dice_table(results: dict[str, Any]) -> str:
 
 
 def inpainting_table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown table of an evaluation of inpainting: a row a fill; the standard deviation where there are several numbers."""
+    """Markdown table of an evaluation of inpainting, with one row per fill.
+
+    The standard deviation is given where there are several numbers.
+    """
     lines = [
         "| fill | " + " | ".join(title for title, _ in INPAINTING_METRICS.values()) + " |",
         "| --- |" + " ---: |" * len(INPAINTING_METRICS),
@@ -51,10 +57,10 @@ def inpainting_table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def checkpoint_card(name: str, folder: Path) -> ModelCard:
-    """The card of a published checkpoint: the words of ``folder/<name>.yaml``, the records of ``folder/evidence/<name>/``.
+    """The card of a published checkpoint: texts from ``folder/<name>.yaml``, records from ``folder/evidence/<name>/``.
 
     Raises:
-        jinja2.UndefinedError: the words name a figure that no record holds.
+        jinja2.UndefinedError: the texts name a figure that no record holds.
     """
     words = yaml.safe_load((folder / f"{name}.yaml").read_text())
     records = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "evidence" / name).glob("*.json"))}
@@ -69,7 +75,7 @@ def render_card(name: str, words: dict[str, Any], records: dict[str, Any], licen
         words: ``task``, ``tags``, ``sections`` of the template, and ``metrics`` of the front matter; their texts may name
             records as ``{{ record.key }}``. A metric whose value is an empty text is left out.
         records: what the texts may name, tables included.
-        licence: of the weights, as the Hub spells it; None: the card's front matter gives none.
+        licence: licence of the weights, as the Hub spells it; None: the card's front matter gives none.
 
     Raises:
         jinja2.UndefinedError: the words name a figure that no record holds.

@@ -17,24 +17,24 @@ from accelerate import Accelerator
 
 from hf_binaryformer.data.hashing import file_hash
 
-# Written last: names every file of a checkpoint with its hash.
+# Written last: lists every file of a checkpoint with its hash.
 MANIFEST = "files.json"
 PARTIAL = ".partial"
-# The weights of the best validation, beside the checkpoints, and in their metadata what it gave.
+# The weights of the best validation, beside the checkpoints, and the key of its figures in their metadata.
 BEST_WEIGHTS, VALIDATION = "best.safetensors", "validation"
 FOLDER = "checkpoints"
 
 
 class Progress:
-    """What a training knows of itself beside weights and optimizer; travels with the checkpoints.
+    """The state of a training apart from weights and optimizer; it is saved in the checkpoints.
 
     Attributes:
-        step: iterations that are done.
-        seconds: how long they took.
+        step: number of finished iterations.
+        seconds: time that they took.
         best: the best validation so far.
-        name: of the run, for trackers that go on with it.
-        sums: of the losses since the last record of the log.
-        parts: how many of each are in them.
+        name: name of the run, with which trackers continue it.
+        sums: sums of the losses since the last record of the log.
+        parts: number of values in each sum.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Progress:
 class Checkpoints:
     """The folder ``output/checkpoints``, with one folder ``step_<number>`` for each checkpoint.
 
-    A checkpoint is written beside its place and renamed when it is whole, so that a process killed meanwhile leaves none
-    that is half there.
+    A checkpoint is written under a temporary name and renamed when it is complete. A process that is killed meanwhile
+    therefore leaves no incomplete checkpoint.
 
     Args:
-        accelerator: whose state is saved: network, optimizer, random numbers, and what was registered with it.
+        accelerator: its state is saved: network, optimizer, random-number state, and everything registered with it.
         output: folder of the run.
-        kept: number of checkpoints that stay, the newest.
+        kept: number of checkpoints to keep; older ones are deleted.
     """
 
     def __init__(self, accelerator: Accelerator, output: Path, kept: int) -> None:
@@ -85,16 +85,16 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
             there = checkpoints_of(self._output)
-            damaged = [old for old in there if old.name > place.name]  # which `restore` passed over
+            damaged = [old for old in there if old.name > place.name]  # skipped by `restore`
             for old in damaged + there[len(damaged) + self._kept :]:
                 shutil.rmtree(old)
         self._accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Load the newest checkpoint that is as it was written; a warning names those passed over.
+        """Load the newest checkpoint that is not damaged; a warning names those that are skipped.
 
         Raises:
-            FileNotFoundError: there is none; says which are damaged.
+            FileNotFoundError: there is none; the message names the damaged ones.
         """
         passed = checkpoints_of(self._output)
         for checkpoint in passed:
@@ -123,12 +123,12 @@ def refuse_other_run(output: Path) -> None:
 
 
 def checkpoints_of(output: Path) -> list[Path]:
-    """All checkpoints of a run, whole or not, the newest first."""
+    """All checkpoints of a run, complete or not, the newest first."""
     return sorted((p for p in (output / FOLDER).glob("step_*") if p.suffix != PARTIAL), reverse=True)
 
 
 def find_damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, in words; empty if they are as they were written."""
+    """Describe the damage to a checkpoint's files; the text is empty if they are as they were written."""
     try:
         hashes = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -143,7 +143,10 @@ def find_damage(checkpoint: Path) -> str:
 
 
 class Interruption:
-    """Within it Ctrl-C (and SIGTERM) only sets ``asked``, so that the iteration ends and is saved; a second one stops at once."""
+    """Context in which Ctrl-C (and SIGTERM) only sets ``asked``, so that the current iteration ends and is saved.
+
+    A second signal stops the program at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,10 +1,10 @@
 """accelerate launch -m hf_binaryformer.training.classification --recipe mnist-pixels --data D --output runs/pixels
 
-In a clone: ``scripts/train_pixels.py``. Trains a classifier whose tokens are the single pixels of small images, each with
-its two coordinates (paper Appendix B, Table 2), on the published files of MNIST, Fashion-MNIST or CIFAR-10 (binary
-version). Every default stands in ``recipes/pixels/<recipe>.yaml`` beside this module; ``--set train.iterations=100``
-overrides one. With ``--resume`` a run goes on from its newest checkpoint, and ends with the weights that it would have
-had without the stop.
+In a clone: ``scripts/train_pixels.py``. Trains a classifier on the published files of MNIST, Fashion-MNIST or CIFAR-10
+(binary version). Its tokens are the single pixels of small images, each with its two coordinates (paper Appendix B,
+Table 2). All defaults are in ``recipes/pixels/<recipe>.yaml`` beside this module; ``--set train.iterations=100``
+overrides one. With ``--resume`` a run continues from its newest checkpoint. It ends with the same weights as a run
+without the interruption.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def accuracy(
 def build_task(
     recipe: dict[str, Any], splits: dict[str, tuple[np.ndarray, np.ndarray]] | None, accelerator: Accelerator
 ) -> Task:
-    """What is trained; without splits on random images, for a dry run."""
+    """The training task; without splits it uses random images, for a dry run."""
     train, data = recipe["train"], recipe["data"]
     count = train["iterations"] * train["batch_size"]
     samples: Dataset
@@ -96,7 +96,7 @@ def build_task(
 
 
 def build_processor(data: dict[str, Any], channels: int) -> ViTImageProcessor:
-    """Images as files or arrays of bytes to what :func:`pixels.scale` makes of them."""
+    """An image processor that scales images (files or arrays of bytes) as :func:`pixels.scale` does."""
     return ViTImageProcessor(do_resize=False, image_mean=[data["mean"]] * channels, image_std=[data["std"]] * channels)
 
 

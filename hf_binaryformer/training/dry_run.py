@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from hf_binaryformer.training.loop import Task, run, start
 from hf_binaryformer.training.run_log import read_log
 
-# The first step also sets things up: the second one's time is what a step costs.
+# The first step includes setup; the time of the second one is the cost of a step.
 STEPS = 2
 
 
@@ -26,8 +26,8 @@ class RandomSamples(Dataset):
     """Images of noise with random labels.
 
     Args:
-        image_shape: of "pixel_values", (C, H, W) float32, about normal.
-        label_shape: of "labels", int64; () for one label an image.
+        image_shape: shape (C, H, W) of "pixel_values", float32, normally distributed.
+        label_shape: shape of "labels", int64; () for one label per image.
         classes: labels are 0 ... classes - 1.
         length: number of samples.
     """
@@ -49,11 +49,11 @@ class RandomSamples(Dataset):
 def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> None:
     """Train :data:`STEPS` steps in a temporary folder and print a line of JSON.
 
-    Its keys: parameters, batch_size, processes, device, mixed_precision, losses (one a step), seconds_per_step,
-    peak_gib (of this process: on the GPU if there is one, else all of its memory).
+    Its keys: parameters, batch_size, processes, device, mixed_precision, losses (one per step), seconds_per_step,
+    peak_gib (peak memory of this process: on the GPU if there is one, otherwise all of its memory).
 
     Args:
-        train: the recipe's section; it is shortened in place.
+        train: the recipe's section; it is changed in place to the shortened training.
         build: makes the task, on random data.
     """
     train |= {"iterations": STEPS, "log_every": 1, "trackers": []}

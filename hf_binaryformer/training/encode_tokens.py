@@ -2,8 +2,8 @@
 
 In a clone: ``scripts/encode_tokens.py``. Turns the volumes of a folder into tokens for :mod:`.sampler`:
 ``<output>/<split>.safetensors`` for each split that has volumes, with one tensor ``tokens`` uint8 (n, num_codebooks, d,
-h, w). The training split holds ``data.token_copies`` of each volume: the first as inference would place it on the grid,
-the others mirrored, shifted and brightened at random.
+h, w). The training split holds ``data.token_copies`` copies of each volume. The first copy is placed on the grid as in
+inference; the others are mirrored, shifted and scaled in brightness at random.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_binaryformer.training.recipes import VQ_RECIPES, load_recipe
 
 
 def placed_copy(volume: np.ndarray, data: dict[str, Any], rng: np.random.Generator | None) -> np.ndarray:
-    """A scaled volume on the recipe's grid, float32; augmented where random numbers are given."""
+    """A scaled volume on the recipe's grid, float32; augmented if a random generator is given."""
     placed, _ = place_on_grid(volume.astype(np.float32), data["volume_shape"])
     if rng is None:
         return placed
@@ -66,7 +66,7 @@ def main(
     model = BinaryVQModel.from_pretrained(vqmodel).eval().to(device)
     if model.config.codebook_size > 2**8:
         raise typer.BadParameter(f"codebook_size is {model.config.codebook_size}; uint8 holds tokens of at most 256")
-    # Volumes are scaled as the autoencoder was trained, whatever the recipe says now.
+    # Volumes are scaled as in the autoencoder's training, even if the recipe now says otherwise.
     settings["vqmodel"] = {key: model.config[key] for key in ("spacing", "percentiles", "intensity_ceiling")}
     seed, fraction = settings["vqae"]["seed"], settings["data"]["validation_fraction"]
     output.mkdir(parents=True, exist_ok=True)
@@ -80,13 +80,13 @@ def main(
         tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
         written[split] = output / f"{split}.safetensors.partial"
         save_file({"tokens": torch.cat(tokens)}, written[split])
-    # All at the end: no split of this autoencoder beside one of another.
+    # All files are replaced together at the end, so that splits of different autoencoders are never mixed.
     for split in SPLITS:
         (output / f"{split}.safetensors").unlink(missing_ok=True)
     for split, partial in written.items():
         os.replace(partial, output / f"{split}.safetensors")
     if (data / "manifest.json").is_file():
-        # What a card of networks trained on these tokens has to name.
+        # The cards of networks trained on these tokens have to name this source.
         stated = json.loads((data / "manifest.json").read_text())
         source = {key: stated[key] for key in ("name", "source", "licence") if key in stated}
         (output / "manifest.json").write_text(json.dumps(source, indent=1) + "\n")

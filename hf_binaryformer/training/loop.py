@@ -1,7 +1,7 @@
 """The one training loop.
 
-A training says what is trained on what (:class:`Task`); iterations, accumulation, averaging, validation, checkpoints,
-resuming, trackers and interruptions are here.
+Each training script defines a :class:`Task`: the network, its data and its losses. Iterations, accumulation, averaging,
+validation, checkpoints, resuming, trackers and interruptions are here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_binaryformer.training.checkpoints import (
 from hf_binaryformer.training.optimization import rate_factor
 from hf_binaryformer.training.run_log import Log, to_json
 
-# Apart, so that no two (seed, iteration) share their random numbers.
+# Distance between the seeds of iterations, so that no two pairs (seed, iteration) share their random numbers.
 SEED_STRIDE = 1_000_003
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
@@ -51,13 +51,13 @@ class Task:
 
     Args:
         model: the network; after :func:`run` it holds the weights to save.
-        optimizer: of its parameters.
-        batches: ``batches(first)`` yields this process's batches from iteration ``first`` on, ``accumulation`` of them for
-            each iteration; what they hold depends on the seed and the iteration alone.
-        losses: of the prepared network on a batch at a step; "loss" is minimised, all are logged.
-        validate: figures on held-out data, of the network as it stands; called on the main process.
-        figures: their names.
-        measures: further figures for the log, called when it is written.
+        optimizer: optimizer of the network's parameters.
+        batches: ``batches(first)`` yields this process's batches from iteration ``first`` on, ``accumulation`` of them
+            for each iteration. Their content depends only on the seed and the iteration.
+        losses: losses of the prepared network on a batch at a step; "loss" is minimised, all are logged.
+        validate: figures of the current network on held-out data; called on the main process.
+        figures: names of the validation figures.
+        measures: further figures for the log; called when a record is written.
     """
 
     model: Any
@@ -70,16 +70,17 @@ class Task:
 
 
 def start(train: dict[str, Any], output: Path | None) -> Accelerator:
-    """Check a training's settings, seed, and set up Accelerate.
+    """Check a training's settings, set the random seed, and set up Accelerate.
 
     Args:
-        train: the recipe's section, with its defaults; names of trackers become a list, and a type of numbers a word.
+        train: the recipe's section with its defaults. It is changed in place: a tracker's name becomes a list, and a
+            missing ``mixed_precision`` becomes "no".
         output: folder of the run; None: there is none.
 
     Raises:
-        typer.BadParameter: a batch that the processes and accumulation do not divide, a tracker that is not installed, no
-            such schedule or type of numbers, no checkpoint to keep, best weights without validation, or weights split over
-            processes (FSDP) with what needs them whole.
+        typer.BadParameter: the batch size is not divisible by processes times accumulation; a tracker is not installed;
+            the schedule or number format is unknown; no checkpoint would be kept; best weights are wanted without
+            validation; or weights are split over processes (FSDP) although a setting needs them whole.
     """
     if train["best_by"] and not train["validate_every"]:
         raise typer.BadParameter(
@@ -91,7 +92,7 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         raise typer.BadParameter(f"schedule is '{train['schedule']}', expected cosine or step")
     if train["checkpoints_kept"] < 1:
         raise typer.BadParameter(f"checkpoints_kept is {train['checkpoints_kept']}, expected at least 1")
-    train["mixed_precision"] = train["mixed_precision"] or "no"  # which YAML takes for false
+    train["mixed_precision"] = train["mixed_precision"] or "no"  # YAML reads the word no as false
     if isinstance(train["trackers"], str):
         train["trackers"] = [train["trackers"]]
     installed = [tracker.value for tracker in get_available_trackers()]
@@ -119,7 +120,7 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
 def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerator, first: int) -> Iterator[Any]:
     """Batches of numbered samples for :attr:`Task.batches`.
 
-    Process r of P takes samples r, r + P, ... of each batch, so that P processes together see one process's batches.
+    Process r of P takes samples r, r + P, ... of each batch, so that P processes together see the same batches as one.
     """
     assert isinstance(samples, Sized)
     numbers = range(first * train["batch_size"] + accelerator.process_index, len(samples), accelerator.num_processes)
@@ -130,14 +131,17 @@ def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerat
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C, and SIGTERM of launchers and schedulers, reach all processes of a run: the one that trains has to end first."""
+    """Ignore Ctrl-C, and SIGTERM from launchers and schedulers, in a data worker.
+
+    These signals reach all processes of a run, and the training process must end first.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
 class Training:
-    """A task that Accelerate has prepared, and what goes on with it from iteration to iteration."""
+    """A task that Accelerate has prepared, and the state that changes from iteration to iteration."""
 
     model: Any
     optimizer: Any
@@ -146,34 +150,34 @@ class Training:
     progress: Progress
     checkpoints: Checkpoints
     log: Log
-    # Of a network that is split over processes (FSDP): takes its weights in the end.
+    # For a network that is split over processes (FSDP): receives its whole weights at the end.
     whole: nn.Module | None
 
 
 class LossSums:
-    """Losses since the last whole record of the log: their means go there, they themselves into checkpoints."""
+    """Sums of the losses since the last regular log record; their means go to the log, the sums into checkpoints."""
 
     def __init__(self, accelerator: Accelerator, progress: Progress) -> None:
         self._accelerator, self._progress = accelerator, progress
         self._sums = torch.tensor(progress.sums, device=accelerator.device) if progress.parts else None
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Those of one backward pass."""
+        """Add the losses of one backward pass."""
         values = torch.stack([value.detach().float() for value in losses.values()])
         self._sums = values if self._sums is None else self._sums + values
         self._progress.parts += 1
 
     def means(self) -> list[float]:
-        """Over passes and processes."""
+        """Mean losses over passes and processes."""
         assert self._sums is not None
         return self._accelerator.reduce(self._sums / self._progress.parts, "mean").tolist()
 
     def clear(self) -> None:
-        """Start anew."""
+        """Reset the sums."""
         self._sums, self._progress.parts = None, 0
 
     def keep(self) -> None:
-        """Put them where checkpoints find them."""
+        """Copy the sums to the progress, which checkpoints save."""
         if self._sums is not None:
             self._sums = self._accelerator.reduce(self._sums, "mean")
         self._progress.sums = [] if self._sums is None else self._sums.tolist()
@@ -187,14 +191,14 @@ def run(
     Args:
         task: what is trained.
         train: the recipe's section; :func:`start` has filled in its defaults.
-        accelerator: of :func:`start`.
+        accelerator: from :func:`start`.
         output: folder for checkpoints and log.
-        resume: go on from the newest checkpoint in ``output``.
-        stop_after: end after this iteration as if it were the last; a run that is resumed goes on from there.
+        resume: continue from the newest checkpoint in ``output``.
+        stop_after: end after this iteration as if it were the last; a resumed run continues from there.
 
     Raises:
-        typer.BadParameter: not resumed, but ``output`` holds checkpoints; no validation gives what chooses the best; or the
-            network has no gradient checkpointing.
+        typer.BadParameter: the run is not resumed, but ``output`` holds checkpoints; validation does not give the
+            figure that chooses the best weights; or the network has no gradient checkpointing.
         ArithmeticError: no validation gave a finite figure to choose the best by.
         typer.Exit: the run was interrupted by Ctrl-C or SIGTERM, and saved.
     """
@@ -205,7 +209,7 @@ def run(
     bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
     with Interruption() as interruption:
         while progress.step < last:
-            # What a step draws depends on its number and the process alone, so that a resumed run repeats it.
+            # A step's random numbers depend only on its number and the process, so that a resumed run repeats them.
             torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
             for part in range(train["accumulation"]):
                 batch = send_to_device(next(batches), accelerator.device)
@@ -227,7 +231,7 @@ def run(
             validates = task.validate is not None and due(progress.step, train["validate_every"], last)
             if ends or validates or record_is_due(progress.step, task, train):
                 record = record_of(training, task, dict(zip(losses, sums.means(), strict=True)), accelerator)
-                # An early end does not take losses away from the next record of a run that goes on.
+                # After an early end the sums are kept, so that the next record of the resumed run includes them.
                 if record_is_due(progress.step, task, train):
                     sums.clear()
                 if validates:
@@ -245,7 +249,7 @@ def run(
 
 
 def prepare(task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, resume: bool) -> Training:
-    """Set up all that a run needs, from its newest checkpoint where it is resumed; arguments as those of :func:`run`."""
+    """Set up everything that a run needs, from its newest checkpoint if it is resumed; arguments as in :func:`run`."""
     if train["best_by"] and train["best_by"].lstrip("-") not in task.figures:
         raise typer.BadParameter(f"best_by is '{train['best_by']}'; validation gives {', '.join(task.figures)}")
     if train["gradient_checkpointing"]:
@@ -266,7 +270,7 @@ def prepare(task: Task, train: dict[str, Any], accelerator: Accelerator, output:
         checkpoints.restore()
     else:
         refuse_other_run(output)
-    if average:  # only now, as a checkpoint's are in the memory of the CPU
+    if average:  # only now, because averages from a checkpoint are on the CPU
         average.to(accelerator.device)
     log = Log(accelerator, output, progress)
     if train["trackers"]:
@@ -275,7 +279,7 @@ def prepare(task: Task, train: dict[str, Any], accelerator: Accelerator, output:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """By transformers' or by diffusers' name for it.
+    """Enable gradient checkpointing by transformers' or diffusers' method.
 
     Raises:
         typer.BadParameter: the network has none.
@@ -287,7 +291,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
 
 
 def start_trackers(train: dict[str, Any], accelerator: Accelerator, output: Path, progress: Progress) -> None:
-    """A resumed run goes on in the trackers too, which may have seen more of it than its checkpoint."""
+    """Start the trackers; those of a resumed run continue, although they may be ahead of its checkpoint."""
     config = {k: v for k, v in train.items() if isinstance(v, (int, float, str))}
     same = {
         "tensorboard": {"purge_step": progress.step + 1},
@@ -298,20 +302,20 @@ def start_trackers(train: dict[str, Any], accelerator: Accelerator, output: Path
 
 
 def anywhere(asked: bool, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop: all stop together."""
+    """Whether any process was asked to stop; then all processes stop together."""
     if accelerator.num_processes > 1:
         return accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item() > 0
     return asked
 
 
 def record_is_due(step: int, task: Task, train: dict[str, Any]) -> bool:
-    """Whether a run that is not stopped early logs after this iteration."""
+    """Whether a log record is due after this iteration, apart from those at an early stop."""
     validation_every = train["validate_every"] if task.validate else None
     return any(due(step, every, train["iterations"]) for every in (train["log_every"], validation_every))
 
 
 def record_of(training: Training, task: Task, losses: dict[str, float], accelerator: Accelerator) -> dict[str, Any]:
-    """What the log says of an iteration, but for validation."""
+    """The log record of an iteration, without validation figures."""
     return {
         "step": training.progress.step,
         **losses,
@@ -324,10 +328,10 @@ def record_of(training: Training, task: Task, losses: dict[str, float], accelera
 def finish(
     training: Training, task: Task, train: dict[str, Any], accelerator: Accelerator, output: Path, interrupted: bool
 ) -> None:
-    """Leave the weights to save in ``task.model``: the last, the averaged, or the best; ends the program after Ctrl-C."""
+    """Put the weights to save (last, averaged or best) into ``task.model``; end the program after Ctrl-C."""
     if training.whole is not None:
         task.model = gather(training.model, training.whole).to(accelerator.device)
-    # No process leaves while another still talks to it, and none with the process group open: that can abort at exit.
+    # Processes wait for each other and close the process group: leaving earlier can abort them at exit.
     accelerator.wait_for_everyone()
     accelerator.end_training()
     progress = training.progress
@@ -347,12 +351,12 @@ def finish(
 
 
 def due(step: int, every: int | None, last: int) -> bool:
-    """Whether what happens after each ``every`` iterations (None, 0: never), and in the end, happens now."""
+    """Whether an event that occurs every ``every`` iterations (None, 0: never) and at the end occurs now."""
     return (step % every == 0 or step == last) if every else False
 
 
 def gather(model: nn.Module, whole: nn.Module) -> nn.Module:
-    """The weights of a network that is split over processes (FSDP), in ``whole`` on the main process; all must call this."""
+    """Load the weights of a network split over processes (FSDP) into ``whole`` on the main process; all call this."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if weights:
         whole.load_state_dict(weights)
@@ -367,7 +371,7 @@ def validate(
     output: Path,
     progress: Progress,
 ) -> dict[str, float]:
-    """Figures of the averaged weights, which are kept if they are the best so far; {} on all but the main process."""
+    """Figures of the averaged weights, which are saved if they are the best so far; {} on all but the main process."""
     figures: dict[str, float] = {}
     if accelerator.is_main_process:
         assert task.validate

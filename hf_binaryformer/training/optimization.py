@@ -23,11 +23,12 @@ def rate_factor(step: int, train: dict[str, Any]) -> float:
 
 
 def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; the weight networks theta and the learned scales have rates of their own, and vectors do not decay.
+    """AdamW; the weight networks theta and the learned scales have learning rates of their own; vectors do not decay.
 
-    With ``freeze_query_key`` the projections to queries and keys stay as they were drawn: a control of what attention learns.
+    With ``freeze_query_key`` the projections to queries and keys keep their random initial values. This is a control
+    for what attention learns.
     """
-    frozen = train.get("freeze_query_key")  # which a network without attention does not have
+    frozen = train.get("freeze_query_key")  # recipes of networks without attention do not have this setting
     if frozen:
         for attention in attention_modules(model):
             for parameter in attention.qkv.parameters():

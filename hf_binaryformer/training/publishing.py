@@ -1,7 +1,7 @@
 """python -m hf_binaryformer.training.publishing runs/hippocampus/model namespace/name
 
 In a clone: ``scripts/publish.py``. Uploads a finished checkpoint and the card in its folder to the Hub, in one commit.
-The training scripts do so themselves with ``--push-to-hub namespace/name``; this is for a push that failed then.
+The training scripts do so themselves with ``--push-to-hub namespace/name``; this program is for a push that failed.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from hf_binaryformer import __version__
 from hf_binaryformer.training.cards import TEMPLATES, render_card
 from hf_binaryformer.training.recipes import KEPT
 
-# Nothing else of a folder is uploaded; within folders too.
+# Only these files of a folder and its subfolders are uploaded.
 PUBLISHED = ("README.md", "*.json", "*.safetensors")
 UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
 
 
 def check_target(repo_id: str | None, private: bool, stop_after: int | None = None) -> None:
-    """Make sure before the training that its result can be pushed after it; the repository is created if need be.
+    """Check before the training that its result can be pushed afterwards; create the repository if needed.
 
     Args:
-        repo_id: "namespace/name"; None: nothing will be pushed, and nothing is asked.
-        private: the repository is to be a private one.
+        repo_id: "namespace/name"; None: nothing will be pushed, and the Hub is not contacted.
+        private: the repository must be private.
         stop_after: the iteration after which the training ends early, if it does.
 
     Raises:
-        typer.BadParameter: the training will not be finished, no such name can be, no valid token, no right to write there,
-            no connection, or the repository is public although ``private`` was asked for.
+        typer.BadParameter: the training will not be finished, the name is invalid, there is no valid token, no
+            permission to write or no connection, or the repository is public although ``private`` is set.
     """
     if repo_id is None:
         if private:
@@ -57,13 +57,13 @@ def check_target(repo_id: str | None, private: bool, stop_after: int | None = No
     api = HfApi()
     try:
         api.whoami()
-        # Not "public" if not private: an organisation may have another default.
+        # If private is False, the default applies and not "public": an organisation may have another default.
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         is_public = not api.model_info(repo_id).private
-        # create_repo is content with a repository that exists and is someone else's. Older releases cannot ask.
+        # create_repo accepts an existing repository of someone else. Older releases cannot check for write permission.
         if "write" in inspect.signature(api.auth_check).parameters:
             api.auth_check(repo_id, write=True)
-    # The network's errors have no common class over the releases of huggingface_hub.
+    # Network errors have no common class across the releases of huggingface_hub.
     except Exception as error:
         raise typer.BadParameter(
             f"cannot push to '{repo_id}' ({explain(error)}): log in with `hf auth login` or set HF_TOKEN to a token that may "
@@ -74,14 +74,14 @@ def check_target(repo_id: str | None, private: bool, stop_after: int | None = No
 
 
 def explain(error: BaseException) -> str:
-    """An error's class and the first line of its message that says something, and then the same of what caused it."""
+    """An error's class and the first line of its message that is not blank, then the same for its cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"{said} <- {explain(error.__cause__)}" if error.__cause__ else said
 
 
 def published_files(folder: Path) -> dict[str, Path]:
-    """What of a folder is uploaded, by its name in the repository.
+    """The files of a folder that are uploaded, by their name in the repository.
 
     Raises:
         typer.BadParameter: the folder holds no checkpoint in safetensors.
@@ -94,10 +94,10 @@ def published_files(folder: Path) -> dict[str, Path]:
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Upload a checkpoint's folder in one commit, after which the repository holds this checkpoint and no other.
+    """Upload a checkpoint's folder in one commit; afterwards the repository holds this checkpoint and no other.
 
-    Configurations and weights of an earlier push that have no successor are deleted in that commit, since a pipeline's
-    files beside a model's would be loaded as the pipeline. Files of other kinds stay.
+    Configurations and weights of an earlier push that are not replaced are deleted in that commit. Otherwise a
+    pipeline's files beside a model's would be loaded as the pipeline. Files of other kinds stay.
 
     Returns:
         The commit's address.
@@ -127,21 +127,22 @@ def publish(
     """Write the card of a finished run into its checkpoint's folder, and push both; called on the main process alone.
 
     Args:
-        kind: "segmentation", "classification", "autoencoder", "transformer" or "pipeline", of ``card_templates/trained.yaml``.
-        folder: what ``save_pretrained`` wrote.
-        repo_id: "namespace/name", which :func:`check_target` has seen.
+        kind: "segmentation", "classification", "autoencoder", "transformer" or "pipeline", a kind in
+            ``card_templates/trained.yaml``.
+        folder: the folder that ``save_pretrained`` wrote.
+        repo_id: "namespace/name", already checked by :func:`check_target`.
         output: the run's folder, with ``recipe.yaml`` and ``training.json``.
         recipe: its name or path, as given on the command line.
         data: the folders that it was trained on.
-        results: of an evaluation, if there was one.
+        results: results of an evaluation, if there was one.
 
     Raises:
-        typer.Exit: the card or the upload failed; it was said where the checkpoint is and how to push it.
+        typer.Exit: the card or the upload failed; a message says where the checkpoint is and how to push it.
     """
     try:
         (folder / "README.md").write_text(card_text(kind, folder, repo_id, output, recipe, data, results))
         url = push(folder, repo_id)
-    # Whatever it was, hours of training end here: say where the result is.
+    # All errors are caught: after hours of training, the user must learn where the result is.
     except Exception as error:
         command = shlex.join(["python", "scripts/publish.py", str(folder), repo_id])
         typer.echo(f"publishing to '{repo_id}' failed ({explain(error)})", err=True)
@@ -159,7 +160,7 @@ def card_text(
     data: list[Path],
     results: dict[str, Any] | None,
 ) -> str:
-    """The card's text; arguments as those of :func:`publish`."""
+    """The card's text; arguments as in :func:`publish`."""
     words = yaml.safe_load((TEMPLATES / "trained.yaml").read_text())
     chosen = words["kinds"][kind]
     config = json.loads((folder / ("transformer" if kind == "pipeline" else "") / "config.json").read_text())
@@ -182,14 +183,14 @@ def card_text(
 
 
 def describe_source(folder: Path) -> dict[str, str]:
-    """Name and licence out of the manifest of a data folder, as far as it has them."""
+    """Name and licence from the manifest of a data folder, as far as it has them."""
     manifest = folder / "manifest.json"
     stated = json.loads(manifest.read_text()) if manifest.is_file() else {}
     return {key: str(stated.get(key) or unknown) for key, unknown in UNKNOWN_SOURCE.items()}
 
 
 def without_paths(value: Any) -> Any:
-    """Settings in which each path is cut down to its last part; Hub ids, which have one slash too, stay."""
+    """Settings with each path reduced to its last part; Hub ids, which also have one slash, are kept."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

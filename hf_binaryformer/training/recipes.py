@@ -22,40 +22,41 @@ from hf_binaryformer.training.checkpoints import refuse_other_run
 RECIPES = Path(__file__).parent / "recipes"
 VQ_RECIPES = RECIPES / "vq"
 PIXEL_RECIPES = RECIPES / "pixels"
-# What the section of a training need not say.
+# Defaults of a training's section, which a recipe may leave out.
 DEFAULTS: dict[str, Any] = {
-    "accumulation": 1,  # batches of batch_size / accumulation whose gradients are added up
-    "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last ones are
+    "accumulation": 1,  # number of batches, each of batch_size / accumulation, whose gradients are summed
+    "ema_decay": 0.0,  # of averaged weights, which are validated and saved; 0: the last weights are used
     "compile": False,
     "gradient_checkpointing": False,
     "trackers": [],  # tensorboard, trackio, wandb, ... by Accelerate
     "validate_every": None,  # iterations; None: never
     "best_by": None,  # validation figure that chooses the weights to save, "-name" where less is better; None: the last
-    "checkpoint_every": 1000,  # iterations, in the end and when interrupted; None: never
+    "checkpoint_every": 1000,  # iterations; also at the end and when interrupted; None: never
     "checkpoints_kept": 2,
     "workers": 0,
-    "betas": [0.9, 0.999],  # of AdamW ...
-    "epsilon": 1e-8,  # ... and what is added to its denominator
-    "decay_factor": 0.98,  # of the rate in the schedule "step" ...
-    "decay_every": 12,  # ... iterations
-    "save_dtype": "float32",  # of the weights that are saved in the end
+    "betas": [0.9, 0.999],  # of AdamW
+    "epsilon": 1e-8,  # of AdamW, added to the denominator
+    "decay_factor": 0.98,  # of the learning rate in the schedule "step"
+    "decay_every": 12,  # iterations between these decays
+    "save_dtype": "float32",  # of the weights that are saved at the end
 }
-# And what that of a network with attention need not.
+# Further defaults for a network with attention.
 ATTENTION_DEFAULTS: dict[str, Any] = {
     "freeze_query_key": False,
-    "log_scale_lr_scale": 10.0,  # of the rate: Adam moves a logarithm by no more than the rate in a step
+    "log_scale_lr_scale": 10.0,  # factor of the learning rate: in one step Adam moves a logarithm by at most the rate
 }
 TRAININGS = {"train": DEFAULTS | ATTENTION_DEFAULTS, "sampler": DEFAULTS | ATTENTION_DEFAULTS, "vqae": DEFAULTS}
-# What the other sections are made of; where its weights come from is finetune.py's.
+# Settings of the section ``model`` that say where its weights come from; finetune.py reads them.
 START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained"}
+# The classes that other sections describe.
 CLASSES = {
     "processor": BinaryFormerImageProcessor,
     "transformer": BinaryVQTransformer3DModel,
     "vqmodel": BinaryVQModel,
     "scheduler": AbsorbingScheduler,
 }
-# A resumed run may have these otherwise: they change what is seen of a training, not the training. (Those of the validation
-# may change which weights are the best.)
+# A resumed run may change these settings: they affect what is recorded of a training, not the training itself. (Those
+# of the validation may change which weights are the best.)
 FREE = {
     "workers",
     "trackers",
@@ -66,23 +67,24 @@ FREE = {
     "checkpoints_kept",
 }
 KEPT = "recipe.yaml"
-# Settings that had another name once: recipes and runs that have the old one still load.
+# Renamed settings: recipes and runs with the old name still load.
 RENAMED = {("data", "flip_axis"): "mirror_axis"}
 
 
 def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: str = "") -> dict[str, Any]:
     """A recipe by name or path, with ``section.key=value`` overrides (values as YAML) and the defaults of trainings.
 
-    A file with ``like: other`` takes from that recipe, in its folder, what it does not say itself.
+    A file with ``like: other`` takes the settings that it does not have itself from that recipe in the same folder.
 
     Args:
-        name: of a file in ``folder``, or a path that ends in .yaml.
-        overrides: what stands after --set.
-        folder: where recipes are.
-        part: one of several trainings that stand in a file: its name may be added, as in "oasis-vqae".
+        name: name of a file in ``folder``, or a path that ends in .yaml.
+        overrides: the values of --set.
+        folder: folder of the recipes.
+        part: one of several trainings in a file; its name may be added, as in "oasis-vqae".
 
     Raises:
-        typer.BadParameter: no such recipe, section or setting, or a section without settings; says which there are.
+        typer.BadParameter: no such recipe, section or setting, or a section without settings; the message lists those
+            that exist.
     """
     path = find_recipe(name, folder, part)
     recipe = read_recipe(path)
@@ -108,7 +110,7 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's file as it stands, with the names that settings have now."""
+    """The content of a recipe's file, with the current names of settings."""
     sections: dict[str, Any] = yaml.safe_load(path.read_text())
     for (section, old), new in RENAMED.items():
         fields = sections.get(section)
@@ -118,10 +120,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def find_recipe(name: str, folder: Path, part: str = "") -> Path:
-    """The file of a recipe; arguments as those of :func:`load_recipe`.
+    """The file of a recipe; arguments as in :func:`load_recipe`.
 
     Raises:
-        typer.BadParameter: there is none; says which there are.
+        typer.BadParameter: there is none; the message lists those that exist.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file() and part:
@@ -138,10 +140,10 @@ def known_recipes() -> list[str]:
 
 
 def trainings_of(name: str) -> list[str]:
-    """The trainings that a recipe is for, by the sections that it has: modules of :mod:`hf_binaryformer.training`.
+    """The trainings that a recipe is for, determined by its sections: modules of :mod:`hf_binaryformer.training`.
 
     Args:
-        name: of a recipe in any of the package's folders, or a path that ends in .yaml.
+        name: name of a recipe in any of the package's folders, or a path that ends in .yaml.
 
     Raises:
         typer.BadParameter: no such recipe, or one that describes no training.
@@ -165,7 +167,7 @@ def trainings_of(name: str) -> list[str]:
 
 
 def known_fields(section: str, given: dict[str, Any]) -> set[str]:
-    """Settings that a section may have: those of the class that it describes, or what the recipe has and the defaults."""
+    """Settings that a section may have: those of the class that it describes, or else the recipe's and the defaults."""
     if section == "model":
         return {field.name for field in dataclasses.fields(BinaryFormerConfig)} | START_FIELDS
     if section in CLASSES:
@@ -174,7 +176,7 @@ def known_fields(section: str, given: dict[str, Any]) -> set[str]:
 
 
 def parse(text: str) -> Any:
-    """A value as YAML reads it, and numbers like 1e-4 too, which YAML takes for words as they have no point."""
+    """A value as YAML reads it, but also numbers like 1e-4, which YAML reads as text because they have no point."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
         with suppress(ValueError):
@@ -183,16 +185,17 @@ def parse(text: str) -> Any:
 
 
 def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool) -> None:
-    """Write ``output/recipe.yaml``, or see that a resumed run goes on as it began.
+    """Write ``output/recipe.yaml``, or check that a resumed run has the same settings as at its start.
 
     Args:
-        recipe: of the run, with all defaults.
-        output: its folder.
-        resume: whether it has begun before.
-        writes: whether this process writes; it is the main one.
+        recipe: the run's recipe, with all defaults.
+        output: the run's folder.
+        resume: whether the run is resumed.
+        writes: whether this process is the main one, which writes.
 
     Raises:
-        typer.BadParameter: settings have changed; names them. Or it begins where another run has checkpoints.
+        typer.BadParameter: settings have changed (the message names them), or a new run starts in a folder where
+            another run has checkpoints.
     """
     path = output / KEPT
     if not resume:
@@ -215,5 +218,5 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe whose trainings leave nothing unsaid."""
+    """A recipe with all defaults of its trainings filled in."""
     return {section: TRAININGS.get(section, {}) | fields for section, fields in recipe.items()}

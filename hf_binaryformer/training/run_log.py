@@ -18,15 +18,15 @@ from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, VALIDATION, Progr
 
 
 class Log:
-    """``output/log.jsonl``, one record a line, and the trackers."""
+    """``output/log.jsonl``, one record per line, and the trackers."""
 
     def __init__(self, accelerator: Accelerator, output: Path, progress: Progress) -> None:
         self._accelerator, self._path, first = accelerator, output / "log.jsonl", progress.step
         self._started = time.perf_counter() - progress.seconds
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
-            # A run that was killed has logged more than its checkpoint knows, one that was stopped between two records
-            # the losses that its next one has again.
+            # Records are dropped that will be written again. A run that was killed has logged iterations after its
+            # checkpoint. A run that was stopped between two records has logged losses that its next record repeats.
             known = read_log(self._path) if self._path.is_file() and first else []
             end = first - 1 if progress.parts else first
             partial = self._path.with_suffix(".partial")
@@ -34,7 +34,7 @@ class Log:
             os.replace(partial, self._path)
 
     def seconds(self) -> float:
-        """Of training so far, in former starts too, as far as their checkpoints go."""
+        """Seconds of training so far, including earlier starts up to their checkpoints."""
         return time.perf_counter() - self._started
 
     def write(self, record: dict[str, Any]) -> None:
@@ -47,12 +47,12 @@ class Log:
 
 
 def to_json(record: dict[str, Any]) -> str:
-    """In one line, with null for what is not a number, which JSON has no word for."""
+    """One line of JSON, with null for NaN and infinite numbers, which JSON does not have."""
     return json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log; a last line that was cut short, as by a full disk, is none."""
+    """The records of a log; a truncated last line, for example after the disk was full, is skipped."""
     records = []
     for line in path.read_text().splitlines():
         with suppress(ValueError):
@@ -61,16 +61,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def save_model(model: Any, folder: Path, dtype: str) -> None:
-    """``save_pretrained`` with numbers of a type that the configuration does not have: files of halves load as float32."""
+    """Run ``save_pretrained`` with weights in a number format that the configuration does not name.
+
+    Half-precision files therefore still load as float32.
+    """
     kind = getattr(torch, dtype)
     rounded = {key: t.to(kind) if t.is_floating_point() else t for key, t in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=rounded)
 
 
 def write_summary(recipe: dict[str, Any], section: str, output: Path, device: torch.device) -> None:
-    """What a card says of the run, in ``output/training.json``: the last record, settings, device and torch's version.
+    """Write ``output/training.json`` for the card: the last record, settings, device and torch's version.
 
-    Validation figures are those of the weights that are saved: of the best validation, where that chooses them.
+    Validation figures are those of the saved weights: of the best validation, if that chooses the weights.
     """
     last = read_log(output / "log.jsonl")[-1]
     if recipe[section]["best_by"]:

@@ -1,11 +1,11 @@
 """accelerate launch -m hf_binaryformer.training.sampler --recipe brain-small --tokens data/tokens --output runs/sampler
 
-In a clone: ``scripts/train_sampler.py``. Trains the transformer of absorbing diffusion (paper Sec. 3.2, A.2) on tokens of
-:mod:`.encode_tokens` (``train`` and ``validation.safetensors``, each one tensor "tokens", uint8 (n, K, d, h, w)), and
-saves ``output/transformer`` and ``output/scheduler``; with ``--vqmodel`` also ``output/pipeline``, the whole checkpoint.
-The sections ``transformer``, ``scheduler`` and ``sampler`` of ``recipes/vq/<recipe>.yaml`` beside this module hold every
-default; ``--set sampler.batch_size=4`` overrides one. With ``--resume`` a run goes on from its newest checkpoint, and
-ends with the weights that it would have had without the stop.
+In a clone: ``scripts/train_sampler.py``. Trains the transformer of absorbing diffusion (paper Sec. 3.2, A.2) on tokens
+of :mod:`.encode_tokens` (``train`` and ``validation.safetensors``, each one tensor "tokens", uint8 (n, K, d, h, w)). It
+saves ``output/transformer`` and ``output/scheduler``; with ``--vqmodel`` also ``output/pipeline``, the whole
+checkpoint. The sections ``transformer``, ``scheduler`` and ``sampler`` of ``recipes/vq/<recipe>.yaml`` beside this
+module hold all defaults; ``--set sampler.batch_size=4`` overrides one. With ``--resume`` a run continues from its
+newest checkpoint. It ends with the same weights as a run without the interruption.
 """
 
 from __future__ import annotations
@@ -58,15 +58,19 @@ def load_tokens(folder: Path, split: str, transformer: BinaryVQTransformer3DMode
 
 
 def draw_times(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """Times 1 ... T, one out of each of ``count`` equal parts in random order, so that a batch sees little and much masked."""
+    """Times 1 ... T, one from each of ``count`` equal parts in random order.
+
+    A batch therefore has samples with few and with many masked tokens.
+    """
     part = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     return (1 + part * total).long().clamp_max(total)
 
 
 def draw_holes(count: int, grid: Sequence[int], settings: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """Boxes to be inpainted, (count, 1, d, h, w) bool: in a share of the samples, the whole grid in the others.
+    """Regions to be inpainted, (count, 1, d, h, w) bool: boxes in a share of the samples, the whole grid in the others.
 
-    Sides are drawn from ``hole_sides`` (least and largest, in positions); a box may reach beyond the grid, not leave it.
+    Sides of boxes are drawn from ``hole_sides`` (smallest and largest, in positions). A box may extend beyond the grid,
+    but never lies completely outside it.
     """
     holes = torch.ones(count, 1, *grid, dtype=torch.bool)
     least, largest = settings["hole_sides"]
@@ -126,7 +130,7 @@ def validate(
 
 
 def random_tokens(count: int, transformer: BinaryVQTransformer3DModel) -> Tensor:
-    """Tokens without any structure, as :func:`load_tokens` gives them."""
+    """Random tokens without structure, in the form that :func:`load_tokens` returns."""
     config = transformer.config
     return torch.randint(config.codebook_size, (count, config.num_codebooks, *config.grid_size), dtype=torch.uint8)
 
@@ -134,7 +138,7 @@ def random_tokens(count: int, transformer: BinaryVQTransformer3DModel) -> Tensor
 def build_task(
     recipe: dict[str, Any], folder: Path | None, accelerator: Accelerator
 ) -> tuple[Task, AbsorbingScheduler]:
-    """What is trained, and the scheduler that belongs to it; without a folder on random tokens, for a dry run."""
+    """The training task and its scheduler; without a folder it uses random tokens, for a dry run."""
     settings = recipe["sampler"]
     transformer = BinaryVQTransformer3DModel(**recipe["transformer"], train_block_sizes=settings["block_sizes"])
     scheduler = AbsorbingScheduler(**recipe["scheduler"])
@@ -146,7 +150,7 @@ def build_task(
     total = scheduler.config.num_train_timesteps
 
     def batches(first: int) -> Iterator[list[Tensor]]:
-        # Process r of P takes samples r, r + P, ... of the batch, so that P processes see what one would.
+        # Process r of P takes samples r, r + P, ... of the batch, so that P processes see the same samples as one.
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         for step in range(first, settings["iterations"]):
             batch = [t[mine] for t in training_batch(tokens, scheduler, settings, step)]
@@ -173,7 +177,7 @@ def load_autoencoder(name: str, transformer: BinaryVQTransformer3DModel) -> Bina
     """The autoencoder whose tokens the transformer learns.
 
     Raises:
-        typer.BadParameter: there is none, or its tokens are others.
+        typer.BadParameter: it cannot be loaded, or its tokens do not fit the transformer.
     """
     try:
         autoencoder = BinaryVQModel.from_pretrained(name)
@@ -183,7 +187,7 @@ def load_autoencoder(name: str, transformer: BinaryVQTransformer3DModel) -> Bina
         found, wanted = autoencoder.config[field], transformer.config[field]
         if found != wanted:
             raise typer.BadParameter(f"--vqmodel {name} has {field} {found}, the recipe's transformer {wanted}")
-    # A published file does not tell the folder that it was loaded from.
+    # A published file must not name the folder that the autoencoder was loaded from.
     autoencoder.register_to_config(_name_or_path="")
     return autoencoder
 
@@ -199,13 +203,14 @@ def train(
     before: Callable[[], None] | None = None,
     change: Callable[[Task, AbsorbingScheduler], Task] | None = None,
 ) -> bool:
-    """Train by a loaded recipe, and save; returns whether this is the main process.
+    """Train with a loaded recipe, and save; returns whether this is the main process.
 
     Args:
-        settings: of :func:`load_recipe`.
+        settings: the recipe, from :func:`load_recipe`.
         tokens, output, vqmodel, resume, stop_after: as the program's options.
         before: called on the main process before anything is built or written.
-        change: what to train in place of the task, as experiments do that add losses or look inside.
+        change: returns the task to train instead of the given one, for experiments that add losses or take
+            measurements.
     """
     accelerator = start(settings["sampler"], output)
     if before is not None and accelerator.is_main_process:
@@ -218,7 +223,7 @@ def train(
     run(task, settings["sampler"], accelerator, output, resume, stop_after)
     if not accelerator.is_main_process:
         return False
-    # Half-precision files still load as float32: what a network computes in is asked for when it is loaded.
+    # Half-precision files still load as float32: the number format of computation is chosen when a network is loaded.
     dtype = getattr(torch, settings["sampler"]["save_dtype"])
     transformer = nn.Module.to(task.model, dtype)
     transformer.save_pretrained(output / "transformer")

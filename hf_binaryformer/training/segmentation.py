@@ -1,13 +1,13 @@
 """accelerate launch -m hf_binaryformer.training.segmentation --recipe hippocampus --data D --output runs/hippocampus
 
 In a clone: ``scripts/finetune.py``. Trains a segmentation network on a folder of ``binaryformer prepare``, then segments
-whole volumes of a split and prints Dice for each label beside the prior-atlas baseline. Every default stands in
-``recipes/<recipe>.yaml`` beside this module; ``--set train.iterations=100`` overrides one, and three the form of
-attention: that of the paper is ``--set model.attention_type=hamming --set model.bit_gradient=null --set
+whole volumes of a split and prints Dice for each label beside the prior-atlas baseline. All defaults are in
+``recipes/<recipe>.yaml`` beside this module; ``--set train.iterations=100`` overrides one. Three settings choose the
+form of attention; that of the paper is ``--set model.attention_type=hamming --set model.bit_gradient=null --set
 model.learned_logit_scale=false``. A training starts from random weights, from a timm model where the recipe says so
 (``from_timm``), or from a checkpoint that ``model.from_pretrained`` names by its folder, short name or Hub id. With
-``--resume`` a run goes on from its own newest checkpoint, and ends with the weights that it would have had without the
-stop.
+``--resume`` a run continues from its own newest checkpoint. It ends with the same weights as a run without the
+interruption.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
 
 
 def load_weights(name: str, config: BinaryFormerConfig) -> BinaryFormerForSemanticSegmentation:
-    """A network with all weights of a checkpoint that fit it; transformers says which do not.
+    """A network with all weights of a checkpoint that fit it; transformers reports those that do not.
 
     Raises:
-        typer.BadParameter: not one fits.
+        typer.BadParameter: no weight fits.
     """
     model, report = BinaryFormerForSemanticSegmentation.from_pretrained(
         name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
@@ -98,7 +98,7 @@ def build_criterion(train: dict[str, Any]) -> DiceCELoss:
 
 
 def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerator: Accelerator) -> tuple[Task, Any]:
-    """What is trained, and the image processor that belongs to it; without a folder on random windows, for a dry run."""
+    """The training task and its image processor; without a folder it uses random windows, for a dry run."""
     train = recipe["train"]
     count = train["iterations"] * train["batch_size"]
     samples: Dataset
@@ -118,7 +118,8 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
             logits = network(batch["pixel_values"]).logits.float()
         labels = batch["labels"][:, None]
         if train["batch_dice"] and accelerator.num_processes > 1:
-            # Dice of the whole batch: every process takes it of all of them, and the mean of gradients is that of the whole.
+            # Dice is that of the whole batch: every process computes it on the samples of all processes. The mean of
+            # their gradients is then the gradient of the whole batch.
             logits, labels = torch.cat(all_gather(logits.contiguous())), accelerator.gather(labels)
         return {"loss": criterion(logits, labels)}
 

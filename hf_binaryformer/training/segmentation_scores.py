@@ -21,7 +21,7 @@ from hf_binaryformer.pipelines.volumes import Volume
 class PriorAtlas:
     """The majority label of each voxel over the training masks, all resized to their mean shape.
 
-    Knows where things usually are and never looks at the image: a network that does not beat it has learned nothing.
+    It knows the usual positions of labels but does not use the image. A network that is not better has learned nothing.
     """
 
     def __init__(self, cases: list[Case], labels: list[int]) -> None:
@@ -48,8 +48,8 @@ def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, ba
     """Segment every volume of a split, print a table, and return the figures.
 
     Returns:
-        ``split``, ``volumes``, and under ``rows`` for the network (and the prior atlas) what :func:`figures_of` gives; under
-        ``cases`` the network's Dice of each label of each volume.
+        ``split`` and ``volumes``; ``rows`` has the :func:`figures_of` the network (and the prior atlas); ``cases`` has
+        the network's Dice of each label of each volume.
     """
     pipeline = VolumeSegmentationPipeline.from_pretrained(str(model_folder))
     labels = sorted(label for label in folder.label_names if label != 0)
@@ -89,19 +89,21 @@ def validation_figures(
 def network_scores(
     pipeline: VolumeSegmentationPipeline, case: Case, truth: Volume, names: dict[int, str]
 ) -> list[LabelScore]:
-    """Of each label on one volume."""
+    """Scores of the network for each label on one volume."""
     with torch.inference_mode():
         return scores(pipeline(case.image).labels, truth, names)
 
 
 def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[LabelScore]:
-    """Of each label."""
+    """Scores of each label."""
     return score_labels(found, truth.array, truth.spacing, label_names=names)
 
 
 def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
-    """Of one method: under ``labels`` for each label ``mean`` and ``sd`` of Dice over volumes, how many were NaN and are left
-    out (``nan``), and the means ``nsd`` and ``hd95`` (mm); beside it their means over labels. None where all are NaN.
+    """Figures of one method.
+
+    ``labels`` has for each label the ``mean`` and ``sd`` of Dice over volumes, the number of NaN values that are left
+    out (``nan``), and the means ``nsd`` and ``hd95`` (mm). Beside it are their means over labels; None if all are NaN.
     """
     *rows, whole = summarize(cases)
     labels = {}
@@ -113,12 +115,12 @@ def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
 
 
 def rounded(figures: dict[str, float]) -> dict[str, float | None]:
-    """To four places; None for NaN, which JSON does not have."""
+    """Figures rounded to four places; None for NaN, which JSON does not have."""
     return {key: None if math.isnan(value) else round(value, 4) for key, value in figures.items()}
 
 
 def print_table(summary: dict[str, Any], title: str) -> None:
-    """One row a label, one column a method."""
+    """Print a table with one row per label and one column per method."""
     table = Table("label", *summary, title=title)
     for name in summary["network"]["labels"]:
         cells = [row["labels"][name] for row in summary.values()]

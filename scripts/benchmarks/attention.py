@@ -1,20 +1,22 @@
 """python scripts/benchmarks/attention.py --json attention.json --plot attention.png --tokens 1601,7680 --threads 2
 
 Times Hamming attention against torch's SDPA and NumPy, and the ViT-S/8 encoder with either, on this processor. The kernel
-is first compared with the formulas in float64; beyond tolerance nothing is timed. Then, in one process:
+is first compared with the formulas in float64; if an error exceeds its tolerance, nothing is timed. Then, in one
+process:
 
-- attention of 6 heads, d = 64, d_v = 16 and 64, float32 and bfloat16, forward and forward + backward (Hamming: gradients of
-  both weights and the values, and in rows of their own of q and k by the ternary bit gradient; SDPA: of q, k and v).
-  Packed bits are inputs; the rows "+ packing" pack q and k within the time. SDPA at d_v = 16 runs with V as it is and with
-  V padded to 64 by zeros; "same d_v" is against the faster;
+- attention of 6 heads, d = 64, d_v = 16 and 64, float32 and bfloat16, forward and forward + backward (Hamming:
+  gradients of both weights and the values, and in separate rows those of q and k by the ternary bit gradient; SDPA:
+  those of q, k and v). Packed bits are inputs; in the rows "+ packing" the time includes packing q and k. SDPA at
+  d_v = 16 runs with unchanged V and with V padded to 64 by zeros; "same d_v" compares with the faster of the two;
 - one head, forward: SDPA, Hamming attention, and NumPy's bitwise_count as in the paper's Fig. 6;
 - the paper's Fig. 2b (operations and bytes of a block, by formulas), Fig. 4 left (SDPA with channels / 32), Fig. 6 left
   (the product alone, in NumPy);
 - the whole encoder, forward and training step without the optimizer, float32 and under bf16 autocast.
 
-Every round gives each contestant one turn; a row is the median over rounds. ``ratio_to_sdpa`` is the time of SDPA at the same
-dtype and pass with d_v = 64 (one head against one head, encoder against the encoder with SDPA) divided by the row's.
-``--threads`` is torch's number: NumPy's matmul follows its BLAS (e.g. OPENBLAS_NUM_THREADS), the rest of NumPy runs on one.
+In every round each contestant has one turn; a row is the median over rounds. ``ratio_to_sdpa`` is the time of SDPA at
+the same dtype and pass with d_v = 64 (one head against one head, encoder against the encoder with SDPA) divided by the
+row's. ``--threads`` is the number of torch's threads. NumPy's matmul uses those of its BLAS (e.g.
+OPENBLAS_NUM_THREADS); the rest of NumPy runs on one.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from hf_binaryformer.kernels.backends import select_backend
 from measure import Result, describe_device, measure_peaks, memory_method, time_interleaved
 from subjects import attention_subjects, numpy_counts_bits, one_head_subjects, product_subjects
 
-# What the options are when nobody says otherwise, in full and with --quick.
+# Defaults of the options, for a full run and with --quick.
 DEFAULTS = {
     False: {
         "tokens": "1601,7680",
@@ -61,12 +63,12 @@ DEFAULTS = {
     },
     True: {"tokens": "256", "check_tokens": "256", "product_tokens": "256,512", "rounds": 3, "seconds": 0.0},
 }
-# Where the output is no terminal, or a narrower one.
+# Width of tables if the output is not a terminal, or a narrower one.
 TABLE_WIDTH = 110
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End with a message for people."""
+    """Print an error message and exit with a code."""
     typer.echo(f"Error: {message}", err=True)
     raise typer.Exit(code)
 
@@ -83,7 +85,7 @@ def parse_numbers(text: str) -> list[int]:
 
 
 def check_correctness(tokens: list[int], backend: str, console: Console) -> list[dict[str, Any]]:
-    """Errors against float64, printed; ends the program where one is beyond its tolerance."""
+    """Print and return errors against float64; ends the program if one exceeds its tolerance."""
     errors = list(measure_errors(tokens, backend))
     quantities = list(dict.fromkeys(e["quantity"] for e in errors))
     headings = [q.replace("gradient of ", "d ") for q in quantities]
@@ -131,7 +133,7 @@ def result_table(results: list[Result], title: str) -> Table:
 
 
 def command_line(options: dict[str, Any]) -> str:
-    """The command that repeats a run; where its results were written is left out."""
+    """The command that repeats a run, without the paths of its results."""
     words = ["python", "scripts/benchmarks/attention.py"]
     for name, value in options.items():
         option = name.replace("_", "-")
@@ -205,7 +207,7 @@ def main(
 def record_of(
     options: dict[str, Any], lengths: list[int], results: list[Result], errors: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """All that a run found out, for machines."""
+    """All results of a run, in machine-readable form."""
     kernel = options["backend"]
     return {
         "device": describe_device(),
@@ -232,7 +234,7 @@ def record_of(
 
 
 def usable_backend(backend: str | None, json_path: Path | None, plot: Path | None) -> str:
-    """Name of the kernel's backend; ends the program where something would otherwise be found missing after minutes."""
+    """Name of the kernel's backend; ends the program if something is missing that would fail only after minutes."""
     for path in (json_path, plot):
         if path is not None and not path.parent.is_dir():
             fail(f"{path} cannot be written: there is no folder {path.parent}", 2)
@@ -259,7 +261,8 @@ def measure(options: dict[str, Any], lengths: list[int], products: list[int]) ->
         results += attention
         results += timed(one_head_subjects(n, kernel), f"one head, N = {n}")
     results += timed(product_subjects(products), "product alone")
-    # Imported here, as each child process of measure_peaks imports this file: it needs neither timm nor transformers.
+    # Imported here because each child process of measure_peaks imports this file and needs neither timm nor
+    # transformers.
     if options["encoder"]:
         from encoder import encoder_subjects
 

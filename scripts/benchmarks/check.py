@@ -27,7 +27,7 @@ from subjects import (
 
 # Largest norm(x - exact) / norm(exact): of the output, and of the gradients.
 TOLERANCE = {"float32": (5e-6, 1e-5), "bfloat16": (5e-3, 1e-2)}
-# A ternary number whose draw lies within rounding of its threshold may fall on the other side; a wrong formula is off by 1.
+# A ternary number may flip if its draw lies within rounding of the threshold. A wrong formula gives an error of 1.
 TERNARY_TOLERANCE = 1e-2
 
 
@@ -36,12 +36,12 @@ def exact_attention(x: Inputs, grad_output: Tensor) -> dict[str, Tensor]:
     """Output and gradients by the formulas of ``hf_binaryformer.kernels.hamming``, in float64, head by head.
 
     Args:
-        x: operands (1, H, N, ...), taken as they are rounded.
+        x: operands (1, H, N, ...), with their rounded values.
         grad_output: (1, H, N, d_v).
 
     Returns:
-        "output", the gradients "query_weight", "key_weight", "value", and with the ternary numbers of the seed SEED
-        "ternary query", "ternary key"; and "largest score".
+        "output"; the gradients "query_weight", "key_weight", "value"; the gradients "ternary query", "ternary key" with
+        the ternary numbers of the seed SEED; and "largest score".
     """
     heads = [_exact_head(x, grad_output, head) for head in range(x.value.shape[1])]
     return {name: torch.stack([result[name] for result in heads])[None] for name in heads[0]}
@@ -79,7 +79,7 @@ def _exact_head(x: Inputs, grad_output: Tensor, head: int) -> dict[str, Tensor]:
 
 
 def kernel_results(x: Inputs, grad_output: Tensor, backend: str, ternary: bool) -> dict[str, Tensor]:
-    """What the kernel makes of the same operands, under the names of :func:`exact_attention`."""
+    """The kernel's results for the same operands, under the names of :func:`exact_attention`."""
     leaves = {"query_weight": x.query_weight, "key_weight": x.key_weight, "value": x.value}
     if ternary:
         leaves |= {"ternary query": x.query, "ternary key": x.key}

@@ -22,14 +22,15 @@ VARIANTS = (
     ("hamming", "hamming", None, False),
     ("sign, ternary", "sign", "ternary", True),
 )
-# Longest side over shortest that an image with a class token may have.
+# Largest ratio of the longest to the shortest side of an image with a class token.
 LONGEST_ASPECT = 2.0
 
 
 def image_of(tokens: int, patch_size: int) -> tuple[int, int, bool]:
     """Image height and width in pixels, and whether a class token goes first, that make this many tokens.
 
-    1601 tokens are 320 x 320 pixels and the class token; 7680 are 640 x 768 pixels without, as 7679 has no such factors.
+    1601 tokens are 320 x 320 pixels and the class token. 7680 tokens are 640 x 768 pixels without a class token,
+    because 7679 has no such factors.
     """
     for patches, class_token in ((tokens - 1, True), (tokens, False)):
         rows = max((r for r in range(1, int(patches**0.5) + 1) if patches % r == 0), default=0)

@@ -93,7 +93,7 @@ def figure_2b(batch: int, tokens: int) -> list[Cost]:
 
 
 def figure_2b_table() -> Table:
-    """At the paper's sizes."""
+    """The table of Fig. 2b at the paper's sizes."""
     title = (
         f"One block by formulas (paper Fig. 2b): B = {FIGURE_2_BATCH}, N = {FIGURE_2_TOKENS}, D = {HEADS * HEAD_DIM}"
     )

@@ -25,7 +25,8 @@ from rich.progress import track
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# After its work a runtime's threads go on spinning (OpenBLAS: tens of milliseconds) and would take the next one's cores.
+# A runtime's threads keep spinning after their work (OpenBLAS: tens of milliseconds). They would take the cores of the
+# next subject.
 REST_SECONDS = 0.05
 # Size of the run that loads libraries and starts threads before memory is measured.
 WARM_UP_TOKENS = 32
@@ -43,8 +44,8 @@ class Subject:
         value_dim: value channels d_v of each head; None where there are no values.
         dtype: name of the type of the values.
         step: forward and backward instead of forward alone.
-        is_baseline: the SDPA (of d_v = d = 64) that the others of its family are divided into.
-        is_float: float attention, which can be the fair rival at the same d_v.
+        is_baseline: the SDPA (of d_v = d = 64) whose time is divided by those of the others in its family.
+        is_float: float attention, which others are compared with at the same d_v.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Subject:
 
     @property
     def pass_name(self) -> str:
-        """As the JSON calls it."""
+        """The name of the pass in the JSON."""
         return "forward_backward" if self.step else "forward"
 
     def prepare(self) -> Callable[[], object]:
@@ -99,7 +100,7 @@ class Result:
 
 
 def one_pass(forward: Callable[[], Tensor], leaves: Sequence[Tensor], step: bool) -> Callable[[], object]:
-    """``forward`` without autograd, or with a backward to every leaf (a leaf it does not reach is passed over)."""
+    """``forward`` without autograd, or with a backward to every leaf (leaves that it does not reach are skipped)."""
     if not step:
         return torch.no_grad()(forward)
     for leaf in leaves:
@@ -112,15 +113,15 @@ def one_pass(forward: Callable[[], Tensor], leaves: Sequence[Tensor], step: bool
 def time_interleaved(
     subjects: Sequence[Subject], rounds: int, turn_seconds: float, label: str, least_seconds: float = 0
 ) -> list[Result]:
-    """Every round gives each subject one turn, so that a disturbance of the machine meets all of them alike.
+    """Time subjects in turns: each has one turn per round, so that a disturbance of the machine affects all equally.
 
     Args:
         subjects: what to time; all are prepared at once.
-        rounds: number of turns each.
+        rounds: number of turns of each subject.
         turn_seconds: a subject is called again within its turn until about this much time is filled.
         label: shown beside the progress bar.
-        least_seconds: further rounds are added until this much time has passed: where calls are short, the wanted rounds
-            would all fall into one disturbance of a shared machine.
+        least_seconds: further rounds are added until this much time has passed. If calls are short, all the wanted
+            rounds could otherwise fall into one disturbance of a shared machine.
 
     Returns:
         For each subject the mean milliseconds of a call in each round, and ratios to the SDPA of its family.
@@ -144,7 +145,7 @@ def time_interleaved(
         for result, action, count in zip(results, actions, calls, strict=True):
             time.sleep(REST_SECONDS)
             if count > 1:
-                action()  # finds its own data in the cache again; where one call fills the turn that does not matter
+                action()  # brings its data into the cache again; not needed if one call fills the turn
             result.samples.append(1e3 * _seconds(action, count))
     return with_ratios(results)
 
@@ -157,7 +158,10 @@ def _seconds(action: Callable[[], object], count: int) -> float:
 
 
 def with_ratios(results: list[Result]) -> list[Result]:
-    """Fill in the SDPA of d_v = d, and the fastest float attention of the same d_v, each divided by a result's time."""
+    """Fill in two times for each result, both divided by the result's own time.
+
+    The first is that of SDPA with d_v = d, the second that of the fastest float attention with the same d_v.
+    """
 
     def setting(s: Subject) -> tuple[Any, ...]:
         return s.family, s.tokens, s.dtype, s.step
@@ -205,7 +209,7 @@ def extra_bytes(subject: Subject, threads: int) -> int | None:
     warm_up()
     action = subject.prepare()
     gc.collect()
-    # Pages that were freed and kept would be used again without being seen.
+    # Return freed pages to the system: if they were used again, the measurement would not see them.
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     if _reset_high_water():

@@ -16,13 +16,13 @@ from subjects import SEED
 
 # Name, attention_type, bit_gradient; the first is what the others are compared with.
 VARIANTS = (("softmax (sdpa)", "softmax", None), ("hamming", "hamming", None), ("sign", "sign", "ternary"))
-# The paper's run (Sec. 3.2); every step is the same work, so that a few of them tell the time of all.
+# The paper's run (Sec. 3.2). Every step is the same work, so the time of a few steps gives the time of all.
 PAPER_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(Subject):
-    """The first ``timed_steps`` of 200 steps from a grid that is all masked, batch 1; bf16 is autocast."""
+    """The first ``timed_steps`` of 200 steps from a fully masked grid, batch 1; bf16 is autocast."""
 
     attention_type: Any
     bit_gradient: Any

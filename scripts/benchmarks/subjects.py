@@ -28,10 +28,10 @@ FIGURE_4_DIVISOR = 32
 # Fig. 6 left.
 PRODUCT_DIM = 32
 SEED = 0
-# Timed beside the best instruction set: what most processors have.
+# Timed in addition to the best instruction set, because most processors have it.
 SECOND_SET = "avx2"
 NUMPY_PLAIN, NUMPY_TUNED = "numpy bitwise_count, 1 head", "numpy bitwise_count in place, 1 head"
-# Query rows whose scores are held at one time while the largest is looked for.
+# Number of query rows whose scores are held at one time to find the largest.
 ROWS = 64
 
 
@@ -70,9 +70,9 @@ class Hamming(Subject):
     """This package's kernel.
 
     Args:
-        packing: the time of pack_sign_bits for q and k counts too.
-        leaves: who gets gradients.
-        instruction_set: of the compiled library; None leaves it as it is.
+        packing: the time includes pack_sign_bits for q and k.
+        leaves: inputs that get gradients.
+        instruction_set: instruction set of the compiled library; None does not change it.
     """
 
     backend: str
@@ -134,7 +134,7 @@ class NumpyBits(Subject):
     """The attention of one head as NumPy does it with np.bitwise_count (paper Appendix D); forward only.
 
     Args:
-        attention: the formula as it is written down, or :func:`numpy_attention`.
+        attention: the formula written literally (:func:`plain_numpy_attention`), or :func:`numpy_attention`.
     """
 
     attention: Callable[..., np.ndarray]
@@ -158,7 +158,7 @@ def plain_numpy_attention(
     value: np.ndarray,
     head_dim: int,
 ) -> np.ndarray:
-    """:func:`numpy_attention` as the formula is written down, a new array for each operation; NumPy makes it float64."""
+    """:func:`numpy_attention` written literally, with a new array for each operation; NumPy computes it in float64."""
     scores = query_weight * key_weight * (head_dim - 2 * np.bitwise_count(query[:, None] ^ key).astype(np.int32))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return (weights / weights.sum(-1, keepdims=True)) @ value
@@ -210,8 +210,8 @@ def attention_subjects(tokens: int, backend: str, dense_limit: int) -> list[Subj
 
     Args:
         tokens: N.
-        backend: of the kernel.
-        dense_limit: SDPA with d_v != d holds N x N scores of every head; beyond this N its backward is left out.
+        backend: backend of the kernel.
+        dense_limit: largest N for the backward of SDPA with d_v != d, which holds N x N scores of every head.
     """
     subjects: list[Subject] = []
     for dtype in DTYPES:

@@ -23,8 +23,8 @@ from hf_binaryformer.training.recipes import load_recipe
 from measure import Subject, describe_device, measure_peaks, memory_method, time_interleaved
 
 COMMAND = "python scripts/benchmarks/training_step.py"
-# Name, attention_type, bit_gradient, learned_logit_scale, whether the values are reduced; the first is what the others are
-# compared with, the last is the recipes'.
+# Name, attention_type, bit_gradient, learned_logit_scale, whether the values are reduced. The others are compared with
+# the first; the last is the form of the recipes.
 VARIANTS = (
     ("softmax", "softmax", None, False, False),
     ("softmax, reduced values", "softmax", None, False, True),
@@ -47,7 +47,7 @@ class TrainingStep(Subject):
     learned_logit_scale: bool
 
     def prepare(self) -> Callable[[], object]:
-        """A whole step, the optimizer's too."""
+        """A whole step, including the optimizer's."""
         from hf_binaryformer.training.optimization import build_optimizer
         from hf_binaryformer.training.segmentation import build_criterion, build_model
 

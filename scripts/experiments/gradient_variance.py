@@ -1,10 +1,11 @@
 """python scripts/experiments/gradient_variance.py: the noise of the ternary gradient, by sequence length.
 
-Random tokens x (N, d), projections W_q, W_k and a random gradient of the output. The ternary gradient estimates the
-straight-through one, which draws nothing. Of many draws, ``noise`` is the root of the mean squared deviation from their mean and
-``bias`` the distance of that mean from the straight-through gradient (less what is left of the noise), both over the norm of the
-straight-through one: of every query's gradient ("query") and of W_q's ("weights"), which sums over queries. ``sharpness``
-multiplies the scores. Writes ``runs.csv``, ``README.md`` and ``noise.png`` into ``model_cards/evidence/gradient_variance``.
+The inputs are random tokens x (N, d), projections W_q, W_k and a random gradient of the output. The ternary gradient
+estimates the straight-through gradient, which has no random draws. ``noise`` is the root of the mean squared deviation
+of many draws from their mean. ``bias`` is the distance of that mean from the straight-through gradient, minus the noise
+that is left in the mean. Both are divided by the norm of the straight-through gradient. They are given for every
+query's gradient ("query") and for that of W_q ("weights"), which sums over queries. ``sharpness`` multiplies the
+scores. Writes ``runs.csv``, ``README.md`` and ``noise.png`` into ``model_cards/evidence/gradient_variance``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """python scripts/experiments/make_twins.py --out data/mirror --kind mirror --pairs 64 --values 16
 
-Tokens in the layout of ``encode_tokens.py``, (n, 1, 1, 2, pairs) uint8: the first row is random, the second is the first
-again ("copy"), backwards ("mirror"), or in one order drawn for the whole set ("shuffle"). Nothing else is predictable.
+Writes tokens in the layout of ``encode_tokens.py``, (n, 1, 1, 2, pairs) uint8. The first row is random. The second row
+is the first one unchanged ("copy"), reversed ("mirror"), or in one order drawn for the whole set ("shuffle"). Nothing
+else is predictable.
 """
 
 from __future__ import annotations

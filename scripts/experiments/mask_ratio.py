@@ -1,8 +1,9 @@
 """python scripts/experiments/mask_ratio.py --run runs/sampler --tokens data/tokens
 
-What a masked token costs, by how many are: for each share of masked tokens the mean cross-entropy of one in bits, written as
-``bits`` into ``mask_ratio.json`` in the run's folder. As the shares are equally spaced, their mean is nearly the evidence lower
-bound (paper A.2), written as ``bits_per_position`` for the codebooks of a grid position together.
+Measures the mean cross-entropy of a masked token in bits, for several shares of masked tokens. The values are written
+as ``bits`` into ``mask_ratio.json`` in the run's folder. The shares are equally spaced, so the mean of the values is
+nearly the evidence lower bound (paper A.2). It is written as ``bits_per_position``, for all codebooks of a grid
+position together.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main(
     split: Annotated[str, typer.Option(help="Whose tokens.")] = "test",
 ) -> None:
     """Measure and write."""
-    torch.manual_seed(0)  # of "hamming_bernoulli", which draws
+    torch.manual_seed(0)  # for "hamming_bernoulli", which draws random numbers
     transformer = BinaryVQTransformer3DModel.from_pretrained(run / "transformer").eval()
     scheduler = AbsorbingScheduler.from_pretrained(run / "scheduler")
     held_out = load_tokens(tokens, split, transformer)

@@ -1,10 +1,11 @@
 """python scripts/experiments/table.py scripts/experiments/copying.yaml --runs runs/experiments --workers 2
 
-One table of the evidence: trains every form of attention with every seed by the training scripts themselves, and writes
-``runs.csv`` (a row a run, trials too), ``README.md`` (mean and standard deviation, and differences from the reference form paired
-by seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has a folder of its own under ``--runs``; what is
-finished is not run again, what was interrupted goes on from its checkpoint. Rows of ``runs.csv`` are written as runs end, and
-count on any machine (``table_record.py``), so that a table can be made in parts. What a table's file says: ``table_file.py``.
+Makes one table of the evidence. Trains every form of attention with every seed, using the training scripts themselves.
+Writes ``runs.csv`` (one row per run, including trials), ``README.md`` (mean and standard deviation, and differences
+from the reference form paired by seed) and ``table.png`` into ``model_cards/evidence/<name>``. Each run has its own
+folder under ``--runs``. Finished runs are not repeated, and interrupted runs continue from their checkpoint. Rows of
+``runs.csv`` are written as runs end and are valid on any machine (``table_record.py``), so that a table can be made in
+parts. ``table_file.py`` describes a table's file.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from table_file import ROOT, VARIANT, Run, Table
 from table_record import Finished, Record, digest
 from table_report import draw, draw_curves, markdown, profile
 
-# Other scales have folders of their own.
+# Tables at other scales have their own folders.
 DEFAULT_SCALE = "small"
 EVIDENCE = ROOT / "model_cards" / "evidence"
-# In the folder of a run: what was asked for, and that it is done.
+# Files in the folder of a run: its requested settings, and a mark that it is finished.
 SETTINGS, FINISHED = "settings.json", "finished"
-# Ends the name of a file beside the data: the command that made them.
+# Suffix of a file beside the data, which holds the command that made them.
 MADE_BY = ".made_by.json"
 
 
 def filled(words: list[str], runs: Path, data: Path | None, folder: Path | None = None) -> list[str]:
-    """A command's words with the places of {runs}, {data} and, of a run, its {folder} and where all {trainings} are."""
+    """A command's words with paths for {runs}, {data} and, for a run, its {folder} and that of all {trainings}."""
     if data is None and any("{data}" in word for word in words):
         raise typer.BadParameter("this table reads a folder of data: give --data")
     return [word.format(runs=runs, data=data, folder=folder, trainings=folder and folder.parent) for word in words]
 
 
 def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -> Path:
-    """Train in a process of its own, or go on with it; returns the run's folder.
+    """Train in a separate process, or continue an interrupted training; returns the run's folder.
 
     Raises:
-        RuntimeError: the training failed, or the folder holds one with other settings.
+        RuntimeError: the training failed, or the folder holds a training with other settings.
     """
     folder = runs / table.words.get("runs", table.name) / table.scale / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +87,10 @@ def train(table: Table, run: Run, runs: Path, data: Path | None, threads: int) -
 
 
 def prepare(makes: Path, command: list[str], runs: Path, data: Path | None) -> None:
-    """Make a table's data, unless they are there.
+    """Make a table's data, unless they exist.
 
     Raises:
-        RuntimeError: those that are there were made by another command.
+        RuntimeError: the existing data were made by another command.
     """
     note, words = makes.with_name(makes.name + MADE_BY), json.dumps(command)
     if not makes.exists():
@@ -101,15 +102,15 @@ def prepare(makes: Path, command: list[str], runs: Path, data: Path | None) -> N
 
 @dataclass(frozen=True)
 class Work:
-    """Where a table's trainings are, and where what they gave is kept.
+    """Where a table's trainings are, and where their results are kept.
 
     Args:
-        table: whose trainings.
-        record: of what is finished, in the evidence.
-        shared: that of the table whose runs it shares, or of none.
+        table: the table.
+        record: record of its finished trainings, in the evidence.
+        shared: record of the table whose runs it shares; if there is none, that of the table itself.
         runs: folder of data and trainings.
-        data: what the table's commands call {data}.
-        workers: trainings at one time.
+        data: the folder that the table's commands call {data}.
+        workers: number of trainings at one time.
     """
 
     table: Table
@@ -120,7 +121,7 @@ class Work:
     workers: int
 
     def train_all(self, wanted: list[Run]) -> dict[Run, Finished]:
-        """All of these trainings; those that are recorded are not run."""
+        """Results of all of these trainings; those that are recorded are not run."""
         table = self.table
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         found = {run: table.kept(self.record, run) or table.kept(self.shared, run) for run in wanted}
@@ -139,7 +140,10 @@ class Work:
             return dict(zip(wanted, pool.map(finish, wanted), strict=True))
 
     def choose_rates(self) -> tuple[dict[str, float], list[Run]]:
-        """The rate of each form, the best by the trials' measure on a seed that the table does not count; and the trials."""
+        """The learning rate of each form, and the trials.
+
+        The best rate by the trials' measure is taken, on a seed that does not count in the table.
+        """
         table = self.table
         rates = table.tuning["rates"]
         said = dict.fromkeys(table.forms if len(rates) == 1 else [], rates[0]) | table.tuning.get("rates_of", {})

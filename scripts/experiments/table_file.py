@@ -1,23 +1,27 @@
 """What a table of the evidence asks for: its YAML file, read at one of its scales.
 
-A table's file says:
+A table's file has these keys:
 
-- ``title`` and ``question``; ``source``: what people call the folder {data}; ``prepare``: commands that make the data, once;
-- ``script`` and ``arguments`` of the training; ``settings`` of every run (``section.key: value``); ``scales``: those of each
-  ``--scale``, iterations and warm-up among them;
-- ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that name, or forms of its own, with attention's fields in
-  the section ``network`` and those of the training in ``section``; ``seeds``;
-- ``reference``: the form that others are compared with; ``controls``: those that must do worse, or the table is no evidence;
-- ``tuning``: the learning ``rates`` that every form tries, the same for all, in trials with a ``seed`` of their own, a ``share``
-  of the iterations and of the warm-up, and ``arguments`` or a ``measure`` (else the first) that judge them on other data; for one
-  rate there are no trials, nor for the forms whose rates ``rates_of`` says (``form: rate``);
-- ``measures`` (``name: {file, key, better}``, or with ``below`` the step of the log's first record whose key is below it, or its
-  last); ``then``: commands that follow each training but trials, with its folder as
-  ``{folder}``; ``profile`` (``file``, ``key``, ``x``, ``y``): many figures y of a run by a number x, drawn into ``profile.png``;
-  ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``;
-- ``first``: trainings that others need (``form``, ``seed``, ``rate``);
-- ``like``: another table, whose words count where the file has none; ``runs``: one whose trainings it shares, as runs with the
-  same settings are the same.
+- ``title`` and ``question``. ``source``: the usual name of the folder {data}. ``prepare``: commands that run once to
+  make the data.
+- ``script`` and ``arguments`` of the training. ``settings`` of every run (``section.key: value``). ``scales``: the
+  settings of each ``--scale``, among them iterations and warm-up.
+- ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that name, or forms of its own. ``network`` is the
+  section with attention's fields, ``section`` that of the training. ``seeds``: the random seeds.
+- ``reference``: the form that others are compared with. ``controls``: forms that must do worse; otherwise the table is
+  no evidence.
+- ``tuning``: the learning ``rates`` that every form tries, the same for all. The trials have a ``seed`` of their own
+  and a ``share`` of the iterations and of the warm-up. ``arguments`` or a ``measure`` (default: the first) judge them
+  on other data. With one rate there are no trials. Forms whose rate is in ``rates_of`` (``form: rate``) have none
+  either.
+- ``measures`` (``name: {file, key, better}``). With ``below``, the measure is the step of the log's first record whose
+  key is below that value, or else of its last record.
+- ``then``: commands that follow each training except trials, with its folder as ``{folder}``.
+- ``profile`` (``file``, ``key``, ``x``, ``y``): many figures y of a run by a number x, drawn into ``profile.png``.
+  ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``.
+- ``first``: trainings that others need (``form``, ``seed``, ``rate``).
+- ``like``: another table, whose entries apply where the file has none. ``runs``: a table whose trainings this one
+  shares, because runs with the same settings are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from hf_binaryformer.training.recipes import RECIPES
 from table_record import Finished, Record, digest
 
 ROOT = Path(__file__).parent.parent.parent
-# The setting that has a form trained by train_variant.py.
+# Forms with this setting are trained by train_variant.py.
 VARIANT = "variant"
 FORMS = Path(__file__).with_name("forms.yaml")
 
@@ -51,12 +55,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the run's folder."""
         return f"{self.form}-rate{self.rate:g}-seed{self.seed}"
 
 
 def number(value: float | None) -> float:
-    """Of a record, in which None stands for what is not a number."""
+    """A number of a record, in which None stands for NaN."""
     return math.nan if value is None else float(value)
 
 
@@ -66,7 +70,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe(name: str, section: str) -> dict[str, Any]:
-    """What a recipe says of a training (``section.key: value``), and not of others in its file; read without its checks."""
+    """A recipe's settings of one training (``section.key: value``), without others in its file; read without checks."""
     (path,) = RECIPES.rglob(f"{name}.yaml")
     words = yaml.safe_load(path.read_text())
     return {
@@ -141,7 +145,7 @@ class Table:
         return number(value)
 
     def asked(self, run: Run) -> dict[str, Any]:
-        """All that decides what a training gives, but the code: its data, its settings, and what is done with it afterwards."""
+        """What a training's results depend on, apart from the code: data, settings, and the commands that follow."""
         words = self.words["arguments"] + (self.tuning["arguments"] if self.is_trial(run) else [])
         recipe = words[words.index("--recipe") + 1] if "--recipe" in words else None
         return {
@@ -162,7 +166,7 @@ class Table:
         return [self.tuning.get("measure", names[0])] if self.is_trial(run) else names
 
     def kept(self, record: Record, run: Run) -> Finished | None:
-        """What a record has of a run, if it has all that the table shows."""
+        """The results of a run in a record, if they have everything that the table shows."""
         found = record.finished.get(digest(self.asked(run)))
         series = [] if self.is_trial(run) else self.words.get("curves", []) + [p["key"] for p in self.profiles]
         complete = found and {*self.wanted(run)} <= {*found.figures} and {*series} <= {*found.series}
@@ -174,7 +178,7 @@ class Table:
         return [self.words["profile"]] if "profile" in self.words else []
 
     def gave(self, run: Run, folder: Path) -> Finished:
-        """What a finished run left in its folder."""
+        """The results that a finished run left in its folder."""
         about = {"form": run.form, "seed": run.seed, "rate": f"{run.rate:g}", "scale": self.scale}
         about |= {"settings": digest(self.asked(run)), "trained": trained_on(folder)}
         series = {}

@@ -1,8 +1,8 @@
 """What finished trainings gave, kept beside a table, so that no machine has to train again what another has trained.
 
-``runs.csv`` has a row a training: its form, seed, rate and scale, a digest of all its settings, the device, and its figures.
-``series.csv`` has what a training gave along an axis: a row a number. Rows count for as long as the settings that they were
-made with are those of the table; to train again, remove them.
+``runs.csv`` has one row per training: its form, seed, rate and scale, a digest of all its settings, the device, and its
+figures. ``series.csv`` has a training's results along an axis, one row per number. Rows are valid as long as the
+settings that they were made with are those of the table. To train again, remove the rows.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ AXES = ["form", "seed", "settings", "series", "x", "value"]
 
 
 def digest(asked: dict[str, Any]) -> str:
-    """Of what was asked for: the same for the same settings, on any machine."""
+    """Digest of the requested settings: the same for the same settings, on any machine."""
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What one training gave.
+    """The results of one training.
 
     Args:
-        about: form, seed, rate, scale, digest of the settings, and on what it was trained.
+        about: form, seed, rate, scale, digest of the settings, and what it was trained on.
         figures: its measures by name.
-        series: what it gave along an axis: name -> x -> value.
+        series: its results along an axis: name -> x -> value.
     """
 
     about: dict[str, str]
@@ -57,13 +57,13 @@ class Record:
                 series.setdefault(row["series"], {})[row["x"]] = float(row["value"])
 
     def add(self, one: Finished) -> None:
-        """Keep what a training gave, on the disk at once."""
+        """Add the results of a training, and write them to disk at once."""
         with self._lock:
             self.finished[one.about["settings"]] = one
             self._write()
 
     def keep(self, settings: list[str]) -> None:
-        """Drop all trainings but those with these digests, and put the rest in this order."""
+        """Keep only the trainings with these digests, in this order."""
         with self._lock:
             self.finished = {key: self.finished[key] for key in settings}
             self._write()

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 # Differences are given with their interval at this confidence.
 CONFIDENCE = 0.95
-# Measure -> form -> one value a seed.
+# Measure -> form -> one value per seed.
 Figures = dict[str, dict[str, list[float]]]
 
 
 def deviation(values: list[float]) -> float:
-    """The standard deviation; NaN of one value, and where a training gave no number."""
+    """The standard deviation; NaN for a single value, or if a training gave no finite number."""
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
@@ -46,7 +46,7 @@ def ties(table: Table, figures: Figures) -> list[str]:
 
 
 def constants(figures: Figures) -> dict[str, float]:
-    """The measures but the first that are the same in every run."""
+    """The measures, except the first, that are the same in every run."""
     seen = {name: {value for one in per_form.values() for value in one} for name, per_form in figures.items()}
     return {name: values.pop() for name, values in list(seen.items())[1:] if len(values) == 1}
 
@@ -58,7 +58,7 @@ def difference(values: list[float], reference: list[float]) -> str:
 
 
 def titled(table: Table, name: str) -> str:
-    """A measure with the direction that is better, if one is."""
+    """A measure's name with the direction that is better, if it has one."""
     better = table.words["measures"][name].get("better")
     return f"{name} ({better} is better)" if better else name
 
@@ -70,7 +70,7 @@ def markdown(
     command: str,
     more: list[str],
 ) -> str:
-    """The table in words: ``figures`` are measure -> form -> one value a seed; ``more`` are lines that follow them."""
+    """The table in words: ``figures`` are measure -> form -> one value per seed; ``more``: lines that follow."""
     reference, lines = table.words["reference"], [f"# {table.words['title']}", ""]
     tied = ties(table, figures)
     if tied:
@@ -121,7 +121,7 @@ def markdown(
 
 
 def draw(table: Table, figures: Figures, path: Path) -> None:
-    """One panel a measure: a dot a seed, a bar at the mean."""
+    """Draw one panel per measure, with a dot per seed and a bar at the mean."""
     from matplotlib.figure import Figure
 
     constant = constants(figures)
@@ -139,7 +139,7 @@ def draw(table: Table, figures: Figures, path: Path) -> None:
 
 
 def draw_curves(table: Table, ended: dict[str, list[Finished]], path: Path) -> None:
-    """One panel a key of the logs: the mean over seeds of each form, over the iterations."""
+    """Draw one panel per key of the logs, with the mean over seeds of each form, over the iterations."""
     from matplotlib.figure import Figure
 
     keys = table.words["curves"]
@@ -165,7 +165,7 @@ def means_by_x(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def profile(table: Table, ended: dict[str, list[Finished]], path: Path) -> list[str]:
-    """The many figures of each form's runs, drawn with their mean and standard deviation; returns their table in words."""
+    """Draw the profiles of each form's runs with mean and standard deviation; returns the lines of their table."""
     from matplotlib.figure import Figure
 
     wanted = table.words["profile"]

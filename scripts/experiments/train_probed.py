@@ -1,11 +1,12 @@
 """python scripts/experiments/train_probed.py --recipe R --tokens T --output O
 
-The training of train_sampler.py with a look inside.
-Every time the log is written, a fixed batch shows how attention stands, in float32 whatever the training's precision:
-``gradient`` (norm of the loss's gradient to the projections of queries and keys; with ternary numbers that of their mean, the
-straight-through one) and ``entropy`` (of the rows of attention, in nats), means over blocks; ``weight`` (largest absolute token
-weight w_q or w_k, 1 without) and ``logit`` (largest absolute score). In the end ``probe.json`` holds the first and the last of
-them, and how far the network agrees on that batch with itself where attention multiplies signs in floating point.
+Runs the training of train_sampler.py and measures attention during it. Every time the log is written, figures are
+computed on a fixed batch, in float32 at any precision of the training. Two of them are means over blocks: ``gradient``
+(norm of the loss's gradient with respect to the projections of queries and keys; with ternary numbers that of their
+mean, the straight-through gradient) and ``entropy`` (of the rows of attention, in nats). The others are ``weight``
+(largest absolute token weight w_q or w_k, 1 without token weights) and ``logit`` (largest absolute score). At the end
+``probe.json`` holds the first and the last of these figures. It also holds how well the network agrees, on that batch,
+with a simulation in which attention multiplies signs in floating point.
 """
 
 from __future__ import annotations
@@ -50,18 +51,21 @@ def scores(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def simulated(attention: Any, x: Tensor, **unused: Any) -> Tensor:
-    """What attention gives, with signs multiplied as floating-point numbers and all scores at one time."""
+    """The output of attention, with signs multiplied as floating-point numbers and all scores held at one time."""
     score, _ = scores(attention, x)
     out = score.softmax(-1) @ attention.project(x)[2]
     return attention.proj(out.transpose(1, 2).flatten(2))
 
 
 class Probe:
-    """A fixed batch of tokens, half of them masked, and what attention does with it; made before ``run`` prepares the network."""
+    """Figures of attention on a fixed batch of tokens, half of them masked.
+
+    It is made before ``run`` prepares the network.
+    """
 
     def __init__(self, model: BinaryVQTransformer3DModel, scheduler: AbsorbingScheduler, tokens: Tensor) -> None:
         self._trained, self._total = model, scheduler.config.num_train_timesteps
-        self._twin = copy.deepcopy(model)  # which nobody casts
+        self._twin = copy.deepcopy(model)  # a copy that is never cast to another number format
         for module in attention_modules(self._twin):
             if module.config.bit_gradient == "ternary":
                 module.config.bit_gradient = "ste"
@@ -71,7 +75,7 @@ class Probe:
         self._noisy, self._masked = scheduler.add_noise(self._truth, self._times, generator)
 
     def __call__(self) -> dict[str, float]:
-        """Figures of the network as it stands; neither it nor its gradients change."""
+        """Figures of the current network; neither the network nor its gradients change."""
         model, inputs = self._copy().train(), []
         modules = attention_modules(model)
         hooks = [m.register_forward_hook(lambda m, x, _: inputs.append((m, x[0].detach()))) for m in modules]
@@ -123,7 +127,7 @@ def main(
     probed: Annotated[int, typer.Option(min=1, help="Samples of the fixed batch.")] = 16,
     overrides: Overrides = None,
 ) -> None:
-    """Train and watch."""
+    """Train and measure."""
     settings: dict[str, Any] = load_recipe(recipe, overrides or [], VQ_RECIPES, "sampler")
     probes: list[tuple[Probe, dict[str, float]]] = []
 

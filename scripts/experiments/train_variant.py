@@ -1,6 +1,6 @@
 """python scripts/experiments/train_variant.py --variant row-maximum --recipe R --tokens T --output O
 
-The training of train_sampler.py in one of the variants of ``variants.py``.
+Runs the training of train_sampler.py in one of the variants of ``variants.py``.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Forms of attention that the package does not have, computed in floating point with all N x N numbers, and other losses.
 
-| variant | what is other |
+| variant | difference |
 | --- | --- |
-| row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, not one for each 64 |
-| clipped-mean | that scale is three times the mean of the row's sizes; what is larger is cut off (biased, less variance) |
-| ternary-values | as row-maximum, and the gradient of the values comes from ternary numbers in place of the probabilities |
+| row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, instead of one for each 64 |
+| clipped-mean | that scale is three times the mean of the row's sizes; larger entries are cut (biased, less variance) |
+| ternary-values | like row-maximum; the gradient of the values also uses ternary numbers instead of the probabilities |
 | channel-groups | "hamming" with a weight for each of four groups of a head's channels |
-| from-ste | straight-through in a share of the iterations, drawn, that falls from all to none at half time; else as configured |
+| from-ste | straight-through in a random share of steps that falls from all to none at half time, else as configured |
 | teacher:FOLDER | the loss is the mean of the training's own and the cross-entropy to a trained transformer's predictions |
 
-The first four are registered as attention forms (:data:`FORMS`), so that a checkpoint of one loads where this is imported.
+The first four are registered as attention forms (:data:`FORMS`), so that their checkpoints load where this module is
+imported.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def signs(x: Tensor) -> Tensor:
 
 
 def draw_ternary(g: Tensor, dim: int, rule: str) -> Tensor:
-    """Random ternary numbers in place of g, with one scale along ``dim`` by the rule."""
+    """Random ternary numbers in place of g, with one scale along ``dim`` given by the rule."""
     size = g.abs()
     scale = MEANS * size.mean(dim, keepdim=True) if rule == "clipped-mean" else size.amax(dim, keepdim=True)
     drawn = torch.rand_like(size) * scale < size
@@ -59,7 +60,7 @@ class SimulatedSigns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """As hf_binaryformer/kernels/hamming.py, with other ternary numbers."""
+        """Like hf_binaryformer/kernels/hamming.py, with other ternary numbers."""
         query, key, value, probability, scale = ctx.saved_tensors
         d_out = gradients[0].float()
         d_probability = d_out @ value.mT
@@ -74,7 +75,7 @@ class SimulatedSigns(torch.autograd.Function):
 
 
 def attend_signs(rule: str, attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As the package's "sign", with the ternary numbers of a rule."""
+    """Like the package's "sign", with the ternary numbers of a rule."""
     heads = query.new_full((1, attention.num_heads, 1, 1), attention.scale, dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         return SimulatedSigns.apply(query, key, value, attention.scale_heads(heads)[0], rule)
@@ -95,7 +96,7 @@ def group_weights(config: Any, head_dim: int, num_heads: int, factory: dict[str,
 
 
 def attend_channel_groups(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As the package's "hamming", weights (B, H G, N) on groups of channels; no gradient through the signs."""
+    """Like the package's "hamming", with weights (B, H G, N) on groups of channels; no gradient through the signs."""
     sides = []
     for x, theta in ((query, attention.query_theta), (key, attention.key_theta)):
         weight = theta(x).unflatten(1, (attention.num_heads, CHANNEL_GROUPS)).mT  # (B, H, N, G)
@@ -132,7 +133,7 @@ Losses = Callable[[nn.Module, Any, int], dict[str, Tensor]]
 
 
 def from_ste(task: Task, train: dict[str, Any]) -> Losses:
-    """The script's losses, with the gradient of the bits that is drawn for the step: the same after a resume."""
+    """The script's losses, with a gradient of the bits that is drawn for each step; a resumed run draws the same."""
     modules = attention_modules(task.model)
     configured = [module.config.bit_gradient for module in modules]
 
@@ -157,7 +158,7 @@ def taught(teacher: nn.Module, task: Task, train: dict[str, Any]) -> Losses:
         with torch.no_grad():
             target = teacher.to(noisy.device)(noisy).logits.float().softmax(2)  # (B, K, V, d, h, w)
         logits = seen.pop().float().unflatten(2, (config.num_codebooks, config.codebook_size)).permute(0, 2, 3, 1)
-        seen.clear()  # of validations
+        seen.clear()  # outputs of validations
         per_token = -(target * logits.log_softmax(2).unflatten(3, noisy.shape[2:])).sum(2)
         lesson = (per_token * masked).sum() / masked.sum().clamp_min(1)
         return losses | {"loss": (losses["loss"] + lesson) / 2, "lesson": lesson}
