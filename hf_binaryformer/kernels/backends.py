@@ -27,6 +27,8 @@ class Backend:
         backward: same signature and returns as :func:`hf_binaryformer.kernels.reference.reference_backward`.
         pack_sign_bits: see :func:`hf_binaryformer.kernels.pack_sign_bits`; None: it has none.
         saturate_and_sign: see :func:`hf_binaryformer.kernels.saturation.saturate_and_sign`; None: it has none.
+        balance: (x, centering, norm) -> (y, bits, factors), see :func:`hf_binaryformer.kernels.balance.reference_balance`.
+        balance_backward: (y, grad, factors, centering, norm, window) -> gradient of x.
         device_types: torch device types that it serves; empty means every one.
         priority: of those that serve a device, the one with the highest is taken when nobody asks for another.
         description: one line for ``binaryformer info``.
@@ -42,6 +44,8 @@ class Backend:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None]
     pack_sign_bits: Callable[[Tensor], Tensor | None] | None = None
     saturate_and_sign: Callable[[Tensor, float], tuple[Tensor, Tensor] | None] | None = None
+    balance: Callable[[Tensor, bool, bool], tuple[Tensor, Tensor, Tensor] | None] | None = None
+    balance_backward: Callable[[Tensor, Tensor, Tensor, bool, bool, float], Tensor | None] | None = None
     device_types: tuple[str, ...] = ()
     priority: int = 0
     description: str = ""
@@ -117,7 +121,7 @@ def first_result(function: str, x: Tensor, *arguments: Any) -> Any:
     """What the preferred backend that has ``function`` makes of x, or None where none of them computes it.
 
     Args:
-        function: "pack_sign_bits" or "saturate_and_sign".
+        function: name of one of a backend's functions that take a tensor first.
         x: the tensor whose device decides.
         arguments: the function's others.
     """

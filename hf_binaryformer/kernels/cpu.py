@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hf_binaryformer.kernels import cpu_library
 from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
-from hf_binaryformer.kernels.cpu_library import TYPES, Call, Rows
+from hf_binaryformer.kernels.balance import EPSILON
+from hf_binaryformer.kernels.bits import words_for
+from hf_binaryformer.kernels.cpu_library import TYPES, Balance, Call, Rows
 from hf_binaryformer.kernels.layout import token_major
 
 
@@ -92,6 +94,51 @@ def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor] | None:
     return _library().saturate(x, beta) if x.dtype in TYPES else None
 
 
+def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for float64 and empty."""
+    if x.dtype not in TYPES or not x.numel():
+        return None
+    x = _rows(x)
+    y = token_major(x, x.shape, x.dtype)
+    bits = x.new_empty((*x.shape[:3], words_for(x.shape[3])), dtype=torch.int64)
+    inverse_rms = x.new_empty(x.shape[:3], dtype=torch.float32)
+    call = _balance_call(y, inverse_rms, centering, norm)
+    call.x, call.bits = Rows.of(x), bits.data_ptr()
+    _library().balance_forward(call)
+    return y, bits, inverse_rms
+
+
+def balance_backward(
+    y: Tensor, grad: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
+) -> Tensor | None:
+    """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for float64 and empty."""
+    if y.dtype not in TYPES or not y.numel():
+        return None
+    y, grad, inverse_rms = _rows(y), _rows(grad.to(y.dtype)), inverse_rms.contiguous()
+    grad_x = token_major(y, y.shape, y.dtype)
+    call = _balance_call(y, inverse_rms, centering, norm)
+    call.grad, call.grad_x, call.window = Rows.of(grad), Rows.of(grad_x), window
+    _library().balance_backward(call)
+    return grad_x
+
+
+def _balance_call(y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool) -> Balance:
+    batch, heads, tokens, dim = y.shape
+    return Balance(
+        batch=batch,
+        heads=heads,
+        tokens=tokens,
+        dim=dim,
+        threads=torch.get_num_threads(),
+        type=TYPES[y.dtype],
+        centering=centering,
+        norm=norm,
+        epsilon=EPSILON,
+        y=Rows.of(y),
+        inverse_rms=inverse_rms.data_ptr(),
+    )
+
+
 def _served(query_bits: Tensor, value: Tensor) -> bool:
     return value.dtype in TYPES and min(query_bits.shape[:3]) > 0 and min(value.shape) > 0
 
@@ -151,6 +198,8 @@ else:
             backward,
             pack_sign_bits,
             saturate_and_sign,
+            balance,
+            balance_backward,
             device_types=("cpu",),
             priority=10,
             description=f"compiled, {cpu_library.LIBRARY.instruction_set} "

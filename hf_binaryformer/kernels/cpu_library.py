@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows packed by one thread, and channels saturated, before a second one is worth its start.
@@ -48,6 +48,22 @@ class Call(ctypes.Structure):
         ("grad_value", Rows),
         *[(n, c_void_p) for n in ("grad_query", "grad_key")],
         ("seed", c_uint64),
+    ]
+
+
+class Balance(ctypes.Structure):
+    """``hf_balance``."""
+
+    _fields_ = [
+        *[(n, c_int64) for n in ("batch", "heads", "tokens", "dim", "threads", "type", "centering", "norm")],
+        ("epsilon", c_double),
+        ("window", c_double),
+        ("x", Rows),
+        ("y", Rows),
+        ("inverse_rms", c_void_p),
+        ("bits", c_void_p),
+        ("grad", Rows),
+        ("grad_x", Rows),
     ]
 
 
@@ -111,6 +127,14 @@ class Library:
         """Run ``hf_backward``."""
         check(self._library.hf_backward(ctypes.byref(call)))
 
+    def balance_forward(self, call: Balance) -> None:
+        """Run ``hf_balance_forward``."""
+        check(self._library.hf_balance_forward(ctypes.byref(call)))
+
+    def balance_backward(self, call: Balance) -> None:
+        """Run ``hf_balance_backward``."""
+        check(self._library.hf_balance_backward(ctypes.byref(call)))
+
     def pack_sign_bits(self, x: Tensor) -> Tensor:
         """(..., d) float32, bfloat16 or float16 with up to three leading axes -> (..., ceil(d / 64)) int64."""
         if x.stride(-1) != 1 and x.shape[-1] > 1:
@@ -144,6 +168,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.hf_can_run.argtypes = library.hf_select.argtypes = [c_char_p]
     library.hf_set_team.argtypes, library.hf_set_team.restype = [c_void_p], None
     library.hf_forward.argtypes = library.hf_backward.argtypes = [ctypes.POINTER(Call)]
+    library.hf_balance_forward.argtypes = library.hf_balance_backward.argtypes = [ctypes.POINTER(Balance)]
     triple = ctypes.POINTER(c_int64)
     library.hf_pack_signs.argtypes = [c_void_p, c_int64, triple, triple, c_int64, c_int64, c_void_p]
     library.hf_pack_signs.restype = c_int

@@ -21,6 +21,8 @@ Nothing of size Nq x Nk is kept: bits, weights, values, output and the row log-s
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ def hamming_attention(
     query: Tensor | None = None,
     key: Tensor | None = None,
     bit_gradient: str = "none",
+    window: float | None = 1.0,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -60,6 +63,8 @@ def hamming_attention(
         query: (B, H, Nq, d) real tensor whose signs were packed; receives the bit gradient and is read for nothing else.
         key: (B, H, Nk, d), likewise.
         bit_gradient: "none" (only the weights learn, as in the paper), "ste" (paper Eq. 3), "ternary".
+        window: the bit gradient passes where abs(x) <= window; None: everywhere, for callers that have a window of their own
+            (:func:`~hf_binaryformer.kernels.balance.balance`).
         seed: of the ternary draws, an int or a 0-d int64 tensor; None draws one from torch's generator.
         backend: name out of :func:`available_backends`, or None to have the fastest chosen.
 
@@ -87,7 +92,8 @@ def hamming_attention(
         query = key = None
     backend = select_backend(backend, value.device.type).name
     tensors = (query_bits, key_bits, query_weight, key_weight, value, query, key, seed)
-    return _hamming_attention(*tensors, head_dim, scale, bit_gradient, backend)[0]
+    limit = math.inf if window is None else window
+    return _hamming_attention(*tensors, head_dim, scale, bit_gradient, backend, limit)[0]
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention", mutates_args=())
@@ -104,6 +110,7 @@ def _hamming_attention(
     scale: float,
     bit_gradient: str,
     backend: str,
+    window: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The registered op: output (B, H, Nq, d_v) and row log-sum-exp (B, H, Nq)."""
     inputs = query_bits, key_bits, query_weight, key_weight, value, head_dim, scale
@@ -156,17 +163,29 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query_bits, key_bits, query_weight, key_weight, value, query, key, seed, head_dim, scale, bit_gradient, backend = (
-        inputs
-    )
+    (
+        query_bits,
+        key_bits,
+        query_weight,
+        key_weight,
+        value,
+        query,
+        key,
+        seed,
+        head_dim,
+        scale,
+        bit_gradient,
+        backend,
+        window,
+    ) = inputs
     ctx.save_for_backward(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *output)
-    ctx.options = head_dim, scale, bit_gradient, backend
+    ctx.options = head_dim, scale, bit_gradient, window, backend
     ctx.set_materialize_grads(False)  # the gradient of the log-sum-exp is None unless somebody used it
 
 
 def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  # type: ignore[no-untyped-def]
     query_bits, key_bits, query_weight, key_weight, value, query, key, seed, output, logsumexp = ctx.saved_tensors
-    head_dim, scale, bit_gradient, backend = ctx.options
+    head_dim, scale, bit_gradient, window, backend = ctx.options
     if query is None and key is None:
         bit_gradient = "none"
     weight_gradient = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
@@ -195,19 +214,21 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  
         grad_query_weight.to(query_weight.dtype) if weight_gradient else None,
         grad_key_weight.to(key_weight.dtype) if weight_gradient else None,
         grad_value,
-        _straight_through(grad_query, query),
-        _straight_through(grad_key, key),
-        *[None] * 5,
+        _straight_through(grad_query, query, window),
+        _straight_through(grad_key, key, window),
+        *[None] * 6,
     )
 
 
-def _straight_through(grad_sign: Tensor, x: Tensor | None) -> Tensor | None:
-    """Gradient of the sign passed on to x where abs(x) <= 1 (paper Eq. 3)."""
+def _straight_through(grad_sign: Tensor, x: Tensor | None, window: float) -> Tensor | None:
+    """Gradient of the sign passed on to x where abs(x) <= window (paper Eq. 3: 1)."""
     if x is None:
         return None
+    if math.isinf(window):
+        return grad_sign.to(x.dtype)
     dtype = torch.promote_types(x.dtype, grad_sign.dtype)
     # hardtanh's is many times as fast as torch.where, 0 at the limits themselves, and compiled with the strides of x.
-    limit = 1 + torch.finfo(dtype).eps
+    limit = window * (1 + torch.finfo(dtype).eps)
     return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).contiguous().to(x.dtype)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_binaryformer.kernels import pack_sign_bits
 from hf_binaryformer.kernels.backends import select_backend
+from hf_binaryformer.kernels.balance import balance
 from hf_binaryformer.modeling import attention_forms  # noqa: F401 (registers the forms)
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, attention_form
 
@@ -23,12 +25,12 @@ class BinaryAttention(nn.Module):
 
     Args:
         dim: token channels D.
-        num_heads: heads H; query and key have d = D / H channels each.
+        num_heads: heads H; query and key have d = D / H channels each, or ``query_key_head_dim``.
         qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as timm's ``Attention`` has them.
             ``attn_drop`` acts on "softmax" alone and must be 0 elsewhere; ``scale_norm`` is not supported.
         config: the mathematics; a subclass made by :meth:`bound_to` carries it, as timm builds blocks from a class.
 
-    Parameters are named as timm's: ``qkv`` (D -> 2 D + H d_v), ``proj`` (H d_v -> D).
+    Parameters are named as timm's: ``qkv`` (D -> 2 H d + H d_v), ``proj`` (H d_v -> D).
     """
 
     config: AttentionConfig
@@ -56,14 +58,14 @@ class BinaryAttention(nn.Module):
         if attn_drop and not form.takes_dropout:
             raise ValueError(f"attn_drop is {attn_drop}; attention_type '{config.attention_type}' needs 0")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.value_head_dim = config.value_head_dim or self.head_dim
+        self.head_dim = config.query_key_head_dim or dim // num_heads
+        self.value_head_dim = config.value_head_dim or dim // num_heads
         self.scale = config.logit_scale / math.sqrt(self.head_dim)
         self.attn_drop = attn_drop
         self.backend: str | None = None
         self.generator: torch.Generator | None = None
 
-        self.query_key_dim = dim if form.has_queries else 0
+        self.query_key_dim = num_heads * self.head_dim if form.has_queries else 0
         value_dim = num_heads * self.value_head_dim
         self.qkv = nn.Linear(dim, 2 * self.query_key_dim + value_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
@@ -98,6 +100,23 @@ class BinaryAttention(nn.Module):
         query, key, value = self.qkv(x).split([qk, qk, heads * self.value_head_dim], dim=-1)
         query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         return self.q_norm(query), self.k_norm(key), value
+
+    def balance(self, x: Tensor, window: float | None = None) -> tuple[Tensor, Tensor]:
+        """Queries or keys (B, H, N, d), centred and normalised as the configuration says, and their sign bits.
+
+        Args:
+            x: of :meth:`project`.
+            window: see :func:`hf_binaryformer.kernels.balance.balance`.
+        """
+        centering, norm = self.config.query_key_centering == "tokens", self.config.query_key_norm == "rms"
+        if not (centering or norm or window is not None):
+            return x, pack_sign_bits(x)
+        return balance(x, centering=centering, norm=norm, window=window)
+
+    @property
+    def balances(self) -> bool:
+        """Whether queries and keys are centred or normalised."""
+        return self.config.query_key_centering != "none" or self.config.query_key_norm != "none"
 
     def scale_heads(self, x: Tensor) -> Tensor:
         """Queries or their weights (B, H, N, ...), in which scores are linear, times the learned factor of their head."""

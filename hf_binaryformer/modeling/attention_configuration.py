@@ -21,6 +21,10 @@ class AttentionConfig:
         attention_type: name of a form, see :mod:`hf_binaryformer.modeling.attention_forms`.
         bit_gradient: what reaches query and key through their signs, "none", "ste" or "ternary" (stochastic, 1-2 bits);
             None: what the form has by default, "ste" for "sign", "none" for all others.
+        query_key_centering: "tokens" subtracts from each channel of queries and of keys its mean over the tokens, so that each
+            bit splits them (not in the paper; :mod:`hf_binaryformer.kernels.balance`).
+        query_key_norm: "rms" then divides each token's channels by their root mean square, without a learned gain.
+        query_key_head_dim: query and key channels of each head, that is bits; None: hidden_size / num_heads.
         value_head_dim: value channels of each head; None keeps hidden_size / num_heads (the paper reduces 64 to 16).
         logit_scale: factor of the scores (the authors' segmentation and sampler code multiplies by 4).
         learned_logit_scale: learn a further factor for each head, 1 at the start (not in the paper): scores of sign bits never
@@ -43,6 +47,9 @@ class AttentionConfig:
 
     attention_type: str = "hamming"
     bit_gradient: Literal["none", "ste", "ternary"] | None = None
+    query_key_centering: Literal["none", "tokens"] = "none"
+    query_key_norm: Literal["none", "rms"] = "none"
+    query_key_head_dim: int | None = None
     value_head_dim: int | None = 16
     logit_scale: float = 1.0
     learned_logit_scale: bool = False
@@ -81,10 +88,11 @@ class AttentionConfig:
         """
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} must be divisible by num_heads {num_heads}")
-        if self.attention_type == "hamming_grouped" and hidden_size // 2 % num_heads:
-            raise ValueError(
-                f"hamming_grouped needs hidden_size / 2 = {hidden_size // 2} divisible by num_heads {num_heads}"
-            )
+        if self.query_key_head_dim is not None and self.query_key_head_dim < 1:
+            raise ValueError(f"query_key_head_dim is {self.query_key_head_dim}, expected at least 1, or None")
+        width = num_heads * (self.query_key_head_dim or hidden_size // num_heads)
+        if self.attention_type == "hamming_grouped" and width // 2 % num_heads:
+            raise ValueError(f"hamming_grouped needs hidden_size / 2 = {width // 2} divisible by num_heads {num_heads}")
 
     @property
     def form(self) -> "AttentionForm":
@@ -124,9 +132,9 @@ class AttentionForm:
         name: what ``attention_type`` names it by.
         scores: formula of the scores, for the documentation.
         attend: (attention, query (B, H, N, d), key (B, H, N, d), value (B, H, N, d_v)) -> (B, H, N, d_v), where attention is
-            the :class:`BinaryAttention` that it is for: its ``config``, ``scale``, ``scale_heads`` and parts.
-        reads: fields of :class:`AttentionConfig` that it reads beside those of every form (the scales, ``value_head_dim``,
-            ``share_attention``).
+            the :class:`BinaryAttention` that it is for: its ``config``, ``scale``, ``scale_heads``, ``balance`` and parts.
+        reads: fields of :class:`AttentionConfig` that it reads beside those of every form (what is done to queries and keys,
+            the scales, ``value_head_dim``, ``share_attention``).
         has_bits: whether queries meet keys as bits, which a kernel's backend computes.
         has_queries: whether there are queries and keys at all.
         takes_bit_gradient: whether ``bit_gradient`` may be "ste" or "ternary".

@@ -15,6 +15,8 @@ from hf_binaryformer.modeling.token_weight import TokenWeight, saturate
 # From so many tokens on, softmax attention with fewer value than query channels gets zeros for the missing ones: torch has no
 # fused kernel for that case on CPUs, and without one memory grows with N^2. Short sequences do not gain from it.
 PADDED_TOKENS = 384
+# Of the gradient that passes straight through a sign (paper Eq. 3).
+WINDOW = 1.0
 
 
 def attend_softmax(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -23,44 +25,61 @@ def attend_softmax(attention: Any, query: Tensor, key: Tensor, value: Tensor) ->
     channels, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
     if missing > 0 and key.shape[2] >= PADDED_TOKENS:
         value = F.pad(value, (0, missing))
-    query = attention.scale_heads(query)
+    query, key = attention.scale_heads(real_numbers(attention, query)), real_numbers(attention, key)
     return F.scaled_dot_product_attention(query, key, value, scale=attention.scale, dropout_p=dropout)[..., :channels]
+
+
+def real_numbers(attention: Any, x: Tensor) -> Tensor:
+    """Queries or keys as the configuration balances them."""
+    return attention.balance(x)[0] if attention.balances else x
 
 
 def attend_sign(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Hamming attention with all token weights at 1."""
     ones = value.new_ones(query.shape[:3])
-    return attend_bits(attention, query, key, ones, ones, value)
+    # Balanced, the window of the straight-through gradient belongs to the same pass as the rest of the way back.
+    window = WINDOW if attention.balances else None
+    sides = attention.balance(query, window), attention.balance(key, window)
+    return attend_bits(attention, *sides, ones, ones, value, None if attention.balances else WINDOW)
 
 
 def attend_hamming(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Hamming attention with learned token weights."""
-    return attend_bits(attention, query, key, attention.query_theta(query), attention.key_theta(key), value)
+    sides = attention.balance(query), attention.balance(key)
+    weights = attention.query_theta(sides[0][0]), attention.key_theta(sides[1][0])
+    return attend_bits(attention, *sides, *weights, value, WINDOW)
 
 
 def attend_bits(
-    attention: Any, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, value: Tensor
+    attention: Any,
+    query: tuple[Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    window: float | None,
 ) -> Tensor:
-    """Hamming attention with token weights (B, H, N)."""
+    """Hamming attention of real numbers with their bits, with token weights (B, H, N)."""
     return hamming_attention(
-        pack_sign_bits(query),
-        pack_sign_bits(key),
+        query[1],
+        key[1],
         attention.scale_heads(query_weight),
         key_weight,
         value,
-        head_dim=query.shape[-1],
+        head_dim=query[0].shape[-1],
         scale=attention.scale,
-        query=query,
-        key=key,
+        query=query[0],
+        key=key[0],
         bit_gradient=attention.config.resolved_bit_gradient,
+        window=window,
         backend=attention.backend,
     )
 
 
 def attend_bernoulli(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Hamming attention with two random samples of the signs of each token, and their bilinear weights."""
-    query_bits, query_weight = bernoulli_pair(attention, query)
-    key_bits, key_weight = bernoulli_pair(attention, key)
+    query_bits, query_weight = bernoulli_pair(attention, real_numbers(attention, query))
+    key_bits, key_weight = bernoulli_pair(attention, real_numbers(attention, key))
     out = hamming_attention(
         query_bits,
         key_bits,

@@ -81,4 +81,4 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
     @property
     def head_dim(self) -> int:
         """Query and key channels of each head."""
-        return self.hidden_size // self.num_heads
+        return self.query_key_head_dim or self.hidden_size // self.num_heads

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "balance.h"
 #include "forward.h"
 
 namespace hf {
@@ -50,7 +51,7 @@ template <class Select> struct Face {
 
 template <class Select> constexpr Kernels make_kernels(const char *name) {
     using f = Face<Select>;
-    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::backward, pack_row, saturate_row};
+    return {name, f::forward_bytes, f::forward, f::backward_bytes, f::backward, pack_row, saturate_row, balance_forward, balance_backward};
 }
 
 } // namespace

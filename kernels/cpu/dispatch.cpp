@@ -254,6 +254,29 @@ int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int
     return 0;
 }
 
+namespace {
+
+bool in_range(const hf_balance &a) {
+    return a.batch >= 0 && a.heads >= 0 && a.tokens >= 0 && a.dim >= 1 && a.dim < (1 << 24) && a.type >= HF_FLOAT32 && a.type <= HF_FLOAT16;
+}
+
+// A head is one unit: the mean over its tokens is wanted first.
+int balance(const hf_balance &a, void (*work)(const hf_balance &, int64_t, Arena &)) {
+    if (!in_range(a)) return -3;
+    if (a.batch * a.heads * a.tokens == 0) return 0;
+    const size_t bytes = (size_t)a.dim * (sizeof(double) + sizeof(float) * (size_t)(a.tokens + 3)) + 64;
+    return run(a.batch * a.heads, a.threads, bytes, [&](int64_t head, Arena &arena) {
+        arena.call = -1; // nothing of an attention call lies packed there any more
+        work(a, head, arena);
+    }) ? 0 : -2;
+}
+
+} // namespace
+
+int hf_balance_forward(const hf_balance *call) { return balance(*call, current().balance_forward); }
+
+int hf_balance_backward(const hf_balance *call) { return balance(*call, current().balance_backward); }
+
 int hf_saturate(const void *x, int64_t type, int64_t rows, int64_t row_stride, int64_t dim, double beta, int64_t threads, void *tanh, void *sign) {
     if (rows < 0 || dim < 0 || type < HF_FLOAT32 || type > HF_FLOAT16) return -3;
     const int64_t width = type == HF_FLOAT32 ? 4 : 2, block = 64;

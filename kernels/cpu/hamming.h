@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Version of the structures below: the Python face refuses a library of another one.
-enum { HF_ABI_VERSION = 3 };
+enum { HF_ABI_VERSION = 4 };
 
 enum hf_type { HF_FLOAT32 = 0, HF_BFLOAT16 = 1, HF_FLOAT16 = 2 };
 
@@ -72,6 +72,26 @@ HF_API int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], co
 // (rows, d) contiguous in the type of x.
 HF_API int hf_saturate(const void *x, int64_t type, int64_t rows, int64_t row_stride, int64_t dim, double beta, int64_t threads,
                        void *tanh, void *sign);
+
+// Balanced bits of queries or of keys x (B, H, N, d): y = (x - mean over N) / root mean square over d, and the signs of y.
+typedef struct {
+    int64_t batch, heads, tokens, dim;
+    int64_t threads;
+    int64_t type;        // hf_type of x, y, grad and grad_x
+    int64_t centering;   // whether each channel loses its mean over the tokens
+    int64_t norm;        // whether each token's channels are divided by their root mean square
+    double epsilon;      // added to the mean square
+    double window;       // backward: gradients pass where abs(y) <= window
+    hf_rows x;           // forward: read
+    hf_rows y;           // (B, H, N, d): written by the forward, read by the backward
+    float *inverse_rms;  // (B, H, N) contiguous: written by the forward, read by the backward
+    uint64_t *bits;      // (B, H, N, W) contiguous: forward
+    hf_rows grad;        // backward: gradient of y
+    hf_rows grad_x;      // backward: written
+} hf_balance;
+
+HF_API int hf_balance_forward(const hf_balance *call);
+HF_API int hf_balance_backward(const hf_balance *call);
 
 #ifdef __cplusplus
 }

@@ -38,6 +38,8 @@ struct Kernels {
     void (*backward)(const Call &, int64_t head, int64_t chunk, Arena &);
     void (*pack)(const void *row, int64_t type, int64_t head_dim, uint64_t *bits); // one row
     void (*saturate)(const void *row, int64_t type, int64_t dim, float beta, void *tanh, void *sign);
+    void (*balance_forward)(const hf_balance &, int64_t head, Arena &);
+    void (*balance_backward)(const hf_balance &, int64_t head, Arena &);
 };
 
 extern const Kernels kPortable;

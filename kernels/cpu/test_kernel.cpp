@@ -465,6 +465,64 @@ void check_saturation(int64_t type) {
         }
 }
 
+// Forward and backward of balanced bits against the formulas in double, on rows that lie apart.
+void check_balance(int64_t type) {
+    std::mt19937_64 random(7);
+    const double allowed = type == HF_FLOAT32 ? 2e-5 : 3e-2;
+    const int64_t width = type == HF_FLOAT32 ? 4 : 2, batch = 2, heads = 3;
+    for (int64_t tokens : {1, 2, 131})
+        for (int64_t dim : {1, 24, 100})
+            for (int choice = 0; choice < 4; choice++) {
+                const int64_t row = heads * dim + 5, words = (dim + 63) / 64, rows = batch * tokens, all = batch * heads * tokens;
+                std::vector<char> x(((rows - 1) * row + heads * dim) * width), y(x.size()), grad(x.size()), grad_x(x.size());
+                std::vector<float> factors(all);
+                std::vector<uint64_t> bits(all * words);
+                const auto at = [&](std::vector<char> &of, int64_t b, int64_t h, int64_t n, int64_t c) {
+                    return Number{of.data() + ((b * tokens + n) * row + h * dim + c) * width, type};
+                };
+                const auto rows_of = [&](std::vector<char> &of) { return hf_rows{of.data(), tokens * row, dim, row}; };
+                for (int64_t b = 0; b < batch; b++)
+                    for (int64_t n = 0; n < tokens; n++)
+                        for (int64_t c = 0; c < heads * dim; c++) {
+                            at(x, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 700) / 500);
+                            at(grad, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 1000) / 1000);
+                        }
+                hf_balance call{};
+                call.batch = batch, call.heads = heads, call.tokens = tokens, call.dim = dim, call.threads = 3, call.type = type;
+                call.centering = choice & 1, call.norm = choice >> 1, call.epsilon = 1e-6, call.window = 1;
+                call.x = rows_of(x), call.y = rows_of(y), call.grad = rows_of(grad), call.grad_x = rows_of(grad_x);
+                call.inverse_rms = factors.data(), call.bits = bits.data();
+                on_a_new_thread([&] { expect(hf_balance_forward(&call) == 0 && hf_balance_backward(&call) == 0, "balance refused"); });
+                for (int64_t b = 0; b < batch; b++)
+                    for (int64_t h = 0; h < heads; h++) {
+                        std::vector<double> mean(dim), share(dim), g(tokens * dim);
+                        for (int64_t n = 0; n < tokens && call.centering; n++)
+                            for (int64_t c = 0; c < dim; c++) mean[c] += at(x, b, h, n, c).get() / (double)tokens;
+                        for (int64_t n = 0; n < tokens; n++) {
+                            double square = 0, along = 0;
+                            for (int64_t c = 0; c < dim; c++) square += pow(at(x, b, h, n, c).get() - mean[c], 2) / (double)dim;
+                            const double factor = call.norm ? 1 / sqrt(square + 1e-6) : 1;
+                            for (int64_t c = 0; c < dim; c++) {
+                                const double wanted = (at(x, b, h, n, c).get() - mean[c]) * factor, got = at(y, b, h, n, c).get();
+                                expect(fabs(got - wanted) <= allowed * std::max(1.0, factor * 1e-2), "balance of %lld tokens: %g, %g", (long long)tokens, got, wanted);
+                                expect(((bits[((b * heads + h) * tokens + n) * words + c / 64] >> c % 64) & 1) == (got >= 0), "bit of %g", got);
+                                g[n * dim + c] = fabs(got) <= 1 ? at(grad, b, h, n, c).get() : 0;
+                                along += g[n * dim + c] * got / (double)dim;
+                            }
+                            for (int64_t c = 0; c < dim; c++) {
+                                if (call.norm) g[n * dim + c] = (g[n * dim + c] - along * at(y, b, h, n, c).get()) * factor;
+                                share[c] += g[n * dim + c] / (double)tokens;
+                            }
+                        }
+                        for (int64_t n = 0; n < tokens; n++)
+                            for (int64_t c = 0; c < dim; c++) {
+                                const double wanted = g[n * dim + c] - (call.centering ? share[c] : 0), got = at(grad_x, b, h, n, c).get();
+                                expect(fabs(got - wanted) <= allowed * std::max(1.0, fabs(wanted) + (dim == 1 ? 1e3 : 0)), "gradient of balance: %g, %g", got, wanted);
+                            }
+                    }
+            }
+}
+
 // Two calls at once, of other shapes and types, give bit for bit what each gives alone.
 void check_two_calls_at_once() {
     const Shape shapes[2] = {{1, 3, 70, 520, 64, 16, 1}, {2, 2, 530, 65, 100, 20, 2}};
@@ -533,6 +591,7 @@ void check_instruction_set(const std::string &name) {
         check_gradients_left_out(type);
         check_packing(type);
         check_saturation(type);
+        check_balance(type);
         for (const Shape &s : {Shape{2, 2, 33, 290, 64, 16, 1}, Shape{1, 2, 130, 61, 31, 5, 1}, Shape{1, 1, 70, 520, 100, 17, 1}, Shape{1, 3, 3, 5, 65, 4, 1}})
             check_ternary_gradient(s, type);
     }

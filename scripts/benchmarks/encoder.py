@@ -48,6 +48,10 @@ class Encoder(Subject):
     backend: str
     blocks: int
 
+    def fields(self) -> dict[str, Any]:
+        """Further fields of the configuration."""
+        return {}
+
     def prepare(self) -> Callable[[], object]:
         """Forward, or forward and backward to every parameter (no optimizer)."""
         torch.manual_seed(SEED)
@@ -60,6 +64,7 @@ class Encoder(Subject):
             bit_gradient=self.bit_gradient,
             value_head_dim=self.value_dim,
             num_hidden_layers=self.blocks,
+            **self.fields(),
         )
         model = build_encoder(config)
         for module in attention_modules(model):

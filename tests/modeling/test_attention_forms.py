@@ -36,7 +36,16 @@ OTHER: dict[str, Any] = {
     "initializer_range": 0.5,
 }
 # What every form reads, and the softmax form's fields for weights of any form.
-COMMON = {"attention_type", "value_head_dim", "logit_scale", "learned_logit_scale", "share_attention"}
+COMMON = {
+    "attention_type",
+    "query_key_centering",
+    "query_key_norm",
+    "query_key_head_dim",
+    "value_head_dim",
+    "logit_scale",
+    "learned_logit_scale",
+    "share_attention",
+}
 
 
 def results(**fields: Any) -> list[Tensor]:

@@ -1,0 +1,124 @@
+r"""Balanced bits: queries and keys whose channels have as many tokens on one side of 0 as on the other.
+
+For x (B, H, N, d), each head of each sample on its own:
+
+    c_n = x_n - mean_n x_n                             (centring)
+    y_n = c_n / sqrt(mean_d c_nd^2 + EPSILON)          (norm)
+    bits = y >= 0
+
+Backward, g = dL/dy where abs(y) <= window and 0 elsewhere, r_n the divisor of y_n:
+
+    dc_n = (g_n - y_n mean_d(g_nd y_nd)) / r_n,  dx_n = dc_n - mean_n dc_n
+
+A bit that is the same for most tokens tells them little apart and hands back little gradient; softmax does not see a shift
+of all keys, bits do. Of a single token the mean is the token itself: centred, it is 0, all its bits are +1, and no gradient
+reaches it. The mean is over all tokens, class tokens too, and of one sample alone; it costs O(N d).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_binaryformer.kernels.backends import first_result
+from hf_binaryformer.kernels.bits import pack_sign_bits, words_for
+from hf_binaryformer.kernels.layout import compute_dtype, token_major
+
+# Added to the mean square, so that a token of zeros stays one.
+EPSILON = 1e-6
+
+
+def balance(
+    x: Tensor, *, centering: bool = True, norm: bool = True, window: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Centre and normalise queries or keys, and pack the signs (formulas in this module's docstring).
+
+    Args:
+        x: (B, H, N, d) real numbers, any strides.
+        centering: whether each channel loses its mean over the tokens.
+        norm: whether each token's channels are divided by their root mean square.
+        window: gradients pass where abs(y) <= window, as straight through a sign (paper Eq. 3); None: all pass. A caller that
+            sets it must not have the operator do so again (``hamming_attention(..., window=None)``).
+
+    Returns:
+        y (B, H, N, d) like x, differentiable, and its bits (B, H, N, words) int64 of :func:`pack_sign_bits`.
+
+    Raises:
+        ValueError: x has other axes, or no real numbers.
+
+    Example:
+        >>> y, bits = balance(torch.randn(1, 2, 100, 24))
+        >>> (y >= 0).float().mean(2).sub(0.5).abs().max() < 0.2  # each channel is on both sides of 0
+        tensor(True)
+    """
+    if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected real numbers (B, H, N, d)")
+    return _balance(x, centering, norm, math.inf if window is None else window)[:2]
+
+
+@torch.library.custom_op("hf_binaryformer::balance", mutates_args=())
+def _balance(x: Tensor, centering: bool, norm: bool, window: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered op: y, bits, and what each token was multiplied by (B, H, N)."""
+    if (found := first_result("balance", x, centering, norm)) is not None:
+        return found
+    return reference_balance(x, centering, norm)
+
+
+@_balance.register_fake
+def _(x: Tensor, centering: bool, norm: bool, window: float) -> tuple[Tensor, Tensor, Tensor]:
+    bits = x.new_empty((*x.shape[:3], words_for(x.shape[3])), dtype=torch.int64)
+    return token_major(x, x.shape, x.dtype), bits, x.new_empty(x.shape[:3], dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("hf_binaryformer::balance_backward", mutates_args=())
+def _balance_backward(
+    grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
+) -> Tensor:
+    """Gradient of x, in the type of y."""
+    if (found := first_result("balance_backward", y, grad, inverse_rms, centering, norm, window)) is not None:
+        return found
+    return reference_balance_backward(grad, y, inverse_rms, centering, norm, window)
+
+
+@_balance_backward.register_fake
+def _(grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float) -> Tensor:
+    return token_major(y, y.shape, y.dtype)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    ctx.options = inputs[1:]  # type: ignore[attr-defined]
+    ctx.save_for_backward(output[0], output[2])
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+    y, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
+    return _balance_backward(grad, y, inverse_rms, *ctx.options), None, None, None  # type: ignore[attr-defined]
+
+
+_balance.register_autograd(_backward, setup_context=_setup_context)
+
+
+def reference_balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Readable forward on any device."""
+    c = x.to(compute_dtype(x))
+    if centering and x.shape[2]:
+        c = c - c.mean(2, keepdim=True)
+    inverse_rms = (c.square().mean(-1) + EPSILON).rsqrt() if norm else c.new_ones(c.shape[:3])
+    y = token_major(x, x.shape, x.dtype).copy_(c * inverse_rms[..., None])
+    return y, pack_sign_bits(y), inverse_rms
+
+
+def reference_balance_backward(
+    grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
+) -> Tensor:
+    """Readable backward on any device."""
+    dtype = compute_dtype(y)
+    real = y.to(dtype)
+    g = torch.where(real.abs() <= window, grad.to(dtype), 0.0)
+    if norm:
+        g = (g - real * (g * real).mean(-1, keepdim=True)) * inverse_rms[..., None].to(dtype)
+    if centering and y.shape[2]:
+        g = g - g.mean(2, keepdim=True)
+    return token_major(y, y.shape, y.dtype).copy_(g)
