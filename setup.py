@@ -1,6 +1,6 @@
 """Builds the compiled CPU kernel, a plain C library that Python loads with ctypes; everything else is in pyproject.toml.
 
-The kernel is optional: without a compiler the installation goes on with a warning, and the reference backend computes.
+The kernel is optional: without a compiler the installation continues with a warning, and the reference backend is used.
 ``HF_BINARYFORMER_NO_KERNEL=1`` leaves it out on purpose; ``CXX`` and ``CXXFLAGS`` are honoured.
 """
 
@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("kernels/cpu")
-# Contraction would move additions onto the multiplier, which is the limit.
+# Contraction would move additions to the multiplier, which is the bottleneck.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0", "-w"]
 AVX2 = ["-mavx2", "-mfma", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vpopcntdq"]
@@ -32,11 +32,11 @@ class BuildKernel(build_ext):
     """Compiles every source with its own flags and links a shared library without a Python module in it."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """One name on every platform, without Python's version: the library does not know Python."""
+        """One name on every platform, without Python's version, because the library does not use Python."""
         return str(Path(*fullname.split("."))) + (".dll" if sys.platform == "win32" else ".so")
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
-        """None beyond those that the sources export."""
+        """No symbols beyond those that the sources export."""
         return []
 
     def build_extension(self, ext: Extension) -> None:

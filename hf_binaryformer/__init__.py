@@ -1,6 +1,6 @@
 """BinaryFormer: transformers whose query-key product is 1 bit wide, for medical images.
 
-Public names are loaded when they are first used, so that ``import hf_binaryformer`` costs next to nothing.
+Public names are loaded when they are first used, so that ``import hf_binaryformer`` is fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hf_binaryformer.modeling.configuration import BinaryFormerConfig
     from hf_binaryformer.modeling.encoder import binarize_attention
     from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-    from hf_binaryformer.modeling.modeling import (
+    from hf_binaryformer.modeling.networks import (
         BinaryFormerForImageClassification,
         BinaryFormerForSemanticSegmentation,
         BinaryFormerModel,
@@ -30,10 +30,10 @@ __version__ = "0.1.0"
 _HOME = {
     "AbsorbingScheduler": "pipelines.absorbing_scheduler",
     "BinaryFormerConfig": "modeling.configuration",
-    "BinaryFormerForImageClassification": "modeling.modeling",
-    "BinaryFormerForSemanticSegmentation": "modeling.modeling",
+    "BinaryFormerForImageClassification": "modeling.networks",
+    "BinaryFormerForSemanticSegmentation": "modeling.networks",
     "BinaryFormerImageProcessor": "modeling.image_processing",
-    "BinaryFormerModel": "modeling.modeling",
+    "BinaryFormerModel": "modeling.networks",
     "BinaryVQInpaintPipeline": "pipelines.vq_inpainting",
     "BinaryVQModel": "modeling.vq_autoencoder",
     "BinaryVQPipeline": "pipelines.vq_synthesis",

@@ -22,7 +22,7 @@ from hf_binaryformer.kernels import available_backends
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
+from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 
 NAMES = {0: "background", 1: "core", 2: "[shell]", 3: "rest"}
 

@@ -1,1 +1,1 @@
-"""What the commands of `binaryformer` do, from files to files; :mod:`hf_binaryformer.cli` is how they are typed."""
+"""The work of the commands of `binaryformer`, from files to files; their command line is :mod:`hf_binaryformer.cli`."""

@@ -1,4 +1,4 @@
-"""What `inpaint` and `synthesize` do, without the command line: from files to files, all of a job's results or none."""
+"""The work of `inpaint` and `synthesize`, without the command line: from files to files, with all results or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands do, without the command line: from files to files, all of a job's results or none of them."""
+"""The commands' work, without the command line: from files to files, with all of a job's results or none of them."""
 
 from __future__ import annotations
 

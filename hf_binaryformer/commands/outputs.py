@@ -1,4 +1,4 @@
-"""Where results go: checked before the work, written beside their place, and put there all together or not at all."""
+"""Output files: checked before the work, written under temporary names, and put in place all together or not at all."""
 
 from __future__ import annotations
 

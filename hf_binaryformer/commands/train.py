@@ -1,4 +1,4 @@
-"""`binaryformer train`: finds out which training a recipe is for, and hands it the rest of the command line."""
+"""`binaryformer train`: finds out which training a recipe is for, and passes the rest of the command line to it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Training data: label maps to images, public data sets to prepared folders, checks, shards, and the samples drawn from them."""
+"""Training data: images from label maps, prepared folders from public data sets, checks, shards, training samples."""

@@ -1,4 +1,4 @@
-"""Writing a prepared folder: how its cases are split, written in one piece, checked for leaks and shown.
+"""Writes a prepared folder: splits its cases, writes all files or none, checks for leaks, and draws pictures.
 
 The folder holds images/CASE.nii.gz and, where there are labels, labels/CASE.nii.gz on the same grid, both in RAS order.
 It also holds manifest.json, qc/CASE.png and, if requested, shards/. Intensities are those of the source. ``slices.py``

@@ -1,4 +1,4 @@
-"""The hash that manifests of data and of checkpoints name files by."""
+"""The file hash in the manifests of data and of checkpoints."""
 
 from __future__ import annotations
 

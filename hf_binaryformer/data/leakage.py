@@ -1,4 +1,4 @@
-"""Does a split leak? Patients and files that stand in two splits, and volumes across splits that look the same."""
+"""Checks splits for leaks: patients and files that are in two splits, and volumes across splits that look the same."""
 
 from __future__ import annotations
 

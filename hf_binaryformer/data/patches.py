@@ -1,4 +1,4 @@
-"""Training samples of the autoencoder: random crops of volumes, each a function of its number alone (as in slices.py)."""
+"""Training samples of the autoencoder: random crops of volumes. Each depends only on its number (as in slices.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small labelled images, whose pixels are the tokens of paper Appendix B, out of the files that their authors publish."""
+"""Reads small labelled images from their authors' published files; their pixels are the tokens of paper Appendix B."""
 
 from __future__ import annotations
 

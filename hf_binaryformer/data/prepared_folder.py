@@ -1,4 +1,4 @@
-"""Reading a prepared folder: its cases by split, and their labels."""
+"""Reads a prepared folder: its cases by split, and their labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prepared folder as Parquet shards, each volume's NIfTI file embedded, which the datasets library streams; and back.
+"""Converts a prepared folder to Parquet shards with embedded NIfTI files, which the datasets library streams, and back.
 
 datasets.load_dataset("data/amos/shards", split="train", streaming=True)
 """

@@ -1,4 +1,4 @@
-"""Training samples: random windows of random slices out of a prepared folder, each a function of its number alone.
+"""Training samples: random windows of random slices of a prepared folder. Each depends only on its number.
 
 Sample ``n`` of a run depends on (seed, n) and nothing else, so that a resumed run, or one on two processes, sees exactly
 the samples that an uninterrupted single process would have seen.

@@ -1,4 +1,4 @@
-"""A data set of synthesised brains: which anatomies go where, and how many images are drawn of each."""
+"""A data set of synthesised brains: the splits of the anatomies, and the number of images drawn of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which code computes the operators: a registry that backends add themselves to, the package's own and others."""
+"""The registry of backends, which compute the operators. The package's own backends and others add themselves to it."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name that this installation cannot run; says why and what would cure it."""
+    """This installation cannot run the requested backend. The message says why and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the operators.
 
-    A function returns None for arguments that it does not compute (a type, a size, a kind of gradient): the reference
-    computes those. Outputs and gradients of values lie as :func:`~hf_binaryformer.kernels.layout.token_major` lays them out,
-    all others are contiguous.
+    A function returns None for arguments that it does not support (a type, a size, a kind of gradient); the reference
+    computes those. Outputs and gradients of values have the memory layout of
+    :func:`~hf_binaryformer.kernels.layout.token_major`. All other results are contiguous.
 
     Args:
-        name: what ``backend=`` asks for.
+        name: selects the backend as ``backend=``.
         forward: same signature and returns as :func:`hf_binaryformer.kernels.reference.reference_forward`.
         backward: same signature and returns as :func:`hf_binaryformer.kernels.reference.reference_backward`.
         pack_sign_bits: see :func:`hf_binaryformer.kernels.pack_sign_bits`; None: it has none.
         saturate_and_sign: see :func:`hf_binaryformer.kernels.saturation.saturate_and_sign`; None: it has none.
         balance: (x, centering, norm) -> (y, bits, factors), see :func:`hf_binaryformer.kernels.balance.reference_balance`.
         balance_backward: (y, grad, factors, centering, norm, window) -> gradient of x.
-        device_types: torch device types that it serves; empty means every one.
-        priority: of those that serve a device, the one with the highest is taken when nobody asks for another.
+        device_types: torch device types that it serves; empty means all.
+        priority: of the backends that serve a device, the one with the highest priority is used if none is requested.
         description: one line for ``binaryformer info``.
 
     Example:
@@ -51,7 +51,7 @@ class Backend:
     description: str = ""
 
     def serves(self, device_type: str) -> bool:
-        """Whether tensors on this device type can be handed to the backend."""
+        """Whether the backend accepts tensors on this device type."""
         return not self.device_types or device_type in self.device_types
 
 
@@ -63,13 +63,13 @@ _missing = {
 
 
 def register_backend(backend: Backend) -> None:
-    """Make a backend available under its name; one of the same name is replaced."""
+    """Make a backend available under its name; a backend of the same name is replaced."""
     _registered[backend.name] = backend
     _missing.pop(backend.name, None)
 
 
 def register_missing(name: str, reason: str) -> None:
-    """Record why a backend cannot run here and what would cure it; shown by ``backend_report`` and on request."""
+    """Record why a backend cannot run here and how to fix it; shown by ``backend_report`` and on request."""
     _missing[name] = reason
 
 
@@ -79,7 +79,7 @@ def available_backends() -> list[str]:
 
 
 def backend_report() -> dict[str, str]:
-    """For every known backend one line: what it is, or why it is missing and the cure."""
+    """One line for every known backend: what it is, or why it is missing and how to fix that."""
     return {name: f"missing: {reason}" for name, reason in _missing.items()} | {
         name: f"available: {_registered[name].description}" for name in available_backends()
     }
@@ -101,7 +101,7 @@ def get_backend(name: str) -> Backend:
 
 
 def select_backend(name: str | None, device_type: str) -> Backend:
-    """The backend asked for, or the preferred one for this device type when ``name`` is None.
+    """The requested backend, or the preferred one for this device type if ``name`` is None.
 
     Raises:
         BackendUnavailableError: ``name`` is unknown, missing, or does not serve the device type.
@@ -118,12 +118,12 @@ def select_backend(name: str | None, device_type: str) -> Backend:
 
 
 def first_result(function: str, x: Tensor, *arguments: Any) -> Any:
-    """What the preferred backend that has ``function`` makes of x, or None where none of them computes it.
+    """The result of ``function`` for x, from the most preferred backend that computes it; None if none does.
 
     Args:
-        function: name of one of a backend's functions that take a tensor first.
-        x: the tensor whose device decides.
-        arguments: the function's others.
+        function: name of a backend's function whose first argument is a tensor.
+        x: that tensor; its device decides which backends can compute the result.
+        arguments: the function's other arguments.
     """
     for name in available_backends():
         backend = _registered[name]

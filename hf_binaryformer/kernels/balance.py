@@ -1,18 +1,19 @@
-r"""Balanced bits: queries and keys whose channels have as many tokens on one side of 0 as on the other.
+r"""Balanced bits: each channel of queries and keys has about as many tokens on one side of 0 as on the other.
 
-For x (B, H, N, d), each head of each sample on its own:
+For x (B, H, N, d), separately for each head of each sample:
 
     c_n = x_n - mean_n x_n                             (centring)
     y_n = c_n / sqrt(mean_d c_nd^2 + EPSILON)          (norm)
     bits = y >= 0
 
-Backward, g = dL/dy where abs(y) <= window and 0 elsewhere, r_n the divisor of y_n:
+Backward, with g = dL/dy where abs(y) <= window and 0 elsewhere, and r_n the divisor of y_n:
 
     dc_n = (g_n - y_n mean_d(g_nd y_nd)) / r_n,  dx_n = dc_n - mean_n dc_n
 
-A bit that is the same for most tokens tells them little apart and hands back little gradient; softmax does not see a shift
-of all keys, bits do. Of a single token the mean is the token itself: centred, it is 0, all its bits are +1, and no gradient
-reaches it. The mean is over all tokens, class tokens too, and of one sample alone; it costs O(N d).
+A bit that is the same for most tokens hardly distinguishes them, and little gradient passes back through it. Softmax
+attention does not change when all keys are shifted, but bits do. The mean of a single token is the token itself: after
+centring it is 0, all its bits are +1, and it gets no gradient. The mean is over all tokens of one sample, including
+class tokens. It costs O(N d).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hf_binaryformer.kernels.backends import first_result
 from hf_binaryformer.kernels.bits import pack_sign_bits, words_for
 from hf_binaryformer.kernels.layout import compute_dtype, token_major
 
-# Added to the mean square, so that a token of zeros stays one.
+# Added to the mean square, so that a token of zeros stays a token of zeros.
 EPSILON = 1e-6
 
 
@@ -37,16 +38,17 @@ def balance(
 
     Args:
         x: (B, H, N, d) real numbers, any strides.
-        centering: whether each channel loses its mean over the tokens.
-        norm: whether each token's channels are divided by their root mean square.
-        window: gradients pass where abs(y) <= window, as straight through a sign (paper Eq. 3); None: all pass. A caller that
-            sets it must not have the operator do so again (``hamming_attention(..., window=None)``).
+        centering: whether to subtract from each channel its mean over the tokens.
+        norm: whether to divide each token's channels by their root mean square.
+        window: gradients pass where abs(y) <= window, like the straight-through gradient of a sign (paper Eq. 3); None:
+            all pass. A caller that sets it must call the operator without a window
+            (``hamming_attention(..., window=None)``).
 
     Returns:
         y (B, H, N, d) like x, differentiable, and its bits (B, H, N, words) int64 of :func:`pack_sign_bits`.
 
     Raises:
-        ValueError: x has other axes, or no real numbers.
+        ValueError: x does not have these axes, or is not of real numbers.
 
     Example:
         >>> y, bits = balance(torch.randn(1, 2, 100, 24))
@@ -60,7 +62,7 @@ def balance(
 
 @torch.library.custom_op("hf_binaryformer::balance", mutates_args=())
 def _balance(x: Tensor, centering: bool, norm: bool, window: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered op: y, bits, and what each token was multiplied by (B, H, N)."""
+    """The registered op: y, bits, and the factor of each token (B, H, N)."""
     if (found := first_result("balance", x, centering, norm)) is not None:
         return found
     return reference_balance(x, centering, norm)

@@ -1,4 +1,4 @@
-"""Sign bits, 64 to an int64 word."""
+"""Sign bits, packed 64 to an int64 word."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def unpack_sign_bits(bits: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The signs behind packed bits, so that ``unpack_sign_bits(pack_sign_bits(x), d) == sgn(x)``.
+    """Unpack the signs, so that ``unpack_sign_bits(pack_sign_bits(x), d) == sgn(x)``.
 
     Args:
         bits: (..., words) int64.

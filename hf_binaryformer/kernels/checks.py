@@ -1,4 +1,4 @@
-"""What Hamming attention accepts: every relation between its arguments, each with a message of its own."""
+"""Checks of the arguments of Hamming attention, each with its own error message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_inputs(
     head_dim: int,
     bit_gradient: str,
 ) -> None:
-    """Raise ValueError for arguments of :func:`hf_binaryformer.kernels.hamming_attention` that do not fit one another."""
+    """Raise ValueError for arguments of :func:`hf_binaryformer.kernels.hamming_attention` that do not fit together."""
     if bit_gradient not in BIT_GRADIENTS:
         raise ValueError(f"bit_gradient is '{bit_gradient}', expected one of {', '.join(BIT_GRADIENTS)}")
     if query_bits.dim() not in (4, 5) or key_bits.dim() != query_bits.dim():
@@ -52,7 +52,7 @@ def check_inputs(
 
 
 def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, head_dim: int, bit_gradient: str) -> None:
-    """Raise ValueError for bits, weights and real numbers of the queries or of the keys that do not fit one another."""
+    """Raise ValueError if bits, weights and real numbers of the queries, or of the keys, do not fit together."""
     if bits.dtype != torch.int64:
         raise ValueError(f"{name}_bits has type {bits.dtype}, expected torch.int64 as pack_sign_bits returns it")
     if bits.shape[-1] != words_for(head_dim):

@@ -24,7 +24,7 @@ def forward(
     head_dim: int,
     scale: float,
 ) -> tuple[Tensor, Tensor] | None:
-    """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for what is float64 or empty."""
+    """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for float64 and for empty inputs."""
     if not _served(query_bits, value):
         return None
     batch, heads, queries = query_bits.shape[:3]
@@ -52,7 +52,10 @@ def backward(
     bit_gradient: str,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for float64, empty, and ``bit_gradient="ste"``."""
+    """As :func:`hf_binaryformer.kernels.reference.reference_backward`.
+
+    None for float64, for empty inputs, and for ``bit_gradient="ste"``.
+    """
     if not _served(query_bits, value) or bit_gradient == "ste":
         return None
     call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
@@ -83,7 +86,7 @@ def backward(
 
 
 def pack_sign_bits(x: Tensor) -> Tensor | None:
-    """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64, empty, and more than four axes."""
+    """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64, empty inputs, and more than four axes."""
     if x.dtype not in TYPES or x.dim() > 4 or not x.numel():
         return None
     return _library().pack_sign_bits(x)
@@ -95,7 +98,7 @@ def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor] | None:
 
 
 def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for float64 and empty."""
+    """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for float64 and for empty inputs."""
     if x.dtype not in TYPES or not x.numel():
         return None
     x = _rows(x)
@@ -111,7 +114,7 @@ def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Ten
 def balance_backward(
     y: Tensor, grad: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
 ) -> Tensor | None:
-    """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for float64 and empty."""
+    """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for float64 and for empty inputs."""
     if y.dtype not in TYPES or not y.numel():
         return None
     y, grad, inverse_rms = _rows(y), _rows(grad.to(y.dtype)), inverse_rms.contiguous()
@@ -152,7 +155,7 @@ def _prepare(
     head_dim: int,
     scale: float,
 ) -> tuple[Call, tuple[Tensor, ...]]:
-    """The call's common part, and the tensors that must outlive it."""
+    """The part of a call that forward and backward share, and the tensors that must outlive it."""
     query_bits, key_bits, value = query_bits.contiguous(), key_bits.contiguous(), _rows(value)
     query_weight, key_weight = query_weight.float().contiguous(), key_weight.float().contiguous()
     batch, heads, queries = query_bits.shape[:3]
@@ -177,12 +180,12 @@ def _prepare(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """Channels side by side."""
+    """The tensor with its channels adjacent in memory; a copy if they are not."""
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _library() -> cpu_library.Library:
-    assert cpu_library.LIBRARY is not None  # registered only then
+    assert cpu_library.LIBRARY is not None  # the backend is registered only if there is a library
     return cpu_library.LIBRARY
 
 

@@ -1,4 +1,4 @@
-"""The compiled library of ``kernels/cpu`` behind its plain C interface (``kernels/cpu/hamming.h``)."""
+"""Loads the compiled library of ``kernels/cpu`` and calls its plain C interface (``kernels/cpu/hamming.h``)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 ABI_VERSION = 4
 INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows packed by one thread, and channels saturated, before a second one is worth its start.
+# Smallest work, in rows to pack and in channels to saturate, for which another thread is worth starting.
 ROWS_PER_THREAD = 2048
 CHANNELS_PER_THREAD = 65536
 
 
 class Rows(ctypes.Structure):
-    """``hf_rows``: (B, H, N, channels), strides in elements, channels side by side."""
+    """``hf_rows``: (B, H, N, channels), strides in elements, channels adjacent in memory."""
 
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
 
@@ -68,14 +68,14 @@ class Balance(ctypes.Structure):
 
 
 class LibraryMissingError(RuntimeError):
-    """The compiled library cannot run here; says why and what would cure it."""
+    """The compiled library cannot run here. The message says why and how to fix it."""
 
 
 class Library:
     """The loaded library.
 
     Args:
-        path: of the shared library.
+        path: file of the shared library.
         instruction_set: name of the one to use; empty for the best that this processor runs.
 
     Raises:
@@ -106,12 +106,12 @@ class Library:
 
     @property
     def instruction_set(self) -> str:
-        """The one in use."""
+        """Name of the instruction set in use."""
         return self._library.hf_selected().decode()
 
     @contextmanager
     def using(self, instruction_set: str) -> Iterator[None]:
-        """Another instruction set out of ``runnable`` for a while, for the whole process."""
+        """Use another instruction set of ``runnable`` within this context, for the whole process."""
         before = self.instruction_set
         check(self._library.hf_select(instruction_set.encode()))
         try:
@@ -163,7 +163,7 @@ class Library:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Types of the functions."""
+    """Declare the argument and return types of the library's functions."""
     library.hf_instruction_sets.restype = library.hf_selected.restype = c_char_p
     library.hf_can_run.argtypes = library.hf_select.argtypes = [c_char_p]
     library.hf_set_team.argtypes, library.hf_set_team.restype = [c_void_p], None
@@ -185,9 +185,9 @@ def check(status: int) -> None:
 
 
 def torch_team() -> c_void_p | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; None where it is another runtime.
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses; None if torch uses another runtime.
 
-    A second team of threads would compete with torch's, whose idle threads go on spinning for a while.
+    A second team of threads would compete with torch's, whose idle threads keep spinning for a while.
     """
     for path in openmp_runtimes():
         try:
@@ -211,7 +211,7 @@ def openmp_runtimes() -> Iterator[str]:
 
 
 def load() -> tuple[Library | None, str]:
-    """The library, or None and the reason."""
+    """The library, or None and the reason why it is missing."""
     try:
         instruction_set = os.environ.get(INSTRUCTION_SET_VARIABLE, "")
         return Library(Path(__file__).with_name("_cpu.so"), instruction_set), ""

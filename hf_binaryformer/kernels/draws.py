@@ -1,4 +1,4 @@
-"""Stochastic ternary numbers for the bit gradient, from a counter-based hash that every backend repeats exactly."""
+"""Stochastic ternary numbers for the bit gradient, from a counter-based hash that every backend reproduces exactly."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 DRAW_BITS = 22
-# Queries, and keys, of a block whose ternary numbers have one scale.
+# Number of queries, and of keys, in a block whose ternary numbers share one scale.
 BLOCK = 64
 
 
 def ternary(g: Tensor, draw: Tensor, dim: int) -> Tensor:
     """Unbiased stochastic ternary form of g: ``sgn(g) * s`` where ``draw < abs(g) / s``, else 0, so that the mean is g.
 
-    s is the largest abs(g) of each BLOCK entries along ``dim``: any s that is not smaller leaves the mean, and the smallest one
-    the least variance. In a block, whose size depends on nothing else, a kernel knows it before it draws.
+    s is the largest abs(g) of each BLOCK entries along ``dim``. Any s that is at least as large keeps the mean, and the
+    smallest one has the least variance. The block size is fixed, so a kernel knows s before it draws.
 
     Args:
         g: real numbers.
-        draw: uniform in (0, 1), the shape of g.
-        dim: axis of the sums that the result is for.
+        draw: uniform in (0, 1), with the shape of g.
+        dim: axis that the result is to be summed over.
     """
     size = g.abs()
     blocks = [block.amax(dim, keepdim=True).expand_as(block) for block in size.split(BLOCK, dim)]
@@ -29,11 +29,12 @@ def ternary(g: Tensor, draw: Tensor, dim: int) -> Tensor:
 
 
 def uniform(seed: Tensor, group: slice, rows: slice, keys: int, device: torch.device) -> Tensor:
-    """Uniform float32 in (0, 1) for every (head, query, key), a function of (seed, head, i, j) alone.
+    """Uniform float32 in (0, 1) for every (head, query, key), which depends only on (seed, head, i, j).
 
-    head counts batch x heads. With all arithmetic modulo 2^32, mix = :func:`_mix32` and mix' its part before the last
-    xor-shift: ``row = mix(mix(mix(mix(seed_low) + seed_high) + head) + i)``, ``number = mix'(row + 0x9E3779B9 * j)``; the result
-    is ``((number >> 10) + 1/2) / 2^22``, which leaves one bit of a float32 to spare, so that 1 + draw stays below 2.
+    head counts batch x heads. All arithmetic is modulo 2^32, mix is :func:`_mix32`, and mix' is its part before the
+    last xor-shift: ``row = mix(mix(mix(mix(seed_low) + seed_high) + head) + i)``,
+    ``number = mix'(row + 0x9E3779B9 * j)``. The result is ``((number >> 10) + 1/2) / 2^22``. This leaves one bit of a
+    float32 unused, so that 1 + draw stays below 2.
     """
     seed = seed.to(device)
     head = torch.arange(group.start, group.stop, dtype=torch.int32, device=device)[:, None, None]

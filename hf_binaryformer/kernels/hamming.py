@@ -10,13 +10,13 @@ Backward, with P = softmax(S), delta_i = dO_i . O_i:
 
     dV = P^T dO,  dS = P * (dO V^T - delta),  dw_q,i = scale * sum_j dS_ij S1_ij w_k,j,  dw_k,j alike
 
-and, for what reaches the real tensors behind the bits (``bit_gradient``), masked to abs(x) <= 1:
+and for the gradient of the real tensors whose signs were packed (``bit_gradient``), masked to abs(x) <= 1:
 
     ste:      dq_i = scale * w_q,i * sum_j g_ij sgn(k_j),  g_ij = dS_ij w_k,j   (dk by columns, with g_ij = dS_ij w_q,i)
     ternary:  the same with g_ij replaced by t_ij in {-s_i, 0, s_i}, P(t_ij != 0) = abs(g_ij) / s_i, s_i the
               largest abs(g_ij) of j's block of 64 (dk: of i's): unbiased, and a product of bits and ternary numbers only
 
-Nothing of size Nq x Nk is kept: bits, weights, values, output and the row log-sum-exp are saved, scores are computed again.
+Nothing of size Nq x Nk is stored. Bits, weights, values, output and row log-sum-exp are saved; scores are recomputed.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ def hamming_attention(
         value: (B, H, Nk, d_v), float64, float32, bfloat16 or float16; any d_v >= 1, any strides.
         head_dim: channels d >= 1 that were packed.
         scale: factor of the scores; None means 1 / sqrt(head_dim).
-        query: (B, H, Nq, d) real tensor whose signs were packed; receives the bit gradient and is read for nothing else.
+        query: (B, H, Nq, d) real tensor whose signs were packed; used only for the bit gradient, which it receives.
         key: (B, H, Nk, d), likewise.
         bit_gradient: "none" (only the weights learn, as in the paper), "ste" (paper Eq. 3), "ternary".
-        window: the bit gradient passes where abs(x) <= window; None: everywhere, for callers that have a window of their own
-            (:func:`~hf_binaryformer.kernels.balance.balance`).
-        seed: of the ternary draws, an int or a 0-d int64 tensor; None draws one from torch's generator.
-        backend: name out of :func:`available_backends`, or None to have the fastest chosen.
+        window: the bit gradient passes where abs(x) <= window; None: everywhere, for callers that apply their own
+            window (:func:`~hf_binaryformer.kernels.balance.balance`).
+        seed: seed of the ternary draws, an int or a 0-d int64 tensor; None draws one from torch's generator.
+        backend: a name from :func:`available_backends`; None chooses the fastest.
 
     Returns:
         (B, H, Nq, d_v) in the type of ``value``; zeros where Nk is 0.
 
     Raises:
-        ValueError: shapes, types or options that do not fit one another.
-        BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: shapes, types or options do not fit together.
+        BackendUnavailableError: the requested backend cannot run here.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 5, 32)
@@ -141,12 +141,13 @@ def _hamming_attention_backward(
     weight_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query_weight, key_weight, value, and of the sign values of query and key (empty when not asked for)."""
+    """Gradients of query_weight, key_weight, value, and the sign values of query and key (empty if not requested)."""
     inputs = query_bits, key_bits, query_weight, key_weight, value
     options = seed, head_dim, scale, bit_gradient, weight_gradient
     found = get_backend(backend).backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
     if found is None:
-        # Of the scores as the reference rounds them, or every probability of a row would be off by the difference.
+        # The reference needs the log-sum-exp of scores with its own rounding. With another one, the difference would be
+        # an error in every probability of a row.
         logsumexp = reference_forward(*inputs, head_dim, scale)[1]
         found = reference_backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
     return found
@@ -180,7 +181,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ) = inputs
     ctx.save_for_backward(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *output)
     ctx.options = head_dim, scale, bit_gradient, window, backend
-    ctx.set_materialize_grads(False)  # the gradient of the log-sum-exp is None unless somebody used it
+    ctx.set_materialize_grads(False)  # the gradient of the log-sum-exp is None unless it is used
 
 
 def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  # type: ignore[no-untyped-def]
@@ -221,13 +222,14 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  
 
 
 def _straight_through(grad_sign: Tensor, x: Tensor | None, window: float) -> Tensor | None:
-    """Gradient of the sign passed on to x where abs(x) <= window (paper Eq. 3: 1)."""
+    """Pass the gradient of the sign on to x where abs(x) <= window (paper Eq. 3: 1)."""
     if x is None:
         return None
     if math.isinf(window):
         return grad_sign.to(x.dtype)
     dtype = torch.promote_types(x.dtype, grad_sign.dtype)
-    # hardtanh's is many times as fast as torch.where, 0 at the limits themselves, and compiled with the strides of x.
+    # The gradient of hardtanh is many times as fast as torch.where. It is 0 at the limits themselves, so they are moved
+    # outwards by one rounding step. Compiled code gives it the strides of x, so it is made contiguous.
     limit = window * (1 + torch.finfo(dtype).eps)
     return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).contiguous().to(x.dtype)
 

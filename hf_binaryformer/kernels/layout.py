@@ -1,4 +1,4 @@
-"""How tensors of the operator lie in memory, which every backend has to keep to: the fakes promise it to ``torch.compile``."""
+"""Memory layout of the operator's tensors. Every backend must keep to it: the fakes promise it to ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialised (B, H, N, d) tensor whose heads lie side by side in memory, as projections give and take them."""
+    """An uninitialised (B, H, N, d) tensor with adjacent heads in memory, as in inputs and outputs of projections."""
     batch, heads, tokens, channels = shape
     return like.new_empty((batch, tokens, heads, channels), dtype=dtype).transpose(1, 2)
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """Type of the log-sum-exp and of all gradients but that of the value: float32, or float64 for float64 values."""
+    """Type of the log-sum-exp and of all gradients except the value's: float32, or float64 for float64 values."""
     return torch.promote_types(value.dtype, torch.float32)
 
 
@@ -27,7 +27,7 @@ def zero_gradients(
     bit_gradient: str,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Zeros for every gradient of the backward op; a gradient that nobody asked for has no element."""
+    """Zeros for every gradient of the backward op; a gradient that is not requested is empty."""
     dtype = compute_dtype(value)
     bits = bit_gradient != "none"
     return (

@@ -1,4 +1,4 @@
-"""The backend "reference": readable PyTorch on any device in O(N) memory, the oracle of every other backend.
+"""The backend "reference": readable PyTorch on any device in O(N) memory. Every other backend is tested against it.
 
 Formulas: :mod:`hf_binaryformer.kernels.hamming`. Letters: G = batch x heads, P = planes (1, or 2 for two Bernoulli samples).
 """
@@ -15,7 +15,7 @@ from hf_binaryformer.kernels.bits import unpack_sign_bits
 from hf_binaryformer.kernels.draws import BLOCK, ternary, uniform
 from hf_binaryformer.kernels.layout import compute_dtype, token_major, zero_gradients
 
-# Scores held at one time; bounds the extra memory and keeps a tile in a core's cache.
+# Number of scores held at once. It bounds the extra memory and keeps a tile in a core's cache.
 CHUNK_ELEMENTS = 1 << 19
 
 
@@ -66,7 +66,7 @@ def reference_backward(
     bit_gradient: str,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Readable backward; scores are computed again tile by tile.
+    """Readable backward; scores are recomputed tile by tile.
 
     Args:
         grad_output: (B, H, Nq, d_v).
@@ -74,17 +74,17 @@ def reference_backward(
         output, logsumexp: (B, H, Nq, d_v) and (B, H, Nq), what the forward returned.
         grad_logsumexp: (B, H, Nq), or None for zeros.
         seed: 0-d int64 tensor of the ternary draws.
-        weight_gradient: whether the gradients of the weights are wanted.
+        weight_gradient: whether the gradients of the weights are requested.
 
     Returns:
-        Gradients of query_weight, key_weight, value, sgn(query), sgn(key), that of the value in its type, the others in
-        float32 (float64 for float64 values); those not asked for have no element.
+        Gradients of query_weight, key_weight, value, sgn(query), sgn(key). That of the value has the value's type; the
+        others are float32 (float64 for float64 values). Those not requested are empty.
     """
     sizes = (query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient)
     gradients = zero_gradients(*sizes)
     dtype = compute_dtype(value)
     delta = (grad_output.to(dtype) * output).sum(-1)
-    if grad_logsumexp is not None:  # an output too: its gradient enters dS = P * (dP - delta) through delta
+    if grad_logsumexp is not None:  # it is an output too; its gradient enters dS = P * (dP - delta) through delta
         delta -= grad_logsumexp
     batch, heads, queries = query_bits.shape[:3]
     keys = value.shape[2]
@@ -98,7 +98,7 @@ def reference_backward(
         v, d_out, lse, dlt = (t.flatten(0, 1)[group].to(dtype) for t in (value, grad_output, logsumexp, delta))
 
         def score_gradient(rows: slice) -> tuple[Tensor, Tensor]:
-            scores = (signed_query[:, rows] * scale) @ signed_key.mT  # noqa: B023 (used within this turn of the loop)
+            scores = (signed_query[:, rows] * scale) @ signed_key.mT  # noqa: B023 (used within this iteration)
             p = scores.sub_(lse[:, rows].unsqueeze(-1)).exp_()  # noqa: B023
             return p, (d_out[:, rows] @ v.mT).sub_(dlt[:, rows].unsqueeze(-1)).mul_(p)  # noqa: B023
 
@@ -145,7 +145,7 @@ def _weight_gradient(d_signed: Tensor, signs: Tensor, weight: Tensor) -> Tensor:
 
 
 def _tiles(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Heads to take at one time, and the blocks of query rows to cut them into; at most CHUNK_ELEMENTS scores a tile."""
+    """Heads to process together, and the blocks of query rows of each; at most CHUNK_ELEMENTS scores per tile."""
     if queries * keys == 0:
         return
     together = max(1, CHUNK_ELEMENTS // (queries * keys))

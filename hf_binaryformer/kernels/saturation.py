@@ -1,4 +1,4 @@
-"""What the networks of the token weights read: saturated tokens and their signs (paper Eq. 1 and 4)."""
+"""Inputs of the token-weight networks: saturated tokens and their signs (paper Eq. 1 and 4)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hf_binaryformer.kernels.backends import first_result
 
 @torch.library.custom_op("hf_binaryformer::saturate_and_sign", mutates_args=())
 def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass where a backend has it.
+    """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass if a backend computes them.
 
     Args:
         x: (N, D) real numbers, any strides.
         beta: steepness of the saturation.
 
     Returns:
-        Two tensors like x. Gradients reach x through the first alone.
+        Two tensors like x. Gradients reach x only through the first.
     """
     if (found := first_result("saturate_and_sign", x, beta)) is not None:
         return found

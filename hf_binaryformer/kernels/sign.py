@@ -1,4 +1,4 @@
-"""1-bit attention of plain tensors: signs, bits and weights are taken care of."""
+"""1-bit attention of ordinary tensors, which handles signs, bits and weights itself."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def sign_attention(
         query: (B, H, Nq, d) real numbers; only their signs count, sgn(0) = +1.
         key: (B, H, Nk, d).
         value: (B, H, Nk, d_v), any d_v >= 1.
-        bit_gradient: what reaches query and key: "ternary" (unbiased, 1-2 bits), "ste" (paper Eq. 3), "none". The first
-            two pass where abs(x) <= 1, so keep queries and keys of about that size.
-        scale: factor of the scores, which are whole numbers from -d to d; None means 1 / sqrt(d).
-        seed: of the ternary draws; None draws one from torch's generator.
-        backend: name out of :func:`available_backends`, or None to have the fastest chosen.
+        bit_gradient: the gradient of query and key: "ternary" (unbiased, 1-2 bits), "ste" (paper Eq. 3), "none". The
+            first two pass where abs(x) <= 1, so keep queries and keys of about that size.
+        scale: factor of the scores, which are integers from -d to d; None means 1 / sqrt(d).
+        seed: seed of the ternary draws; None draws one from torch's generator.
+        backend: a name from :func:`available_backends`; None chooses the fastest.
 
     Returns:
         (B, H, Nq, d_v) in the type of ``value``.
 
     Raises:
-        ValueError: shapes, types or options that do not fit one another.
-        BackendUnavailableError: the backend asked for cannot run here.
+        ValueError: shapes, types or options do not fit together.
+        BackendUnavailableError: the requested backend cannot run here.
 
     Example:
         >>> query, key, value = (torch.randn(1, 6, 100, 64, requires_grad=True) for _ in range(3))

@@ -1,6 +1,6 @@
-"""Transformers models with 1-bit attention: configuration, attention, encoder, decoder, image processor, weights by name.
+"""Transformers models with 1-bit attention: configuration, attention, encoder, decoder, image processor, checkpoints.
 
-``from hf_binaryformer.modeling import BinaryAttention`` gives the attention module alone, for networks of one's own.
+``from hf_binaryformer.modeling import BinaryAttention`` gives the attention module alone, for use in other networks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["AttentionConfig", "BinaryAttention"]
 
 
 def __getattr__(name: str) -> Any:
-    # When it is asked for: the parts of this package that know no torch stay light.
+    # Imported on first use, so that the parts of this package that need no torch are fast to import.
     if name not in __all__:
         raise AttributeError(f"module 'hf_binaryformer.modeling' has no attribute '{name}'")
     from hf_binaryformer.modeling import attention

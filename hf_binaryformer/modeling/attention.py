@@ -1,4 +1,4 @@
-"""The attention module that stands where timm's attention stood, in every form of the paper (Sec. 2)."""
+"""The attention module that replaces timm's attention, in every form of the paper (Sec. 2)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class BinaryAttention(nn.Module):
     Every form has an entry in :mod:`hf_binaryformer.modeling.attention_forms`: "softmax", "sign" (STE), "sign_stopgrad",
     "hamming", "hamming_grouped", "hamming_bernoulli", and the control "uniform".
 
-    With ``learned_logit_scale`` each head's scores are multiplied by exp(``log_scale``) as well, which starts at 1.
+    With ``learned_logit_scale`` each head's scores are also multiplied by exp(``log_scale``), which starts at 1.
 
     Args:
         dim: token channels D.
         num_heads: heads H; query and key have d = D / H channels each, or ``query_key_head_dim``.
-        qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as timm's ``Attention`` has them.
-            ``attn_drop`` acts on "softmax" alone and must be 0 elsewhere; ``scale_norm`` is not supported.
-        config: the mathematics; a subclass made by :meth:`bound_to` carries it, as timm builds blocks from a class.
+        qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's ``Attention``.
+            ``attn_drop`` applies to "softmax" only and must be 0 for other forms. ``scale_norm`` is not supported.
+        config: the mathematics. None takes the configuration of a subclass made by :meth:`bound_to`; timm needs such a
+            class to build its blocks.
 
-    Parameters are named as timm's: ``qkv`` (D -> 2 H d + H d_v), ``proj`` (H d_v -> D).
+    Parameters have timm's names: ``qkv`` (D -> 2 H d + H d_v), ``proj`` (H d_v -> D).
     """
 
     config: AttentionConfig
@@ -105,7 +106,7 @@ class BinaryAttention(nn.Module):
         """Queries or keys (B, H, N, d), centred and normalised as the configuration says, and their sign bits.
 
         Args:
-            x: of :meth:`project`.
+            x: queries or keys from :meth:`project`.
             window: see :func:`hf_binaryformer.kernels.balance.balance`.
         """
         centering, norm = self.config.query_key_centering == "tokens", self.config.query_key_norm == "rms"
@@ -119,27 +120,27 @@ class BinaryAttention(nn.Module):
         return self.config.query_key_centering != "none" or self.config.query_key_norm != "none"
 
     def scale_heads(self, x: Tensor) -> Tensor:
-        """Queries or their weights (B, H, N, ...), in which scores are linear, times the learned factor of their head."""
+        """Queries or their weights (B, H, N, ...), in which scores are linear, times their head's learned factor."""
         if self.log_scale is None:
             return x
         return x * self.log_scale.exp().to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
 
 
 class SharedAttention(nn.Module):
-    """Stands in a block for the attention of another block, so that all use one module (``share_attention``)."""
+    """Replaces a block's attention by that of another block, so that all share one module (``share_attention``)."""
 
     def __init__(self, owner: BinaryAttention) -> None:
         super().__init__()
-        # In a tuple, so that the parameters are registered (and saved) once, at their owner.
+        # The tuple keeps torch from registering (and saving) the owner's parameters a second time.
         self._owner = (owner,)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """As the owner."""
+        """Same as the owner's forward."""
         return self._owner[0](x, attn_mask, is_causal)
 
 
 class AttentionControl:
-    """What a network with :class:`BinaryAttention` in it can be told after it was built; none of it is saved."""
+    """Settings of a network with :class:`BinaryAttention` that can change after it was built; none of them is saved."""
 
     def set_attention_backend(self, backend: str | None) -> None:
         """Choose the code that computes 1-bit attention; None leaves the choice to the operator.
@@ -153,7 +154,7 @@ class AttentionControl:
             attention.backend = backend
 
     def set_attention_generator(self, generator: torch.Generator | None) -> None:
-        """Give the samples of "hamming_bernoulli" a generator (on the model's device), so that a seed repeats."""
+        """Set the generator (on the model's device) that "hamming_bernoulli" draws from, for repeatable samples."""
         for attention in attention_modules(self):  # type: ignore[arg-type]
             attention.generator = generator
 
@@ -164,7 +165,7 @@ def attention_modules(model: nn.Module) -> list[BinaryAttention]:
 
 
 def attention_backend(model: Any, device_type: str) -> str | None:
-    """Name of the backend that computes a model's 1-bit attention; None where it has none."""
+    """Name of the backend that computes a model's 1-bit attention; None if the model has no such attention."""
     kind = getattr(model.config, "attention_type", None)
     if kind is None or not attention_form(kind).has_bits:
         return None

@@ -1,4 +1,4 @@
-"""What every attention of the project can be told, and the registry of its forms."""
+"""Settings of attention, the same for all networks, and the registry of attention forms."""
 
 import inspect
 from collections.abc import Callable
@@ -12,34 +12,38 @@ from torch import Tensor, nn
 @strict
 @dataclass(kw_only=True)
 class AttentionConfig:
-    """Mathematics of the attention (paper Sec. 2); which backend computes it does not stand here.
+    """Mathematics of the attention (paper Sec. 2). The choice of the backend that computes it is not part of this.
 
-    The one place for these fields: :class:`BinaryFormerConfig` inherits them and :class:`BinaryVQTransformer3DModel` takes
-    them as keywords, so that both save them as flat JSON. Differences from the paper are fields, and off by default.
+    These fields are defined only here. :class:`BinaryFormerConfig` inherits them and
+    :class:`BinaryVQTransformer3DModel` takes them as keywords, so that both save them as flat JSON. Differences from
+    the paper are fields that are off by default.
 
     Args:
         attention_type: name of a form, see :mod:`hf_binaryformer.modeling.attention_forms`.
-        bit_gradient: what reaches query and key through their signs, "none", "ste" or "ternary" (stochastic, 1-2 bits);
-            None: what the form has by default, "ste" for "sign", "none" for all others.
-        query_key_centering: "tokens" subtracts from each channel of queries and of keys its mean over the tokens, so that each
-            bit splits them (not in the paper; :mod:`hf_binaryformer.kernels.balance`).
-        query_key_norm: "rms" then divides each token's channels by their root mean square, without a learned gain.
-        query_key_head_dim: query and key channels of each head, that is bits; None: hidden_size / num_heads.
+        bit_gradient: the gradient that query and key receive through their signs: "none", "ste" or "ternary"
+            (stochastic, 1-2 bits). None takes the form's default: "ste" for "sign", "none" for all others.
+        query_key_centering: "tokens" subtracts from each channel of queries and of keys its mean over the tokens. Each
+            bit then divides the tokens into two groups (not in the paper; :mod:`hf_binaryformer.kernels.balance`).
+        query_key_norm: "rms" divides each token's channels by their root mean square, after the centring and without a
+            learned gain.
+        query_key_head_dim: query and key channels of each head, which is its number of bits; None:
+            hidden_size / num_heads.
         value_head_dim: value channels of each head; None keeps hidden_size / num_heads (the paper reduces 64 to 16).
         logit_scale: factor of the scores (the authors' segmentation and sampler code multiplies by 4).
-        learned_logit_scale: learn a further factor for each head, 1 at the start (not in the paper): scores of sign bits never
-            exceed ``logit_scale * sqrt(d)``, which is too little to single out one token among many.
+        learned_logit_scale: learn another factor for each head, 1 at the start (not in the paper). Scores of sign bits
+            never exceed ``logit_scale * sqrt(d)``, which is too small to single out one token among many.
         share_attention: one attention module for all blocks, as in the authors' sampler.
         sigma_beta, sigma_cap: Eq. 4, ``2 tanh(beta x) / min(beta, cap)``.
-        weight_bias_init: value that every learned token weight has at the start.
+        weight_bias_init: initial value of every learned token weight.
         weight_activation: "identity" (paper), "softplus", or "bounded" (``weight_max`` times a sigmoid).
-        weight_max: upper end of "bounded".
+        weight_max: upper limit of "bounded".
         weight_input_norm: normalise the input of the weight network.
         grouped_layout: for "hamming_grouped": "per_head" (each head's weight sees its own channels), or "concatenated"
-            (the authors': groups cut from the concatenation, so that half of the heads never see the real queries).
-        bernoulli_transpose_heads: for "hamming_bernoulli": False repeats a missing transposition in two of the authors'
-            scripts, after which head and token axes are mixed.
-        initializer_range: standard deviation of the linear layers at the start.
+            (the authors' layout: groups are cut from the concatenation, so that half of the heads never see the real
+            queries).
+        bernoulli_transpose_heads: for "hamming_bernoulli": False reproduces a missing transposition in two of the
+            authors' scripts, which mixes the head and token axes.
+        initializer_range: standard deviation of the linear layers' initial weights.
 
     Raises:
         ValueError: no such form, or fields that do not fit it.
@@ -81,7 +85,7 @@ class AttentionConfig:
             raise ValueError(f"weight_bias_init {self.weight_bias_init} must be positive with softplus")
 
     def check_heads(self, hidden_size: int, num_heads: int) -> None:
-        """Make sure that so many channels can be cut into so many heads.
+        """Check that the channels can be divided among the heads.
 
         Raises:
             ValueError: they cannot.
@@ -101,12 +105,12 @@ class AttentionConfig:
 
     @property
     def resolved_bit_gradient(self) -> str:
-        """``bit_gradient``, or what the form has by default where that is None."""
+        """``bit_gradient``, or the form's default if that is None."""
         return self.bit_gradient or self.form.default_bit_gradient
 
 
 def takes_fields_of(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a function with ``**keywords``: its signature lists the dataclass's fields and their defaults in their place.
+    """Decorate a function so that its signature lists the dataclass's fields and defaults instead of ``**keywords``.
 
     diffusers reads from the signature which entries a configuration file has.
     """
@@ -126,16 +130,17 @@ def takes_fields_of(kind: type) -> Callable[[Callable[..., None]], Callable[...,
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """One form of attention: what it computes, what it reads, and what of it learns.
+    """One form of attention: its computation, the fields that it reads, and its learned parts.
 
     Args:
-        name: what ``attention_type`` names it by.
+        name: its value of ``attention_type``.
         scores: formula of the scores, for the documentation.
-        attend: (attention, query (B, H, N, d), key (B, H, N, d), value (B, H, N, d_v)) -> (B, H, N, d_v), where attention is
-            the :class:`BinaryAttention` that it is for: its ``config``, ``scale``, ``scale_heads``, ``balance`` and parts.
-        reads: fields of :class:`AttentionConfig` that it reads beside those of every form (what is done to queries and keys,
-            the scales, ``value_head_dim``, ``share_attention``).
-        has_bits: whether queries meet keys as bits, which a kernel's backend computes.
+        attend: (attention, query (B, H, N, d), key (B, H, N, d), value (B, H, N, d_v)) -> (B, H, N, d_v). ``attention``
+            is the :class:`BinaryAttention` that calls it, with its ``config``, ``scale``, ``scale_heads``, ``balance``
+            and parts.
+        reads: fields of :class:`AttentionConfig` that it reads in addition to those of every form (centring and norm of
+            queries and keys, the scales, ``value_head_dim``, ``share_attention``).
+        has_bits: whether the product of queries and keys is one of bits, which a backend of the kernels computes.
         has_queries: whether there are queries and keys at all.
         takes_bit_gradient: whether ``bit_gradient`` may be "ste" or "ternary".
         default_bit_gradient: what a ``bit_gradient`` of None means.
@@ -159,7 +164,7 @@ _forms: dict[str, AttentionForm] = {}
 
 
 def register_attention_form(form: AttentionForm) -> AttentionForm:
-    """Make a form available to ``attention_type``; one of the same name is replaced."""
+    """Make a form available to ``attention_type``; a form of the same name is replaced."""
     _forms[form.name] = form
     return form
 
@@ -168,7 +173,7 @@ def attention_form(name: str) -> AttentionForm:
     """The form of this name.
 
     Raises:
-        ValueError: there is none; says which there are.
+        ValueError: there is no such form; the message lists those that exist.
     """
     if name not in _forms:
         raise ValueError(f"attention_type is '{name}', expected one of {', '.join(_forms)}")

@@ -1,4 +1,4 @@
-"""The forms of attention, one entry each; a new one is one more entry (:func:`register_attention_form`) and its test."""
+"""The forms of attention, one entry each. A new form needs an entry (:func:`register_attention_form`) and a test."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, AttentionForm, register_attention_form
 from hf_binaryformer.modeling.token_weight import TokenWeight, saturate
 
-# From so many tokens on, softmax attention with fewer value than query channels gets zeros for the missing ones: torch has no
-# fused kernel for that case on CPUs, and without one memory grows with N^2. Short sequences do not gain from it.
+# From this number of tokens on, softmax attention pads the values with zeros if they have fewer channels than the
+# queries. Torch has no fused kernel for that case on CPUs, and without one memory grows with N^2. Short sequences do
+# not gain from the padding.
 PADDED_TOKENS = 384
-# Of the gradient that passes straight through a sign (paper Eq. 3).
+# Window of the straight-through gradient of a sign (paper Eq. 3).
 WINDOW = 1.0
 
 
@@ -30,14 +31,14 @@ def attend_softmax(attention: Any, query: Tensor, key: Tensor, value: Tensor) ->
 
 
 def real_numbers(attention: Any, x: Tensor) -> Tensor:
-    """Queries or keys as the configuration balances them."""
+    """Queries or keys, balanced if the configuration says so."""
     return attention.balance(x)[0] if attention.balances else x
 
 
 def attend_sign(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Hamming attention with all token weights at 1."""
     ones = value.new_ones(query.shape[:3])
-    # Balanced, the window of the straight-through gradient belongs to the same pass as the rest of the way back.
+    # If queries and keys are balanced, the backward pass of the balancing also applies the straight-through window.
     window = WINDOW if attention.balances else None
     sides = attention.balance(query, window), attention.balance(key, window)
     return attend_bits(attention, *sides, ones, ones, value, None if attention.balances else WINDOW)
@@ -59,7 +60,7 @@ def attend_bits(
     value: Tensor,
     window: float | None,
 ) -> Tensor:
-    """Hamming attention of real numbers with their bits, with token weights (B, H, N)."""
+    """Hamming attention of queries and keys, given as real numbers and their bits, with token weights (B, H, N)."""
     return hamming_attention(
         query[1],
         key[1],

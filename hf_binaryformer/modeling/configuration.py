@@ -19,14 +19,14 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
         num_channels: input channels.
         token_type: "patch", or "pixel": each pixel's values and its two coordinates are one token (Appendix B).
         hidden_size, num_hidden_layers, num_heads, mlp_ratio, qkv_bias, layer_norm_eps: as in timm.
-        class_token: whether a learned token goes first, as in DINO.
+        class_token: whether a learned token comes first, as in DINO.
 
     Heads:
         decoder_hidden_size: channels after the decoder's first 1x1 convolution; halved at each of its stages.
         decoder_expansion: hidden channels of a residual unshuffle block, as a multiple of the stage's channels.
         decoder_num_convs: residual 3x3 convolutions at the last resolution.
-        decoder_image_skip: add a 3x3 convolution of the image itself before them (not in the paper, whose decoder sees
-            tokens alone): boundaries are learned from far fewer images where nothing is pretrained.
+        decoder_image_skip: add a 3x3 convolution of the image itself before them. This is not in the paper, whose
+            decoder sees only tokens. Without pretraining, boundaries are learned from far fewer images.
         pooling: "mean", "max" or "cls" over tokens, for classification.
 
     Example:

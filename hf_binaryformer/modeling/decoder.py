@@ -16,11 +16,11 @@ class SegmentationDecoder(nn.Module):
     """1x1 convolution, stages of (transposed convolution x2, residual shuffle blocks), 3x3 convolutions, output head.
 
     Channels: hidden_size -> decoder_hidden_size, halved at each of log2(patch_size) stages. The shuffle blocks mix
-    channels within a small block of pixels and nothing beyond, so that context stays the transformer's job; only the
-    residual 3x3 convolutions at the last resolution look across.
+    channels only within a small block of pixels, so that context is left to the transformer. Only the residual 3x3
+    convolutions at the last resolution look beyond such a block.
 
     Raises:
-        ValueError: the patch size is no power of two, or the channels cannot be halved that often.
+        ValueError: the patch size is not a power of two, or the channels cannot be halved that often.
     """
 
     def __init__(self, config: BinaryFormerConfig) -> None:
@@ -64,7 +64,11 @@ class SegmentationDecoder(nn.Module):
 
 
 class UnshuffleBlock(nn.Module):
-    """Residual 1x1 convolutions over the channels of 2x2 pixels together."""
+    """Residual 1x1 convolutions over the combined channels of 2x2 pixels.
+
+    The channels are in torch's order, (C, 2, 2). The 3D networks (:mod:`hf_binaryformer.modeling.vq_networks`) use another
+    one, (2, 2, 2, C), because their tensors are channels-last in memory. Saved weights fix both orders.
+    """
 
     def __init__(self, channels: int, expansion: float) -> None:
         super().__init__()
@@ -77,7 +81,7 @@ class UnshuffleBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W), H and W even."""
         y = self.norm(x)
         if is_plain(self.fc1, nn.Conv2d):
-            # fc1 of pixel_unshuffle(y, 2), whose channels are (C, 2, 2), without moving a pixel.
+            # Equal to fc1(pixel_unshuffle(y, 2)), whose channels are (C, 2, 2), without moving pixels.
             hidden = F.conv2d(y, self.fc1.weight.view(-1, x.shape[1], 2, 2), self.fc1.bias, stride=2)
         else:
             hidden = self.fc1(F.pixel_unshuffle(y, 2))
@@ -94,7 +98,8 @@ class ShuffleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), C a multiple of 4."""
-        # Each of the 2x2 pixels that pixel_shuffle(x, 2) makes of one is mapped alike: they may as well lie below one another.
+        # The layers map each of the 2x2 pixels that pixel_shuffle(x, 2) makes of one pixel in the same way, so their
+        # arrangement does not matter. A reshape that stacks them along the height is enough.
         pixels = x.reshape(x.shape[0], x.shape[1] // 4, -1, x.shape[3])
         return x + self.fc2(F.gelu(self.fc1(pixels))).view_as(x)
 

@@ -1,4 +1,4 @@
-"""The encoder: timm's vision transformer with 1-bit attention built in, or put into one that stands already."""
+"""The encoder: timm's vision transformer, built with 1-bit attention or converted to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ViT = TypeVar("ViT", bound=nn.Module)
 
 
 def build_encoder(config: BinaryFormerConfig) -> VisionTransformer:
-    """Timm's ``VisionTransformer`` of these sizes; parameters keep timm's names, nothing is loaded."""
+    """Timm's ``VisionTransformer`` of these sizes; parameters keep timm's names, and no weights are loaded."""
     pixels = config.token_type == "pixel"
     vit = VisionTransformer(
         img_size=config.image_shape,
@@ -44,7 +44,7 @@ def build_encoder(config: BinaryFormerConfig) -> VisionTransformer:
 
 
 def position_table(vit: VisionTransformer) -> Tensor:
-    """The learned table's start, (1, prefix + N, D): sines and cosines of the two patch coordinates, 0 for the class token."""
+    """Initial position table (1, prefix + N, D): sines and cosines of both patch coordinates, 0 for the class token."""
     table = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), dim=vit.embed_dim, interleave_sin_cos=True)
     return nn.functional.pad(table, (0, 0, vit.num_prefix_tokens, 0))[None]
 
@@ -52,7 +52,7 @@ def position_table(vit: VisionTransformer) -> Tensor:
 class PixelEmbed(nn.Module):
     """Each pixel is a token: its values and its row and column in [-1, 1], projected (paper Appendix B).
 
-    Takes what timm hands to a patch embedding; (B, C, H, W) -> (B, H W, D).
+    Takes the arguments that timm passes to a patch embedding; (B, C, H, W) -> (B, H W, D).
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class PixelEmbed(nn.Module):
 def binarize_attention(vit: ViT, config: BinaryFormerConfig | None = None) -> ViT:
     """Put 1-bit attention into any timm VisionTransformer, in place.
 
-    Query and key projections (and their norms) are kept. Values and the output projection are kept where
-    ``config.value_head_dim`` leaves their size alone (None does), and start anew where it changes it.
+    Query and key projections (and their norms) are kept. The value and output projections are kept if
+    ``config.value_head_dim`` does not change their size (None does not). Otherwise they are initialised anew.
 
     Args:
         vit: a model whose blocks hold timm's ``Attention``, with or without weights.
-        config: its attention fields and ``value_head_dim`` are read, sizes come from the model itself;
-            None: "hamming" at the full number of value channels.
+        config: its attention fields and ``value_head_dim`` are read; sizes come from the model itself. None: "hamming"
+            with the full number of value channels.
 
     Returns:
         The same model.

@@ -1,4 +1,4 @@
-"""From intensities to network input, and from logits to labels; what it needs to know is saved with the checkpoint."""
+"""From intensities to network input, and from logits to labels. The settings are saved with the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         orientation: axis codes that a volume is brought to before slicing; "RAS" is the only one supported.
         slice_axis: axis that slices are taken along: 0 left-right (sagittal), 1 posterior-anterior (coronal),
             2 inferior-superior (axial).
-        spacing: voxel size in mm, (R, A, S), that a volume is resampled to; None, of all or of one axis, keeps its own.
+        spacing: voxel size in mm, (R, A, S), that a volume is resampled to. None, for all axes or for one, keeps the
+            volume's own.
         num_slices: odd number of neighbouring slices that become channels.
         slice_position: add one channel with the slice's position along the axis, -1 to 1.
         image_size: (height, width) in pixels of the window that the network sees.
-        window_overlap: overlap of neighbouring windows, 0 to below 1.
+        window_overlap: overlap of neighbouring windows, at least 0 and below 1.
         percentiles: lower and upper percentile of the intensities that become 0 and 1.
         foreground_only: take the percentiles over voxels that differ from the volume's minimum.
-        intensity_ceiling: scaled intensities are cut to [0, intensity_ceiling].
-        image_mean, image_std: subtracted from and divided into the scaled intensities.
+        intensity_ceiling: scaled intensities are clipped to [0, intensity_ceiling].
+        image_mean, image_std: the mean is subtracted from the scaled intensities, then they are divided by the standard
+            deviation.
 
     Example:
         >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)
@@ -95,7 +97,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         return self.num_slices + self.slice_position
 
     def target_spacing(self, spacing: Sequence[float]) -> tuple[float, float, float]:
-        """Voxel size in mm that a volume of this one is brought to."""
+        """Voxel size in mm that a volume of this spacing is resampled to."""
         wanted = self.spacing or (None, None, None)
         x, y, z = (own if asked is None else asked for asked, own in zip(wanted, spacing, strict=True))
         return x, y, z
@@ -110,9 +112,9 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         return scale.apply(array)
 
     def volume_to_slices(self, scaled: np.ndarray | Tensor) -> Tensor:
-        """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, the neighbours of each as its channels.
+        """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, with each slice's neighbours as its channels.
 
-        H and W are the two other axes in their order; the first and last slices are repeated beyond the ends.
+        H and W are the two other axes in their order. Beyond the ends, the first and last slices are repeated.
         """
         volume = torch.as_tensor(scaled, dtype=torch.float32).movedim(self.slice_axis, 0)
         return self.slices_at(volume, torch.arange(len(volume)))
@@ -129,7 +131,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         return channels
 
     def slices_to_volume(self, slices: Tensor) -> Tensor:
-        """The way back: (S, ..., H, W) to (..., I, J, K)."""
+        """Stack slices to a volume: (S, ..., H, W) to (..., I, J, K)."""
         return slices.movedim(0, -3).movedim(-3, self.slice_axis - 3)
 
     def preprocess(
@@ -147,7 +149,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
             return_tensors: "pt" or "np".
 
         Returns:
-            ``pixel_values`` (B, C, H, W) float32, and ``labels`` (B, H, W) int64 where maps are given.
+            ``pixel_values`` (B, C, H, W) float32, and ``labels`` (B, H, W) int64 if maps are given.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         grey = [np.asarray(image, dtype=np.float32) for image in images]
@@ -167,7 +169,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[Tensor]:
-        """Label maps (H, W) int64 from a model's output, resized to ``target_sizes`` (height, width) where given."""
+        """Label maps (H, W) int64 from a model's output, resized to ``target_sizes`` (height, width) if given."""
         logits = outputs.logits.float()
         if target_sizes is None:
             return list(logits.argmax(1))

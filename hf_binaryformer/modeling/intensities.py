@@ -1,7 +1,7 @@
-"""Intensities of images as networks see them: the two rules by which they are scaled.
+"""The two rules that scale image intensities for the networks.
 
-Networks are tied to the rule that they were trained with: segmentation to :meth:`IntensityScale.of_foreground`, the
-autoencoder to :meth:`IntensityScale.of`.
+A network needs the rule that it was trained with: segmentation :meth:`IntensityScale.of_foreground`, the autoencoder
+:meth:`IntensityScale.of`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class IntensityScale:
 
     Args:
         low, high: intensities that become 0 and 1.
-        ceiling: scaled intensities are cut to [0, ceiling].
+        ceiling: scaled intensities are clipped to [0, ceiling].
     """
 
     low: float
@@ -27,9 +27,9 @@ class IntensityScale:
 
     @classmethod
     def of(cls, values: np.ndarray, percentiles: Sequence[float], ceiling: float) -> IntensityScale:
-        """The scale of an image: its lower percentile becomes 0, the upper one of all that is brighter becomes 1.
+        """The scale of an image: its lower percentile becomes 0, the upper percentile of all brighter values becomes 1.
 
-        The lower percentile of a volume with background is the background, however much of that there is.
+        In a volume with background, the lower percentile is the background, whatever the share of the background is.
 
         Args:
             values: intensities of any shape; for inpainting, those of the known voxels.
@@ -53,11 +53,12 @@ class IntensityScale:
     def of_foreground(
         cls, values: np.ndarray, percentiles: Sequence[float], ceiling: float, foreground_only: bool = True
     ) -> IntensityScale:
-        """The scale of an image whose background is its minimum: the least value above that becomes 0.
+        """The scale of an image whose background is its minimum: the smallest value above the minimum becomes 0.
 
         Args:
             values: intensities of any shape.
-            percentiles: lower and upper, 0 to 100; with ``foreground_only`` the upper alone, over all above the minimum.
+            percentiles: lower and upper, 0 to 100. With ``foreground_only`` only the upper one is used, over all values
+                above the minimum.
             ceiling: in scaled intensities.
             foreground_only: False takes both percentiles over all values.
 
@@ -78,5 +79,5 @@ class IntensityScale:
         return np.clip((np.asarray(array, dtype=np.float32) - self.low) / scale, 0, self.ceiling).astype(np.float32)
 
     def undo(self, scaled: np.ndarray) -> np.ndarray:
-        """Intensities of the volume, float32."""
+        """Map scaled intensities back to the volume's intensities, float32."""
         return (self.low + np.asarray(scaled, dtype=np.float32) * (self.high - self.low)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""From a name to weights: an existing folder, a checkpoint that the package ships, or a repository on the Hub."""
+"""Finds weights by name: an existing folder, a checkpoint that the package ships, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ TRAINING_COMMANDS = {
     "train_sampler.py in the same way",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# A folder that holds one of these is a checkpoint: a model's, or a pipeline's with its components in folders of their own.
+# A folder with one of these files is a checkpoint, of a model or of a pipeline. A pipeline's components have their own
+# folders.
 MODEL_CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
 
 
 class CheckpointNotFoundError(FileNotFoundError):
-    """No weights under this name; says what was tried, which names are known, and how to train them."""
+    """No weights have this name. The message says what was tried, which names are known, and how to train them."""
 
 
 class CheckpointError(ValueError):
-    """Weights were found and cannot be used: damaged, of another kind, or at odds with their configuration."""
+    """Weights were found but cannot be used: they are damaged, of another kind, or do not fit their configuration."""
 
 
 def known_checkpoints() -> list[str]:
@@ -38,15 +39,16 @@ def known_checkpoints() -> list[str]:
 def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path:
     """The folder that holds a checkpoint.
 
-    Tried in this order: an existing folder; a checkpoint in the package; ``<namespace>/<name>`` on the Hub, the namespace
-    from ``HF_BINARYFORMER_NAMESPACE`` or else the project's own (a name with a slash is a Hub id as it stands).
+    Three places are tried in this order: an existing folder; a checkpoint in the package; ``<namespace>/<name>`` on the
+    Hub. The namespace is ``HF_BINARYFORMER_NAMESPACE``, or the project's own if that is not set. A name with a slash is
+    used as a Hub id without a change.
 
     Args:
         name: folder, short name, or Hub id.
         hub_options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Raises:
-        CheckpointNotFoundError: none of them has it.
+        CheckpointNotFoundError: none of these places has it.
     """
     name = os.fspath(name)
     folder = Path(name)
@@ -73,7 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A configuration file.
 
     Raises:
-        CheckpointError: it is missing, or no JSON.
+        CheckpointError: it is missing, or is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -92,7 +94,7 @@ def _require_safetensors(folder: Path) -> None:
 
 
 def _require_all_keys(folder: Path, report: dict[str, Any]) -> None:
-    """Refuse what a loading report says was missing or superfluous."""
+    """Raise CheckpointError if a loading report lists missing or unexpected tensors."""
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys") if report[kind]}
     if wrong:
         listed = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" for kind, keys in wrong.items())
@@ -100,7 +102,7 @@ def _require_all_keys(folder: Path, report: dict[str, Any]) -> None:
 
 
 class CheckpointMixin:
-    """Gives a transformers model a ``from_pretrained`` that knows short names and refuses what does not fit."""
+    """Gives a transformers model a ``from_pretrained`` that knows short names and refuses weights that do not fit."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
@@ -133,7 +135,7 @@ class CheckpointMixin:
 
 
 class DiffusersCheckpointMixin:
-    """The same for diffusers models and schedulers; a pipeline's checkpoint stands for its component of this class."""
+    """The same for diffusers models and schedulers. A pipeline's checkpoint gives its component of this class."""
 
     @classmethod
     def from_pretrained(
@@ -146,8 +148,8 @@ class DiffusersCheckpointMixin:
         """Load by short name, folder or Hub id (:func:`resolve_checkpoint`); safetensors only.
 
         Args:
-            pretrained_model_name_or_path: a component's own checkpoint, or a pipeline's that has such a component.
-            subfolder: the component's folder in a pipeline's checkpoint; found by the class when left out.
+            pretrained_model_name_or_path: a component's own checkpoint, or that of a pipeline with such a component.
+            subfolder: the component's folder in a pipeline's checkpoint; None finds it by the class.
             options: those of diffusers' ``from_pretrained``.
 
         Raises:

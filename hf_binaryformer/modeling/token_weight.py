@@ -18,7 +18,7 @@ class TokenWeight(nn.Module):
     """The network theta: one scalar weight for each token and head from sigma(x) and sgn(x) (paper Sec. 2.2).
 
     "hamming": Linear(2 D -> D / 2), GELU, Linear(D / 2 -> H) over the channels of all heads; "hamming_grouped": the same
-    sizes cut into H groups.
+    sizes divided into H groups.
     """
 
     def __init__(self, config: AttentionConfig, head_dim: int, num_heads: int, **factory: Any) -> None:
@@ -31,7 +31,7 @@ class TokenWeight(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start such that every weight is about ``weight_bias_init``."""
+        """Initialise the layers so that every weight is about ``weight_bias_init``."""
         config, start = self.config, self.config.weight_bias_init
         if config.weight_activation == "softplus":
             start = math.log(math.expm1(start))
@@ -52,15 +52,15 @@ class TokenWeight(nn.Module):
             real_and_sign = real_and_sign.transpose(1, 2)  # (B, H, 2, N, d)
         features = real_and_sign.movedim(3, -1).flatten(1, 3)  # (B, 2 D, N)
         if self.config.weight_input_norm:
-            # Each group on its own, so that a grouped weight sees no other head.
+            # Each group is normalised separately, so that a grouped weight sees no other head.
             groups = features.unflatten(1, (self.groups, -1)).mT
             features = F.layer_norm(groups, groups.shape[-1:]).mT.flatten(1, 2)
         return self._activate(self.fc2(F.gelu(self.fc1(features))))
 
     def _weigh_tokens(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N) without the concatenation: one product for each half of the weights.
+        """(B, N, D) -> (B, H, N) without the concatenation: one matrix product for each half of the weights.
 
-        The factor of sigma(x) moves from the tokens to the weights.
+        The factor of sigma(x) multiplies the weights instead of the tokens.
         """
         real, sign = self.fc1.weight.squeeze(-1).chunk(2, dim=1)
         saturated, signs = saturate_and_sign(x.flatten(0, 1), self.config.sigma_beta)

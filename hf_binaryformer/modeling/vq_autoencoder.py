@@ -37,7 +37,7 @@ class BinaryVQDecoderOutput(BaseOutput):
     """What the decoding methods of :class:`BinaryVQModel` return.
 
     Args:
-        sample: (B, in_channels, D, H, W), intensities as the model was trained on.
+        sample: (B, in_channels, D, H, W), with intensities on the scale that the model was trained on.
     """
 
     sample: Tensor
@@ -45,7 +45,7 @@ class BinaryVQDecoderOutput(BaseOutput):
 
 @dataclass
 class BinaryVQModelOutput(BaseOutput):
-    """What training needs of :class:`BinaryVQModel`.
+    """What training needs from :class:`BinaryVQModel`.
 
     Args:
         sample: reconstruction (B, in_channels, D, H, W).
@@ -60,31 +60,32 @@ class BinaryVQModelOutput(BaseOutput):
 
 
 class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
-    """Convolutional autoencoder with a product-quantised bottleneck; one latent stands for a cell of ``downsample``³ voxels.
+    """Convolutional autoencoder with a product-quantised bottleneck.
 
-    Strided and transposed convolutions of kernel 2, and residual 1x1x1 blocks on shuffled voxels, stay within a cell. Only
-    the residual 3x3x3 convolutions look beyond: ``encoder_reach`` and ``decoder_reach`` voxels. Nothing takes statistics
-    over space, so a decoded tile equals that part of the decoded volume.
+    Each latent covers a cell of ``downsample``³ voxels. Strided and transposed convolutions of kernel 2, and residual
+    1x1x1 blocks on shuffled voxels, stay within a cell. Only the residual 3x3x3 convolutions look beyond it, by
+    ``encoder_reach`` and ``decoder_reach`` voxels. No layer computes statistics over space, so a decoded tile equals
+    that part of the decoded volume.
 
     Axes are (D, H, W) = (I, J, K) of a volume in RAS order; intensities 0 (background) to about 1.
 
     Args:
         in_channels: channels of a volume.
         num_codebooks, codebook_size, codebook_dim, ema_decay, revival_threshold: see :class:`ProductQuantizer`.
-        encoder_channels: one for each stage, each halves the resolution, from the volume to the latents.
+        encoder_channels: channels of each stage, from the volume to the latents; each stage halves the resolution.
         encoder_num_convs: residual 3x3x3 convolutions at half the volume's resolution.
-        decoder_channels: at the latents, and after each of the stages, each of which doubles the resolution.
+        decoder_channels: channels at the latents, and after each stage; each stage doubles the resolution.
         decoder_num_convs: residual 3x3x3 convolutions at half and at full resolution.
         expansion: hidden channels of the shuffle blocks, as a multiple of their channels.
-        patchwise: encode and decode non-overlapping patches on their own, as the paper does, with zeros around each.
+        patchwise: encode and decode non-overlapping patches separately, as the paper does, with zeros around each.
         patch_size: edge of a patch in latents; only read with ``patchwise``.
         tile_size: edge of a tile of :meth:`tiled_decode` in latents.
         spacing: voxel size in mm, (R, A, S), that volumes are resampled to; None keeps their own.
         percentiles: lower and upper percentile of the intensities that become 0 and 1.
-        intensity_ceiling: scaled intensities are cut to [0, intensity_ceiling].
+        intensity_ceiling: scaled intensities are clipped to [0, intensity_ceiling].
 
     Raises:
-        ValueError: numbers of stages that differ, fewer than two, or channels that the shuffle cannot divide.
+        ValueError: the numbers of stages differ or are below two, or the shuffle cannot divide the channels.
 
     Example:
         >>> model = BinaryVQModel(encoder_channels=[8, 16], decoder_channels=[32, 16, 8], num_codebooks=2, codebook_dim=4)
@@ -93,7 +94,7 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         (torch.Size([1, 2, 4, 4, 6]), torch.Size([1, 1, 16, 16, 24]))
     """
 
-    # Also when diffusers loads the rest in half precision.
+    # The quantizer stays float32 when diffusers loads the rest in half precision.
     _keep_in_fp32_modules = ["quantizer"]  # noqa: RUF012 (diffusers reads it from the class)
 
     _supports_gradient_checkpointing = True
@@ -149,14 +150,15 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         return 2 * half + full
 
     def forward(self, x: Tensor, quantize: bool = True, kept_codebooks: Tensor | None = None) -> BinaryVQModelOutput:
-        """Reconstruct; in training mode the codebooks follow the latents.
+        """Reconstruct a volume; in training mode, also move the codebooks towards the latents.
 
         Args:
             x: (B, in_channels, D, H, W), sizes as for :meth:`encode`.
             quantize: False reconstructs from the continuous latents, to train the convolutions before the codebooks.
-            kept_codebooks: (B,) from 1 to num_codebooks: each sample is decoded from so many of its first sub-codebooks
-                alone, with zeros in the place of the others; None keeps all. Drawn at random in training (nested dropout,
-                Rippel et al., ICML 2014; not in the paper), the first ones learn what matters most and the last ones detail.
+            kept_codebooks: (B,) from 1 to num_codebooks: the number of first sub-codebooks that each sample is decoded
+                from, with zeros in place of the others. None keeps all. If the number is drawn at random in training
+                (nested dropout, Rippel et al., ICML 2014; not in the paper), the first sub-codebooks learn what matters
+                most and the last ones learn detail.
 
         Raises:
             ValueError: as :meth:`encode`.
@@ -182,7 +184,7 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
                 with ``patchwise``).
 
         Raises:
-            ValueError: another number of axes or channels, or sizes that are no such multiples.
+            ValueError: the number of axes or channels is wrong, or sizes are not such multiples.
         """
         latents = self._encode(x)
         return BinaryVQEncoderOutput(latents, self.quantizer.encode(latents))
@@ -191,7 +193,8 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         """Tokens (B, num_codebooks, d, h, w) to a volume.
 
         Raises:
-            ValueError: see :meth:`ProductQuantizer.decode`; with ``patchwise``, sizes that are no multiples of ``patch_size``.
+            ValueError: see :meth:`ProductQuantizer.decode`; with ``patchwise``, also for sizes that are not multiples
+                of ``patch_size``.
         """
         return self.decode_latents(self.quantizer.decode(tokens))
 
@@ -204,11 +207,11 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
 
         Args:
             tokens: (B, num_codebooks, d, h, w).
-            tile_size: edge of a tile in latents, at least 1; None takes the configuration's. With ``patchwise`` a
-                multiple of ``patch_size``.
+            tile_size: edge of a tile in latents, at least 1; None takes the configuration's. With ``patchwise`` it must
+                be a multiple of ``patch_size``.
 
         Raises:
-            ValueError: as :meth:`decode`, or a tile that cuts through patches.
+            ValueError: as :meth:`decode`, or a tile would cut through patches.
         """
         edge = tile_size or self.config.tile_size
         if edge < 1 or (self.config.patchwise and edge % self.config.patch_size):
@@ -254,7 +257,7 @@ class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
         return self._in_patches(self.decoder, latents.to(self.dtype), edge)
 
     def _in_patches(self, network: Callable[[Tensor], Tensor], x: Tensor, edge: int) -> Tensor:
-        """Run on the whole, or with ``patchwise`` on each patch of this edge alone."""
+        """Run a network on the whole input, or with ``patchwise`` separately on each patch with this edge."""
         if not self.config.patchwise:
             return network(x)
         batch, _, *size = x.shape

@@ -11,22 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Two batches of slices (N, channels, H, W), intensities 0 to about 1 -> scalar, or one value a slice.
+# Two batches of slices (N, channels, H, W), intensities 0 to about 1 -> scalar, or one value per slice.
 SliceLoss = Callable[[Tensor, Tensor], Tensor]
-# Files of torchvision in torch's cache, and what puts them there.
+# Files of torchvision in torch's cache, and the code that downloads them.
 VGG16 = ("vgg16-397923af.pth", "torchvision.models.vgg16(weights='IMAGENET1K_V1')")
 RESNET50 = ("resnet50-11ad3fa6.pth", "torchvision.models.resnet50(weights='DEFAULT')")
 
 
 class PerceptualWeightsError(RuntimeError):
-    """The chosen perceptual loss cannot run: its package or its weights are not there. Nothing is downloaded."""
+    """The chosen perceptual loss cannot run: its package or its weights are missing. Nothing is downloaded."""
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
     """Mean absolute ("l1", the paper's) or squared ("mse") difference of two tensors of one shape, in float32.
 
     Raises:
-        ValueError: another kind.
+        ValueError: unknown kind.
     """
     if kind not in ("l1", "mse"):
         raise ValueError(f"reconstruction_loss is '{kind}', expected l1 or mse")
@@ -43,17 +43,17 @@ class PerceptualLoss(nn.Module):
 
     Raises:
         PerceptualWeightsError: the package or the weights are missing.
-        ValueError: another kind.
+        ValueError: unknown kind.
     """
 
     def __init__(self, kind: str | SliceLoss) -> None:
         super().__init__()
         self.slice_loss = _slice_loss(kind)
-        # Gradients pass through a network of the loss, and leave it as it is.
+        # Gradients pass through the loss's network but do not change it.
         self.requires_grad_(False)
 
     def forward(self, prediction: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Two volumes (B, C, D, H, W), and random numbers for the positions -> scalar, the mean over the slices."""
+        """Two volumes (B, C, D, H, W) -> scalar, the mean over the slices; ``generator`` draws their positions."""
         losses = []
         for axis in (2, 3, 4):
             position = torch.randint(prediction.shape[axis], (len(prediction),), generator=generator)
@@ -94,7 +94,7 @@ def _require_weights(kind: str, file: str, command: str) -> None:
 
 
 class _Lpips(nn.Module):
-    """LPIPS wants three channels, -1 to 1."""
+    """Converts slices to the input that LPIPS needs: three channels, -1 to 1."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Convolutional encoder and decoder of the vector-quantised autoencoder, made of 3D pixel shuffles (paper A.2).
 
 Strided and transposed convolutions of kernel 2, and residual 1x1x1 convolutions on shuffled voxels, stay within a latent's
-cell; only the residual 3x3x3 convolutions look beyond. Nothing takes statistics over space.
+cell. Only the residual 3x3x3 convolutions look beyond it. No layer computes statistics over space.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 class Stages(nn.Sequential):
-    """One after the other; with ``gradient_checkpointing`` each computes its insides again for its gradient."""
+    """Stages in sequence. With ``gradient_checkpointing`` each recomputes its activations for its gradient."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last one's output."""
+        """Output of the last stage."""
         for stage in self:
             again = self.gradient_checkpointing and torch.is_grad_enabled()
             x = self._gradient_checkpointing_func(stage, x) if again else stage(x)
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
             stages.append(nn.Conv3d(in_channels, width, 2, stride=2))
             if stage == 0:
                 stages += [ResidualConv3d(width) for _ in range(num_convs)]
-            # Two latents never mix: the last block stays within one.
+            # Latents never mix: the last block stays within one latent.
             stages.append(UnshuffleBlock3d(width, expansion, 2 if stage < len(channels) - 1 else 1))
             in_channels = width
         self.stages = Stages(*stages)
@@ -54,8 +54,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """1x1x1 convolution, stages of (transposed convolution x2, residual shuffle blocks), 3x3x3 convolutions, head.
 
-    The shuffle blocks mix within a cell of 2x2x2 voxels and nothing beyond; the residual 3x3x3 convolutions stand at half
-    and at full resolution.
+    The shuffle blocks mix only within a cell of 2x2x2 voxels. The residual 3x3x3 convolutions are at half and at full
+    resolution.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         for stage, (before, width) in enumerate(pairwise(channels)):
             to_come = len(channels) - 2 - stage
             stages += [nn.GELU(), nn.ConvTranspose3d(before, width, 2, stride=2), UnshuffleBlock3d(width, expansion)]
-            # Beyond the volume's own resolution there is nothing to learn.
+            # The last stage has none: it would work at twice the volume's resolution, where there is nothing to learn.
             if to_come > 0:
                 stages.append(ShuffleBlock3d(width))
             if to_come < 2:
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
 
 class UnshuffleBlock3d(nn.Module):
-    """Residual 1x1x1 convolutions over the channels of ``factor``³ voxels together."""
+    """Residual 1x1x1 convolutions over the combined channels of ``factor``³ voxels."""
 
     def __init__(self, channels: int, expansion: float, factor: int = 2) -> None:
         super().__init__()
@@ -133,8 +133,9 @@ class ResidualConv3d(nn.Module):
 def pixel_unshuffle_3d(x: Tensor, factor: int) -> Tensor:
     """Each cube of ``factor``³ voxels becomes channels: (B, C, D, H, W) -> (B, factor³ * C, D / factor, ...).
 
-    Channel ``offset * C + c`` is channel c of the voxel at ``offset`` (i, j, k; k fastest) in its cube. With channels last in
-    memory, as here, that order copies runs of C values; torch's order for 2D, which scatters them, is several times slower.
+    Channel ``offset * C + c`` is channel c of the voxel at ``offset`` (i, j, k; k fastest) in its cube. Channels are
+    last in memory here, so this order copies runs of C values. Torch's order for 2D scatters them and is several times
+    slower.
     """
     if factor == 1:
         return x

@@ -1,4 +1,4 @@
-"""Product quantisation of latents with codebooks that follow the encoder by moving averages (paper A.2)."""
+"""Product quantisation of latents, with codebooks that are moving averages of the encoder's latents (paper A.2)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Moving averages below this hold no information about where the entry should lie.
+# Cluster sizes (moving averages) below this hold no information about where the entry should be.
 MIN_CLUSTER_SIZE = 1e-5
-# Added to squared distances that are drawn by, which may all be 0.
+# Added to squared distances that are used as sampling weights, because all of them may be 0.
 TINY_WEIGHT = 1e-12
 
 
 class ProductQuantizer(nn.Module):
     """Splits the channels into groups, and replaces each group's vector by the nearest entry of that group's codebook.
 
-    The codebooks are no parameters: entry = moving average of the sum of its latents / moving average of their number.
-    The first batch in training mode starts them by k-means; an entry that falls out of use moves to a latent that is
-    badly represented, with fresh statistics. All of it is float32, in autocast and in a model cast to half precision
-    too. Under ``torch.distributed`` every process holds the same codebooks, made from all processes' latents.
+    The codebooks are not parameters: entry = moving average of the sum of its latents / moving average of their number.
+    The first batch in training mode initialises them by k-means. An entry that is no longer used moves to a badly
+    represented latent, and its statistics are reset. Everything is float32, even under autocast and in a model cast to
+    half precision. Under ``torch.distributed`` every process holds the same codebooks, computed from the latents of all
+    processes.
 
     Args:
-        num_codebooks: number of channel groups K; a position becomes K tokens.
-        codebook_size: entries a codebook V; tokens are 0 to V - 1.
-        codebook_dim: channels a group c; latents have K * c channels.
-        ema_decay: of the moving averages, 0 to below 1.
-        revival_threshold: an entry is dead when its moving number of latents is below this share of the fair one
-            (all latents / V); 0 never revives.
-        kmeans_iterations: Lloyd steps at the start.
+        num_codebooks: number of channel groups K; each position becomes K tokens.
+        codebook_size: number of entries V of a codebook; tokens are 0 to V - 1.
+        codebook_dim: number of channels c of a group; latents have K * c channels.
+        ema_decay: decay of the moving averages, at least 0 and below 1.
+        revival_threshold: an entry is dead if the moving average of its number of latents is below this share of the
+            fair number (all latents / V). 0 never revives entries.
+        kmeans_iterations: Lloyd steps of the initial k-means.
     """
 
     initialized: Tensor
@@ -65,7 +66,7 @@ class ProductQuantizer(nn.Module):
         self.register_buffer("counts", torch.zeros(shape[:2]), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> ProductQuantizer:
-        """Moves between devices reach the codebooks, changes of precision do not."""
+        """Apply moves between devices to the codebooks, but not changes of precision."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -74,7 +75,7 @@ class ProductQuantizer(nn.Module):
         return super()._apply(move, *args)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise, and in training mode let the codebooks follow.
+        """Quantise; in training mode, also update the codebooks.
 
         Args:
             latents: (B, K * c, d, h, w), any float dtype.
@@ -88,7 +89,7 @@ class ProductQuantizer(nn.Module):
             if self.training:
                 self._start(latents.detach())
             tokens = self.encode(latents)
-            # The losses see the entries that the tokens were chosen from, so the codebooks move afterwards.
+            # The losses need the entries that the tokens were chosen from, so the codebooks are updated afterwards.
             quantized = self.decode(tokens)
             commitment = F.mse_loss(latents, quantized)
             if self.training:
@@ -102,10 +103,10 @@ class ProductQuantizer(nn.Module):
         return nearest.unflatten(1, (latents.shape[0], *latents.shape[2:])).transpose(0, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, K, d, h, w), whole numbers of 0 to V - 1 -> latents (B, K * c, d, h, w) float32.
+        """Tokens (B, K, d, h, w), integers from 0 to V - 1 -> latents (B, K * c, d, h, w) float32.
 
         Raises:
-            ValueError: another number of codebooks, or tokens out of range (a mask token for example).
+            ValueError: the number of codebooks is wrong, or tokens are out of range (a mask token for example).
         """
         if tokens.dim() != 5 or tokens.shape[1] != self.num_codebooks:
             raise ValueError(
@@ -133,7 +134,7 @@ class ProductQuantizer(nn.Module):
         return torch.special.entr(share).sum(1).exp()
 
     def reset_usage(self) -> None:
-        """Begin a new epoch of :attr:`usage` and :attr:`perplexity`."""
+        """Start counting again for :attr:`usage` and :attr:`perplexity`."""
         self.counts.zero_()
 
     def _grouped(self, latents: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class ProductQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
-        """K-means on the first batch of all processes; the main one's result goes to all."""
+        """K-means on the first batch of all processes; all of them take the main process's result."""
         if bool(self.initialized):
             return
         vectors = _gather(self._grouped(latents), len(latents))
@@ -157,7 +158,7 @@ class ProductQuantizer(nn.Module):
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor, tokens: Tensor, samples: int) -> None:
-        """One step of the moving averages. vectors: (K, N, c) of so many samples; tokens: (K, N)."""
+        """One step of the moving averages. vectors: (K, N, c) of ``samples`` samples; tokens: (K, N)."""
         counts, sums = cluster_statistics(vectors, tokens, self.codebook_size)
         _all_reduce(counts)
         _all_reduce(sums)
@@ -174,36 +175,38 @@ class ProductQuantizer(nn.Module):
         dead = self.cluster_size < self.revival_threshold * fair  # (K, V); equal in all processes
         if not bool(dead.any()):
             return
-        # Where latents are many and alike (background), more entries there would stay unused: draw by the error.
+        # Latents are drawn in proportion to their error. More entries among many similar ones (background) would stay
+        # unused.
         vectors = _gather(vectors, samples)
         _, error = nearest_entries(vectors, self.codebook)
         picked = torch.multinomial(error + TINY_WEIGHT, self.codebook_size, replacement=True)
         candidates = torch.gather(vectors, 1, picked[..., None].expand(-1, -1, self.codebook_dim))
         _broadcast(candidates)
         self.codebook.copy_(torch.where(dead[..., None], candidates, self.codebook))
-        # Old statistics would pull the entry back; the fair number lets it live until it had its chance.
+        # Old statistics would pull the entry back. With the fair number it survives until it has had its chance.
         self.cluster_size.copy_(torch.where(dead, fair, self.cluster_size))
         self.cluster_sum.copy_(torch.where(dead[..., None], candidates * fair[..., None], self.cluster_sum))
 
 
 def nearest_entries(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """(K, N, c), (K, V, c) -> numbers of the nearest entries and squared distances to them, both (K, N)."""
+    """(K, N, c), (K, V, c) -> indices of the nearest entries and squared distances to them, both (K, N)."""
     distance = codebook.square().sum(-1)[:, None] - 2 * vectors @ codebook.transpose(1, 2)
     least, index = distance.min(-1)
     return index, (least + vectors.square().sum(-1)).clamp(min=0)
 
 
 def cluster_statistics(vectors: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How many vectors (K, N, c) each of ``size`` entries has by ``index`` (K, N), and their sum: (K, V), (K, V, c)."""
+    """Number (K, V) and sum (K, V, c) of vectors (K, N, c) that ``index`` (K, N) gives to each of V = size entries."""
     counts = vectors.new_zeros(len(vectors), size).scatter_add_(1, index, torch.ones_like(vectors[..., 0]))
     sums = vectors.new_zeros(len(vectors), size, vectors.shape[-1])
     return counts, sums.scatter_add_(1, index[..., None].expand_as(vectors), vectors)
 
 
 def kmeans(vectors: Tensor, size: int, iterations: int) -> Tensor:
-    """``size`` centres (K, V, c) of vectors (K, N, c): k-means++ seeds, Lloyd steps; random numbers from torch's default.
+    """``size`` centres (K, V, c) of vectors (K, N, c), by k-means++ and Lloyd steps.
 
-    With fewer different vectors than centres, several centres are equal.
+    Random numbers come from torch's default generator. With fewer different vectors than centres, several centres are
+    equal.
     """
     groups = torch.arange(len(vectors), device=vectors.device)
     first = torch.randint(vectors.shape[1], (len(vectors),), device=vectors.device)
@@ -226,9 +229,10 @@ def _world_size() -> int:
 
 
 def _gather(vectors: Tensor, samples: int) -> Tensor:
-    """(K, N, c) of so many samples in each process, the same in all -> (K, processes * N, c).
+    """(K, N, c) of ``samples`` samples in each process, the same number in all -> (K, processes * N, c).
 
-    In the order of one process's batch, of which process r of P has samples r, r + P, ...: the same draws pick the same.
+    The order is that of a single process's batch, of which process r of P has samples r, r + P, ... The same random
+    draws then pick the same vectors.
     """
     if _world_size() == 1:
         return vectors

@@ -1,4 +1,4 @@
-"""The denoiser of absorbing diffusion: masked tokens of a 3D grid in, a distribution for each of them out (paper A.2)."""
+"""The denoiser of absorbing diffusion: from a 3D grid of tokens, some masked, to their distributions (paper A.2)."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ class BinaryVQTransformer3DOutput(BaseOutput):
 class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
     r"""Predicts every token of a grid from those that are not masked; all tokens attend to all (paper Sec. 3.2, A.2).
 
-    The K tokens of a grid position are embedded one by one and laid side by side (8 x 48 = 384 channels), a position
+    The K tokens of a grid position are embedded separately and concatenated (8 x 48 = 384 channels). A position
     embedding is added, pre-norm blocks with 1-bit attention follow, and one linear layer gives K distributions over V
-    entries. It takes no time: how much is masked shows in the input.
+    entries. The time is not an input, because the input shows how much is masked.
 
     Args:
-        grid_size: positions (d, h, w) that it is trained on; other grids have the position embedding resized.
+        grid_size: positions (d, h, w) that it is trained on; for other grids the position embedding is resized.
         num_codebooks: tokens K at each position.
-        codebook_size: entries V of each sub-codebook; the token V itself stands for "masked" (:attr:`mask_token_id`).
+        codebook_size: entries V of each sub-codebook; the token V means "masked" (:attr:`mask_token_id`).
         embedding_dim: channels of one token's embedding; the blocks are K times as wide.
         num_layers, num_heads, mlp_ratio, qkv_bias, layer_norm_eps: of the pre-norm blocks, as in timm.
         dropout: after each attention and MLP, in training.
-        position_embedding: "learned" (one vector a position) or "axial" (the sum of one vector for each coordinate);
-            both start as sines and cosines of the three coordinates.
-        mask_granularity: what was masked together in training, the whole "position" or each "codebook" entry on its own.
+        position_embedding: "learned" (one vector per position) or "axial" (the sum of one vector for each coordinate);
+            both are initialised with sines and cosines of the three coordinates.
+        mask_granularity: what was masked together in training: a whole "position", or each "codebook" entry separately.
         train_block_sizes: sides of the blocks of positions that were masked together in training.
         attention: the fields of :class:`AttentionConfig`, each a keyword of its own.
 
     Raises:
-        ValueError: fields that do not fit one another.
+        ValueError: the fields do not fit together.
 
     Example:
         >>> model = BinaryVQTransformer3DModel(grid_size=(2, 3, 4), num_layers=2)
@@ -123,7 +123,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
                     nn.init.zeros_(module.bias)
             elif isinstance(module, TokenWeight):
                 module.reset_parameters()
-        # As large as the sines and cosines of the position, so that neither drowns the other.
+        # As large as the sines and cosines of the position, so that neither dominates.
         nn.init.normal_(self.token_embed.weight, std=math.sqrt(0.5))
         if config.share_attention:
             for block in self.blocks[1:]:
@@ -131,7 +131,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
 
     @property
     def mask_token_id(self) -> int:
-        """The token that says "masked"; one above the last codebook entry."""
+        """The token that means "masked"; one above the last codebook entry."""
         return self.config.codebook_size
 
     def forward(self, tokens: Tensor, return_dict: bool = True) -> BinaryVQTransformer3DOutput | tuple[Tensor]:
@@ -141,7 +141,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
             tokens: (B, K, d, h, w) integers, 0 to V - 1, or V where masked.
 
         Raises:
-            ValueError: another number of codebooks or axes, or tokens out of range.
+            ValueError: the number of codebooks or axes is wrong, or tokens are out of range.
         """
         config = self.config
         self._check(tokens)
@@ -174,7 +174,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
             )
         if tokens.is_floating_point():
             raise ValueError(f"tokens are {tokens.dtype}, expected integers from 0 to {self.mask_token_id} (masked)")
-        # Out of range would read the embedding of the next codebook.
+        # A token out of range would read the embedding of the next codebook.
         if tokens.numel() and not torch.compiler.is_compiling():
             low, high = (int(value) for value in tokens.aminmax())
             if low < 0 or high > self.mask_token_id:
@@ -190,7 +190,7 @@ def _axial_start(grid_size: Sequence[int], dim: int) -> list[Tensor]:
     bands = [dim * axis // 3 for axis in range(4)]
     for axis, side in enumerate(grid_size):
         channels = bands[axis + 1] - bands[axis]
-        # Wavelengths from two positions to four times the grid, so that neighbours differ and both ends do too.
+        # Wavelengths range from two positions to four times the grid, so that neighbours differ, and so do both ends.
         frequencies = torch.logspace(math.log10(math.pi), math.log10(math.pi / (2 * side)), -(-channels // 2))
         phase = torch.arange(side) * frequencies[:, None]
         table = torch.zeros(dim, side)
@@ -211,26 +211,27 @@ def elbo_loss(
 ) -> Tensor:
     r"""Weighted evidence lower bound of absorbing diffusion, in bits for each codebook entry (paper A.2; Bond-Taylor 2022).
 
-    The cross-entropies of the masked tokens are summed, divided by the number of all tokens that could be, and weighted by time:
+    The cross-entropies of the masked tokens are summed, divided by the number of all tokens that could be masked, and
+    weighted by time:
 
     | weighting | factor | |
     | --- | --- | --- |
-    | paper | 1 - t/T | nothing is learned from t = T, where all is masked |
+    | paper | 1 - t/T | nothing is learned from t = T, where all tokens are masked |
     | bond_taylor | (T - t + 1) / T | trains t = T too |
     | elbo | T / t | the bound itself: its mean over t uniform in 1 ... T is at least the entropy of the tokens |
 
-    Times the number of codebooks it is bits for each grid position ("bits per token").
+    Multiplied by the number of codebooks, the loss is in bits for each grid position ("bits per token").
 
     Args:
         logits: (B, K, V, d, h, w).
         tokens: (B, K, d, h, w), the truth.
         masked: (B, K, d, h, w) bool, what was masked in the transformer's input.
-        timesteps: (B,), t from 1 to T, as ``AbsorbingScheduler.add_noise`` took them.
+        timesteps: (B,), t from 1 to T, as given to ``AbsorbingScheduler.add_noise``.
         num_train_timesteps: T.
         weighting: see above.
         reduction: "mean" over the batch, or "none": (B,).
-        hole: bool, broadcastable to ``masked``, where masks could fall: the bound is then that of the hole's tokens, given
-            the others. None: everywhere. Not empty for any sample.
+        hole: bool, broadcastable to ``masked``: the tokens that could be masked. The bound is then that of the hole's
+            tokens, given the others. None: all tokens. It must not be empty for any sample.
 
     Raises:
         ValueError: unknown weighting.
@@ -240,7 +241,7 @@ def elbo_loss(
     weights = {"paper": 1 - t / total, "bond_taylor": (total - t + 1) / total, "elbo": total / t}
     if weighting not in weights:
         raise ValueError(f"weighting is '{weighting}', expected one of {', '.join(weights)}")
-    # The order in which the head wrote them, so that only the masked rows are copied.
+    # Logits are read in the order in which the head wrote them, so that only the masked rows are copied.
     rows = logits.permute(0, 3, 4, 5, 1, 2)[masked.permute(0, 2, 3, 4, 1)]  # (M, V)
     nats = F.cross_entropy(rows.float(), tokens.permute(0, 2, 3, 4, 1)[masked.permute(0, 2, 3, 4, 1)], reduction="none")
     counts = masked.flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""How good a filled hole is: PSNR, SSIM and MAE in the hole and in the whole object, and fills that need no network."""
+"""Scores of filled holes: PSNR, SSIM and MAE, in the hole and in the whole object. Also fills that need no network."""
 
 from __future__ import annotations
 

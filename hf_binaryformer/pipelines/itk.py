@@ -1,4 +1,4 @@
-"""What SimpleITK reads and writes for us: .mha, .mhd, .nrrd and DICOM, in nibabel's conventions.
+"""Reading and writing with SimpleITK: .mha, .mhd, .nrrd and DICOM, in nibabel's conventions.
 
 ITK's arrays are (k, j, i) and its space is LPS; here arrays are (I, J, K) and affines RAS+, mm.
 """

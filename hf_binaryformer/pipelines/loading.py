@@ -55,7 +55,7 @@ def own_classes(pipelines: bool, from_transformers: bool) -> tuple[Any, ...]:
 
         return BinaryVQInpaintPipeline, BinaryVQPipeline
     if from_transformers:
-        from hf_binaryformer.modeling.modeling import (
+        from hf_binaryformer.modeling.networks import (
             BinaryFormerForImageClassification,
             BinaryFormerForSemanticSegmentation,
             BinaryFormerModel,

@@ -1,4 +1,4 @@
-"""What nibabel reads and writes for us: NIfTI-1 and NIfTI-2 in one file, plain or compressed."""
+"""Reading and writing with nibabel: NIfTI-1 and NIfTI-2 in one file, plain or compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every report says of its own making."""
+"""What every report states about how it was made: notices and software versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Segmentation of whole volumes: slices through the network, probabilities back onto the volume's own grid."""
+"""Segments whole volumes: runs slices through the network, and resamples probabilities to the volume's own grid."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class VolumeSegmentationPipeline:
             BackendUnavailableError: the backend cannot run here.
         """
         from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-        from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
+        from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 
         model = BinaryFormerForSemanticSegmentation.from_pretrained(name, **options)
         processor = BinaryFormerImageProcessor.from_pretrained(name, **options)

@@ -1,4 +1,4 @@
-"""How a slice of a volume is shown: which way it lies, what is written at its edges, in which colours."""
+"""How a slice of a volume is shown: its orientation, the letters at its edges, and the colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A volume with a hole: its way to the autoencoder's intensities and grid, and the way of the fill back into the hole."""
+"""Brings a volume with a hole to the autoencoder's intensities and grid, and brings the fill back into the hole."""
 
 from __future__ import annotations
 

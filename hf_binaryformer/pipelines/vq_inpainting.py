@@ -1,4 +1,4 @@
-"""Holes in volumes filled by absorbing diffusion; what is known comes back bit for bit (paper Sec. 3.2, Fig. 4)."""
+"""Fills holes in volumes by absorbing diffusion; known voxels are returned bit for bit (paper Sec. 3.2, Fig. 4)."""
 
 from __future__ import annotations
 

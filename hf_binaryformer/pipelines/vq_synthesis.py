@@ -1,4 +1,4 @@
-"""Volumes out of nothing, and how likely a given one is: unconditional absorbing diffusion (paper Sec. 3.2, A.2)."""
+"""Synthesis of volumes, and likelihood of given ones, by unconditional absorbing diffusion (paper Sec. 3.2, A.2)."""
 
 from __future__ import annotations
 

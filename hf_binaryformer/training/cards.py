@@ -1,4 +1,4 @@
-"""Model cards out of words and records: one template, front matter, and the tables that stand in them."""
+"""Model cards from texts and records: one template, front matter, and the tables in the cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there, checked before they are read, and saved when a run is interrupted."""
+"""Checkpoints of a training run: written completely or not at all, checked before reading, saved on interruption."""
 
 from __future__ import annotations
 

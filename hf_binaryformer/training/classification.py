@@ -24,7 +24,7 @@ from transformers import ViTImageProcessor
 
 from hf_binaryformer.data.pixels import PixelSamples, load_splits, scale
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
-from hf_binaryformer.modeling.modeling import BinaryFormerForImageClassification
+from hf_binaryformer.modeling.networks import BinaryFormerForImageClassification
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
 from hf_binaryformer.training.loop import Task, load_batches, run, start
 from hf_binaryformer.training.optimization import build_optimizer

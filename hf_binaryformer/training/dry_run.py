@@ -1,4 +1,4 @@
-"""``--dry-run`` of the training scripts: two steps on random data of the recipe's size, to see that it runs here and its cost."""
+"""``--dry-run`` of the training scripts: tries two steps on random data of the recipe's size, and measures the cost."""
 
 from __future__ import annotations
 

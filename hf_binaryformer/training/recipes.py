@@ -1,4 +1,4 @@
-"""Recipes of trainings: ``recipes/*.yaml``, with every setting that a run has, and the one that a run's folder keeps."""
+"""Recipes of trainings: ``recipes/*.yaml`` with every setting of a run, and the recipe that a run's folder keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training leaves beside its checkpoints: a log, the saved weights, and a summary for its card."""
+"""What a training writes in addition to its checkpoints: a log, the final weights, and a summary for its card."""
 
 from __future__ import annotations
 

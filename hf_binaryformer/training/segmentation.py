@@ -28,7 +28,7 @@ from hf_binaryformer.data.prepared_folder import PreparedFolder
 from hf_binaryformer.data.slices import SliceSamples
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
+from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 from hf_binaryformer.pipelines.metrics import METRICS
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse

@@ -1,4 +1,4 @@
-"""Dice, NSD and HD95 of whole volumes on a split of a prepared folder, with the prior atlas as the row to beat."""
+"""Dice, NSD and HD95 of whole volumes on a split of a prepared folder, with the prior atlas as the baseline."""
 
 from __future__ import annotations
 

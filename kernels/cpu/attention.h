@@ -1,4 +1,4 @@
-// Hamming attention for one instruction set V, written once: scores by popcount, softmax, P.V, and the way back.
+// Hamming attention for one instruction set V, written once: scores by popcount, softmax, P.V, and the backward pass.
 #pragma once
 
 #include "backward.h"
@@ -8,9 +8,9 @@
 namespace hf {
 namespace {
 
-// Halves == 0: as many as the call says. Planes: 1 or 2.
+// Halves: 32-bit words of a token's bits, or 0 for the number in the call. Planes: 1 or 2.
 template <class V, int Halves, int Planes> struct Attention : Forward<V, Halves, Planes>, Backward<V, Halves, Planes> {
-    // Named here, as both bases name them.
+    // Both bases have these names, so they are named here again.
     using Base = Tiles<V, Halves, Planes>;
     using typename Base::F;
     using typename Base::I;
@@ -29,7 +29,7 @@ template <class V> struct ByShape {
     }
 };
 
-// Entry points over a family of kernels: `Select::with_shape(call, task)` hands the task the kernel for a call.
+// Entry points of a family of kernels: `Select::with_shape(call, task)` passes the kernel for a call to the task.
 template <class Select> struct Face {
     static size_t forward_bytes(const hf_attention &a) {
         size_t bytes = 0;

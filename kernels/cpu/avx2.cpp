@@ -1,4 +1,4 @@
-// AVX2 with FMA: eight lanes, sixteen registers; bits are counted by nibbles in a shuffled table.
+// AVX2 with FMA: eight lanes, sixteen registers. Bits are counted by nibbles; a shuffle looks them up in a table.
 #include <immintrin.h>
 
 #include "attention.h"
@@ -10,7 +10,7 @@ struct Avx2 : Vector<float8, int8, uint8> {
     static constexpr int channels = 8;
 
     static inline F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-    // One operation where the last term stands still.
+    // One operation if the last term does not change in a loop.
     static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     static inline F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
     static inline float sum(F x) {

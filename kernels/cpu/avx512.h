@@ -13,7 +13,7 @@ struct Avx512 : Vector<float16, int16, uint16> {
 
     template <class T> static inline void keep(T &x) { __asm__("" : "+v"(x)); }
     static inline F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-    // One operation where the last term stands still.
+    // One operation if the last term does not change in a loop.
     static inline F line(F x, F middle, F slope) { return fma(x, slope, slope * -middle); }
     // b where either is NaN.
     static inline F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -49,7 +49,7 @@ struct Avx512 : Vector<float16, int16, uint16> {
     static inline int32_t largest_int(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
     static inline void add_agreement(const uint64_t *nonzero, const uint64_t *positive, int64_t tokens, const uint64_t *columns, int64_t channels, const float *scale, float *sums) {
         const __m512i low_halves = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        for (int64_t first = 0; first < channels; first += 64) { // channels come in whole words
+        for (int64_t first = 0; first < channels; first += 64) { // `channels` is a multiple of 64
             __m512i column[8];
             for (int v = 0; v < 8; v++) column[v] = _mm512_loadu_si512(columns + first + 8 * v);
             for (int64_t n = 0; n < tokens; n++) {
@@ -80,13 +80,13 @@ struct Avx512 : Vector<float16, int16, uint16> {
     // 2^x for -126 <= x <= 127, relative error 4e-7: a table of sixteenths and a polynomial of degree 2.
     struct Exp2 {
         F magic = splat(786432.0f); // 1.5 * 2^19: the last place is a sixteenth
-        // 2^(k/16), less what shifting k into the mantissa would add
+        // 2^(k/16), minus what shifting k into the mantissa would add
         I table = {0x3f800000 - (0 << 19),  0x3f85aac3 - (1 << 19),  0x3f8b95c2 - (2 << 19),  0x3f91c3d3 - (3 << 19),
                    0x3f9837f0 - (4 << 19),  0x3f9ef532 - (5 << 19),  0x3fa5fed7 - (6 << 19),  0x3fad583f - (7 << 19),
                    0x3fb504f3 - (8 << 19),  0x3fbd08a4 - (9 << 19),  0x3fc5672a - (10 << 19), 0x3fce248c - (11 << 19),
                    0x3fd744fd - (12 << 19), 0x3fe0ccdf - (13 << 19), 0x3feac0c7 - (14 << 19), 0x3ff5257d - (15 << 19)};
         F log2e = splat(1.44269504f);
-        // c1 takes up three quarters of the cubic term at the ends of the interval.
+        // c1 includes three quarters of the cubic term at the ends of the interval.
         F c1 = splat(0.69318783f), c2 = splat(0.24022651f);
         Exp2() {
             keep(magic);

@@ -1,7 +1,8 @@
-// AVX-512 with BF16: bfloat16 values run P.V, dP and dV as dot products of bfloat16 pairs summed in float32.
+// AVX-512 with BF16: for bfloat16 values, P.V, dP and dV are dot products of bfloat16 pairs, summed in float32.
 //
-// Probabilities are bfloat16 from the start: scores in 128ths of log2 are rounded to integers, which but for a small
-// correction out of a table of 128 are the bits of 2^x, two keys (forward) or two queries (backward) to a 32-bit lane.
+// Probabilities are bfloat16 from the start. Scores in 128ths of log2 are rounded to integers. Except for a small
+// correction from a table of 128, these integers are the bits of 2^x. A 32-bit lane holds two keys (forward) or two
+// queries (backward).
 #include "avx512.h"
 
 #include "attention.h"
@@ -20,14 +21,14 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     static constexpr int32_t kOnes = 0x3f803f80;                // 1, 1
 
     static inline F dot(F sum, I a, I b) { return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-    // The pair at `b` against every lane of a; the compiler would broadcast into a register first.
+    // The pair at `b` times every lane of a. Otherwise the compiler would broadcast into a register first.
     static inline F dot(F sum, I a, const uint32_t *b) { return dot(sum, a, V::splat_int((int32_t)*b)); }
     static inline I pair(F even, F odd) {
         const __m512i e = _mm512_cvtps_epi32((__m512)even), o = _mm512_slli_epi32(_mm512_cvtps_epi32((__m512)odd), 16);
         return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, e, o);
     }
 
-    // The same of numbers that kInteger was added to: the sum's low bits are the integer.
+    // The same for numbers to which kInteger was added: the low bits of such a sum are the integer.
     static constexpr float kInteger = 12582912.0f; // 1.5 * 2^23
     static inline I pair_integers(F even, F odd) { return (I)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, _mm512_slli_epi32((__m512i)odd, 16)); }
 
@@ -55,7 +56,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
         return rows_of<const uint16_t>(r, a.heads, head) + row * r.row_stride;
     }
 
-    // Rows 2 n and 2 n + 1 side by side: to[n][c] = (x[2 n][c], x[2 n + 1][c]); 0 past the end.
+    // Packs rows 2 n and 2 n + 1 as pairs: to[n][c] = (x[2 n][c], x[2 n + 1][c]); 0 past the end.
     static void pack_row_pairs(const hf_attention &a, const hf_rows &r, int64_t head, int64_t rows, uint32_t *to) {
         const int64_t values = Base::padded_values(a);
         for (int64_t n = 0; n < rows; n += 2, to += values) {
@@ -128,7 +129,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             for (int64_t j = 0; j < count; j++) {
                 score[j] = queries.score(r, first + j, V::splat(0));
                 higher = V::max(score[j], higher);
-                poison += 0 * score[j]; // integers know no NaN
+                poison += 0 * score[j]; // integers have no NaN
             }
             const F factor = typename V::Exp2()(V::max(maximum - higher, V::splat(kLowest)));
             maximum = higher;
@@ -169,11 +170,11 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
 
     // --------------------------------------------------------------------------------------------------- backward
 
-    // Pairs in the memory that the float32 kernel gives to dO and V.
+    // Pairs, in the memory that the float32 kernel uses for dO and V.
     struct Pairs {
         uint32_t *channels; // (Nq, padded d_v / 2): dO, channels 2 c and 2 c + 1
         uint32_t *rows;     // (Nq / 2, padded d_v): dO, queries 2 n and 2 n + 1
-        I *value;           // (tiles, padded d_v / 2): V with a key a lane, channels 2 c and 2 c + 1
+        I *value;           // (tiles, padded d_v / 2): V with one key per lane, channels 2 c and 2 c + 1
         I *p;               // (kQueryBlock / 2)
     };
 
@@ -192,7 +193,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             for (int64_t c = 0; c < values / 2; c++) to[c] = (from[2 * c] >> shift & 0xffff) | (from[2 * c + 1] >> shift & 0xffff) << 16;
             r.start[n] = (float)(kOne + kUnit * kLog2E * r.start[n]);
         }
-        for (int64_t n = 0; n < a.queries; n++) // integers know no NaN: let it reach dV through dO
+        for (int64_t n = 0; n < a.queries; n++) // integers have no NaN, so let it reach dV through dO
             if (std::isnan(r.start[n]))
                 for (int64_t c = 0; c < values; c++) w.rows[n / 2 * values + c] |= 0x7fc0u << n % 2 * 16;
     }
@@ -202,18 +203,18 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
             I both;
             for (int l = 0; l < L; l++)
                 both[l] = (int32_t)(float_to_bfloat(r.value[2 * n][l]) | (uint32_t)float_to_bfloat(r.value[2 * n + 1][l]) << 16);
-            w.value[n] = both; // entries before 2 n are read no more
+            w.value[n] = both; // entries before 2 n are not read again
         }
     }
 
-    // Keys whose scores come in units of 1/128.
+    // Keys whose scores are in units of 1/128.
     static Keys scaled(const hf_attention &a, const BackwardRoom &r, int64_t t) {
         Keys keys(a, r, t);
         keys.weight[0] *= (float)(kUnit * kLog2E);
         return keys;
     }
 
-    // P, two queries to a lane, and count - d / 2 of one tile and a block of queries.
+    // P, with two queries per lane, and count - d / 2, of one tile and a block of queries.
     static inline void probabilities(const hf_attention &a, const BackwardRoom &r, const Pairs &w, const Keys &keys, int64_t i, int64_t count) {
         const PairExp2 exp2;
         F middle = V::splat(0.5f * (float)a.head_dim), lowest = V::splat(0);
@@ -253,7 +254,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
     }
 
     static inline void weights(const BackwardRoom &r, const Pairs &w, const float *delta, const float *query_weight, int64_t count, F counted, F *d_weight) {
-        F even = V::splat(0), odd = V::splat(0); // one sum would be a chain of waiting additions
+        F even = V::splat(0), odd = V::splat(0); // a single sum would be a chain of additions that wait for each other
         auto add = [&](int64_t n, F p, F &d_key) {
             const F e = p * (r.dp[n] - delta[n]) * r.dot[n];
             d_key = V::fma(e, V::splat(query_weight[n]), d_key);
@@ -300,7 +301,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
 
 struct Bf16ByShape {
     template <class Task> static void with_shape(const hf_attention &a, Task task) {
-        // Draws of the ternary gradient compare with the reference's, which are made in float32.
+        // Draws of the ternary gradient must match the reference's, which are made in float32.
         if (a.type != HF_BFLOAT16 || a.planes == 2 || a.grad_query) ByShape<Avx512>::with_shape(a, task);
         else if (a.head_dim <= 32) task(AttentionBf16<1>{});
         else if (a.head_dim <= 64) task(AttentionBf16<2>{});

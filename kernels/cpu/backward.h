@@ -1,4 +1,4 @@
-// Backward: a lane is a key. Nothing of size Nq x Nk was kept: tiles are computed again.
+// Backward: each lane is a key. Nothing of size Nq x Nk was stored, so tiles are recomputed.
 #pragma once
 
 #include "tiles.h"
@@ -21,12 +21,12 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
 
     struct BackwardRoom {
         int32_t *bits;  // (Nq, P, halves)
-        float *slope;   // (Nq, P): -2 scale w_q, for counts less d / 2
+        float *slope;   // (Nq, P): -2 scale w_q, for counts minus d / 2
         float *start;   // (Nq): -log-sum-exp
-        float *delta;   // (Nq): dO . O less the gradient of the log-sum-exp
-        float *grad;    // (Nq, padded d_v): dO, where the caller's own rows do not do
+        float *delta;   // (Nq): dO . O minus the gradient of the log-sum-exp
+        float *grad;    // (Nq, padded d_v): dO, if the caller's own rows cannot be used
         I *lanes;       // (P, halves)
-        F *value;       // (tiles of the chunk, padded d_v): V with a key a lane
+        F *value;       // (tiles of the chunk, padded d_v): V with one key per lane
         F *d_value;     // the same shape: dV
         F *d_weight;    // (tiles, P): dw_k
         I *tile_bits;   // (tiles, P, halves)
@@ -87,15 +87,15 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         }
     }
 
-    // Channels from c on, 0 past the end.
+    // Loads the channels from c on, 0 past the end.
     static inline F load_channels(const hf_attention &a, const char *row, int64_t c) {
         F x = V::splat(0);
-        if (c + L <= a.value_dim) to_float(row + c * width_of(a), a.type, L, (float *)&x); // a constant count becomes one load
+        if (c + L <= a.value_dim) to_float(row + c * width_of(a), a.type, L, (float *)&x); // a constant count: one load
         else to_float(row + c * width_of(a), a.type, a.value_dim - c, (float *)&x);
         return x;
     }
 
-    // Values, bits and weights of the chunk's keys, a key a lane; sums at zero.
+    // Loads values, bits and weights of the chunk's keys, one key per lane, and sets the sums to zero.
     static void load_chunk(const Call &call, int64_t head, int64_t first, int64_t last, const BackwardRoom &r) {
         const hf_attention &a = *call.a;
         const int64_t values = padded_values(a), row = head * a.keys, width = width_of(a);
@@ -120,7 +120,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         }
     }
 
-    // Keys of one tile, held in registers where there are few words.
+    // Keys of one tile, held in registers if there are few words.
     struct Keys {
         I held[Planes * (Halves ? Halves : 1)];
         const I *lanes;
@@ -151,19 +151,19 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         F middle = V::splat(0.5f * (float)a.head_dim), lowest = V::splat((float)(kLowest * kLn2));
         V::keep(middle);
         V::keep(lowest);
-        // Two short loops: one long chain of operations would fill the processor's queues with waiting ones.
+        // Two short loops: one long chain of operations would fill the processor's queues with waiting operations.
         for (int64_t n = 0; n < count; n++) r.p[n] = keys.score(r, i + n, middle, V::splat(r.start[i + n]), r.dot + n * Planes * Planes);
 #pragma GCC unroll 4
         for (int64_t n = 0; n < count; n++) r.p[n] = exp2.natural(V::max(lowest, r.p[n]));
-        r.p[count] = V::splat(0); // of an even number
+        r.p[count] = V::splat(0); // makes the number of queries even
     }
 
-    // What the weights' gradients of one tile read and write.
+    // What the computation of one tile's weight gradients reads and writes.
     struct Weights {
         const float *delta, *query_weight; // of the block's first query
         F counted[Planes];                 // w_k, or 0 in lanes past the end: those repeat the last key and must not count twice
         F d_key[Planes];                   // dw_k
-        // dS of query n into dw_k and, not yet summed over lanes, dw_q
+        // Adds dS of query n to dw_k, and to dw_q, which is not yet summed over lanes.
         inline void add(const BackwardRoom &r, int64_t n, F p, F dp) {
             const F ds = p * (dp - delta[n]), *dot = r.dot + n * Planes * Planes;
             for (int q = 0; q < Planes; q++)
@@ -175,10 +175,10 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         }
     };
 
-    // dP of one tile, and dV += P dO: two queries at a time, so that a vector of V serves both.
+    // dP of one tile, and dV += P dO. Two queries are computed at a time, so that both use a loaded vector of V.
     template <bool First, bool Values, bool Weighs> static inline void products(const BackwardRoom &r, const FloatRows &grad, int64_t i, int64_t count, int64_t c, const F *value, F *d_value, Weights &weights) {
         F sums[C];
-        for (int k = 0; k < C; k++) sums[k] = V::splat(0); // of the block: sums of sums lose fewer digits
+        for (int k = 0; k < C; k++) sums[k] = V::splat(0); // sums of this block: sums of sums lose fewer digits
         Weights w = weights;
         const float *row0 = grad.data + i * grad.stride + c;
         for (int64_t n = 0; n < count; n += 2, row0 += 2 * grad.stride) {
@@ -228,7 +228,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         products<false, Values, Weighs>(r, grad, i, count, c, value + c, d_value + c, weights);
     }
 
-    // What a unit of the backward starts with; returns dO.
+    // Loads the data that a unit of the backward starts with; returns dO.
     static FloatRows load_unit(const Call &call, int64_t head, int64_t first, int64_t last, const BackwardRoom &r, Arena &arena) {
         const hf_attention &a = *call.a;
         const int64_t values = padded_values(a);

@@ -1,4 +1,4 @@
-// float32, bfloat16 and float16 into one another, and their sign bits. Compiled once for each instruction set.
+// Conversions between float32, bfloat16 and float16, and their sign bits. Compiled once for each instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -29,7 +29,7 @@ inline float half_to_float(uint16_t h) {
     return float_of(bits | sign);
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 inline uint16_t float_to_bfloat(float x) {
     const uint32_t bits = bits_of(x);
     return (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
@@ -39,7 +39,7 @@ inline uint16_t float_to_half(float x) {
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff;
     const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
     if (magnitude > 0x7f800000) return sign | 0x7e00;
-    if (magnitude >= 0x477ff000) return sign | 0x7c00; // rounds to 65520 and more
+    if (magnitude >= 0x477ff000) return sign | 0x7c00; // 65520 and more becomes infinity
     if (magnitude < 0x38800000) {                      // below 2^-14: adding 1/2 rounds to multiples of 2^-24
         return sign | (uint16_t)(bits_of(float_of(magnitude) + 0.5f) - 0x3f000000);
     }
@@ -77,8 +77,18 @@ inline void pack_row(const void *row, int64_t type, int64_t dim, uint64_t *bits)
             const uint16_t infinity = type == HF_BFLOAT16 ? 0x7f80 : 0x7c00;
             for (int64_t i = 0; i < count; i++) positive[i] = (x[i] <= infinity) | (x[i] == 0x8000);
         }
+        for (int64_t i = count; i < 64; i++) positive[i] = 0;
         uint64_t packed = 0;
-        for (int64_t i = 0; i < count; i++) packed |= (uint64_t)positive[i] << i;
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        for (int64_t i = 0; i < 64; i++) packed |= (uint64_t)positive[i] << i;
+#else
+        // Eight bytes of 0 or 1 at a time: the product moves byte i to bit 56 + i.
+        for (int64_t i = 0; i < 8; i++) {
+            uint64_t eight;
+            memcpy(&eight, positive + 8 * i, 8);
+            packed |= (eight * 0x0102040810204080ull >> 56) << (8 * i);
+        }
+#endif
         bits[word] = packed;
     }
 }

@@ -1,4 +1,4 @@
-// The C interface: which instruction set runs, how a call is cut into units, and who works at them.
+// The C interface: chooses the instruction set, divides a call into units of work, and runs them on threads.
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,7 +20,7 @@ bool Arena::reserve(size_t bytes) {
     call = -1;
     if (bytes <= size) return true;
     free(base);
-    // Whole huge pages where the memory is large: page faults cost as much as the kernel.
+    // Whole pages, kept for later calls: page faults cost as much as the kernel.
     size = (bytes + 4095) / 4096 * 4096;
     base = (char *)aligned_alloc(4096, size);
     if (!base) size = 0;
@@ -122,13 +122,13 @@ template <class Task> bool run(int64_t units, int64_t threads, size_t bytes, Tas
             try {
                 helpers.emplace_back(Work<Task>::body, &work);
             } catch (...) {
-                break; // the threads that there are do all units
+                break; // the threads that were started do all units
             }
         }
         Work<Task>::body(&work);
         for (std::thread &h : helpers) h.join();
     }
-    // A thread without memory leaves its units to the others; only when none had any is work left.
+    // A thread without memory leaves its units to the others. Work is left over only if no thread had memory.
     return !work.failed || work.next.load() >= units + 1;
 }
 
@@ -205,7 +205,7 @@ int hf_backward(const hf_attention *call) {
     Call shared{};
     shared.a = call;
     shared.id = next_call++;
-    // At most eight chunks a head, whatever the number of threads, so that sums have one order.
+    // At most eight chunks per head, for any number of threads, so that sums always have the same order.
     shared.chunk = std::max<int64_t>(256, ((a.keys + 7) / 8 + 63) / 64 * 64);
     shared.chunks = (a.keys + shared.chunk - 1) / shared.chunk;
     const int64_t rows = a.queries * a.planes, units = heads * shared.chunks;
@@ -239,7 +239,7 @@ int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int
     const int64_t total = outer[0] * outer[1] * outer[2], words = (head_dim + 63) / 64, width = type == HF_FLOAT32 ? 4 : 2;
     if (total == 0) return 0;
     const Kernels &k = current();
-    // In the order of the input's memory where tokens come before heads: rows then lie side by side.
+    // If tokens come before heads in the input's memory, follow that order, so that rows are adjacent.
     const bool swapped = stride[1] < stride[2];
     const int64_t block = 256, blocks = (total + block - 1) / block;
     run(blocks, threads, 0, [&](int64_t unit, Arena &) {
@@ -260,13 +260,13 @@ bool in_range(const hf_balance &a) {
     return a.batch >= 0 && a.heads >= 0 && a.tokens >= 0 && a.dim >= 1 && a.dim < (1 << 24) && a.type >= HF_FLOAT32 && a.type <= HF_FLOAT16;
 }
 
-// A head is one unit: the mean over its tokens is wanted first.
+// A head is one unit, because the mean over its tokens is needed first.
 int balance(const hf_balance &a, void (*work)(const hf_balance &, int64_t, Arena &)) {
     if (!in_range(a)) return -3;
     if (a.batch * a.heads * a.tokens == 0) return 0;
     const size_t bytes = (size_t)a.dim * (sizeof(double) + sizeof(float) * (size_t)(a.tokens + 3)) + 64;
     return run(a.batch * a.heads, a.threads, bytes, [&](int64_t head, Arena &arena) {
-        arena.call = -1; // nothing of an attention call lies packed there any more
+        arena.call = -1; // the memory no longer holds the packed head of an attention call
         work(a, head, arena);
     }) ? 0 : -2;
 }

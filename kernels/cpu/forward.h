@@ -1,4 +1,5 @@
-// Forward: a lane is a query, so that a key's value is broadcast and nothing is reduced across lanes. Scores are in units of log2.
+// Forward: each lane is a query, so that a key's value is broadcast and nothing is reduced across lanes. Scores are in
+// units of log2.
 #pragma once
 
 #include "tiles.h"
@@ -25,7 +26,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
     struct ForwardRoom {
         int32_t *bits;  // (Nk + kAhead, P, halves)
         float *weight;  // (Nk + kAhead, P): w_k
-        float *value;   // (Nk, padded d_v), where the caller's own rows do not do
+        float *value;   // (Nk, padded d_v), if the caller's own rows cannot be used
         float *largest; // (P): the largest abs(w_k)
         I *lanes;       // (P, halves)
         F *sums;        // (padded d_v)
@@ -71,7 +72,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
 
     struct Queries {
         const I *lanes;
-        F slope[Planes]; // -2 scale log2(e) w_q, for counts less d / 2
+        F slope[Planes]; // -2 scale log2(e) w_q, for counts minus d / 2
         F middle;        // d / 2
         int halves;
         // start + score of key j, for every lane's query
@@ -92,7 +93,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         for (int c = 0; c < C; c++) sums[c] = V::fma(p, V::splat(v[c]), sums[c]);
     }
 
-    // Probabilities of `count` keys times the channels from C on.
+    // Adds the probabilities of `count` keys times the channels from C on.
     static void add_further_values(const F *p, const FloatRows &v, int64_t first, int64_t count, int64_t values, F *sums) {
         for (int64_t c = C; c < values; c += C) {
             F s[C];
@@ -103,8 +104,9 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         }
     }
 
-    // Scores whose bound is known beforehand: no maximum, three keys in flight. Returns the sum of 2^score, which with
-    // |score| < 80 neither vanishes nor overflows, and keeps more digits than scores shifted by their bound would.
+    // For scores whose bound is known beforehand: needs no maximum, and has three keys in flight. Returns the sum of
+    // 2^score. With |score| < 80 it neither vanishes nor overflows, and it keeps more digits than with scores shifted
+    // by their bound.
     template <bool Wide> static F attend_bounded(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries) {
         const Exp2 exp2;
         F total = V::splat(0);
@@ -114,7 +116,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         const int64_t step = Wide ? kValueBlock : kSumBlock;
         for (int64_t first = 0; first < a.keys; first += step) {
             const int64_t end = std::min<int64_t>(first + step, a.keys);
-            F sums[C], block = V::splat(0); // of the block: sums of sums lose fewer digits
+            F sums[C], block = V::splat(0); // sums of this block: sums of sums lose fewer digits
             for (int c = 0; c < C; c++) sums[c] = V::splat(0);
             for (int64_t j = first; j < end; j++, row += v.stride) {
                 F after = queries.score(r, j + 2, start);
@@ -132,7 +134,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         return total;
     }
 
-    // With the running maximum, for rows of large scores. Sets `maximum`.
+    // For rows with large scores: keeps a running maximum. Sets `maximum`.
     static F attend_online(const hf_attention &a, const ForwardRoom &r, const FloatRows &v, Queries queries, F &maximum) {
         const Exp2 exp2;
         const int64_t values = padded_values(a);
@@ -150,7 +152,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
             F sums[C], block = V::splat(0);
             for (int c = 0; c < C; c++) sums[c] = V::splat(0);
             for (int64_t j = 0; j < count; j++) {
-                // NaN stays NaN: max gives its second argument then.
+                // NaN stays NaN, because max then returns its second argument.
                 r.scores[j] = exp2(V::max(V::splat(kLowest), r.scores[j] - maximum));
                 block += r.scores[j];
                 add_values(sums, r.scores[j], v.data + (first + j) * v.stride);
@@ -163,7 +165,8 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         return total;
     }
 
-    // Lanes of a tile: its queries' bits in r.lanes and their slopes; whether all their scores are bounded.
+    // Loads a tile's queries as lanes: their bits into r.lanes, and their slopes. Returns whether all their scores are
+    // bounded.
     static bool load_queries(const hf_attention &a, int64_t head, int64_t i, int64_t last, const ForwardRoom &r, Queries &q) {
         F weight[Planes];
         const int64_t row = head * a.queries;
@@ -173,7 +176,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         q.middle = V::splat(0.5f * (float)a.head_dim);
         F bound = V::splat(0);
         for (int p = 0; p < Planes; p++) {
-            // One rounding only: an error here is one of the row's temperature, which no average removes.
+            // Rounded only once: an error here changes the temperature of the row, and no averaging removes it.
             for (int l = 0; l < L; l++) ((float *)&q.slope[p])[l] = (float)(-2 * a.scale * kLog2E * ((const float *)&weight[p])[l]);
             for (int k = 0; k < Planes; k++) bound += V::absolute(q.slope[p]) * (r.largest[k] * 0.5f * (float)a.head_dim);
         }
@@ -182,7 +185,7 @@ template <class V, int Halves, int Planes> struct Forward : Tiles<V, Halves, Pla
         return bounded;
     }
 
-    // Sums of a tile's lanes over `total`, as rows of the output, and the log-sum-exp.
+    // Writes the sums of a tile's lanes, divided by `total`, as rows of the output, and writes the log-sum-exp.
     static void write_queries(const hf_attention &a, int64_t head, int64_t i, int64_t last, const ForwardRoom &r, F total, F maximum) {
         const int64_t values = padded_values(a), count = std::min<int64_t>(L, last - i);
         const F inverse = 1.0f / total, rest = V::log2(total);

@@ -16,12 +16,12 @@ extern "C" {
 #define HF_API __attribute__((visibility("default")))
 #endif
 
-// Version of the structures below: the Python face refuses a library of another one.
+// Version of the structures below. The Python side refuses a library with another version.
 enum { HF_ABI_VERSION = 4 };
 
 enum hf_type { HF_FLOAT32 = 0, HF_BFLOAT16 = 1, HF_FLOAT16 = 2 };
 
-// A (B, H, N, channels) array whose channels lie side by side; strides in elements.
+// A (B, H, N, channels) array whose channels are adjacent in memory; strides in elements.
 typedef struct {
     void *data;
     int64_t batch_stride, head_stride, row_stride;
@@ -29,7 +29,7 @@ typedef struct {
 
 typedef struct {
     int64_t batch, heads, queries, keys, head_dim, value_dim, planes;
-    int64_t threads;            // at most so many work at one call
+    int64_t threads;            // largest number of threads that work at one call
     int64_t type;               // hf_type of value, output, grad_output and grad_value
     double scale;               // factor of the scores
     const uint64_t *query_bits; // (B, H, Nq, P, W) contiguous; padding bits 0
@@ -50,8 +50,8 @@ typedef struct {
     uint64_t seed;              // of the ternary draws
 } hf_attention;
 
-// A team of threads: calls body(data) on up to `threads` threads at once and returns when all are done; the signature of
-// GNU OpenMP's GOMP_parallel, so that the caller can hand over the team that it already has.
+// A team of threads: calls body(data) on up to `threads` threads at once and returns when all are done. The signature
+// is that of GNU OpenMP's GOMP_parallel, so that the caller can pass the team that it already has.
 typedef void (*hf_team)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 // Every function returns 0, or a negative number: -1 unknown instruction set, -2 out of memory, -3 sizes out of range.
@@ -60,15 +60,15 @@ HF_API const char *hf_instruction_sets(void);      // those compiled in, best fi
 HF_API int hf_can_run(const char *name);           // 1 if this processor has it
 HF_API int hf_select(const char *name);            // choose one; NULL or "" for the best
 HF_API const char *hf_selected(void);
-HF_API void hf_set_team(hf_team team);             // NULL: threads of our own
+HF_API void hf_set_team(hf_team team);             // NULL: the library starts its own threads
 HF_API int hf_forward(const hf_attention *call);
 HF_API int hf_backward(const hf_attention *call);
 
-// x (outer0, outer1, outer2, d) -> bits (outer0, outer1, outer2, W) contiguous; strides of x in elements, channels side by side.
+// x (outer0, outer1, outer2, d), channels adjacent, strides in elements -> bits (outer0, outer1, outer2, W) contiguous.
 HF_API int hf_pack_signs(const void *x, int64_t type, const int64_t outer[3], const int64_t stride[3], int64_t head_dim,
                          int64_t threads, uint64_t *bits);
 
-// x (rows, d), channels side by side, row_stride in elements -> tanh(beta x) and sgn(x) (1 where x >= 0, else -1), both
+// x (rows, d), channels adjacent, row_stride in elements -> tanh(beta x) and sgn(x) (1 where x >= 0, else -1), both
 // (rows, d) contiguous in the type of x.
 HF_API int hf_saturate(const void *x, int64_t type, int64_t rows, int64_t row_stride, int64_t dim, double beta, int64_t threads,
                        void *tanh, void *sign);
@@ -78,8 +78,8 @@ typedef struct {
     int64_t batch, heads, tokens, dim;
     int64_t threads;
     int64_t type;        // hf_type of x, y, grad and grad_x
-    int64_t centering;   // whether each channel loses its mean over the tokens
-    int64_t norm;        // whether each token's channels are divided by their root mean square
+    int64_t centering;   // whether to subtract from each channel its mean over the tokens
+    int64_t norm;        // whether to divide each token's channels by their root mean square
     double epsilon;      // added to the mean square
     double window;       // backward: gradients pass where abs(y) <= window
     hf_rows x;           // forward: read

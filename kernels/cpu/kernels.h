@@ -9,21 +9,21 @@
 
 namespace hf {
 
-// One call, with what all its units share.
+// One call, with the data that all its units of work share.
 struct Call {
     const hf_attention *a;
-    int64_t id;               // tells calls apart, so that a thread's packed head is not taken for another call's
+    int64_t id;               // distinguishes calls, so that a thread's packed head is not used for another call
     int64_t chunk;            // keys of one unit of the backward
     int64_t chunks;           // ceil(keys / chunk)
     float *partial;           // (heads, chunks, Nq, P): each chunk's share of grad_query_weight
-    std::atomic<int64_t> *turn; // of each block of queries: the chunk that may add to its grad_query
+    std::atomic<int64_t> *turn; // for each block of queries: the chunk that may add to its grad_query
 };
 
 // Memory of one thread, kept from call to call.
 struct Arena {
     char *base = nullptr;
     size_t size = 0;
-    int64_t call = -1, head = -1; // whose head lies packed at the start of the memory
+    int64_t call = -1, head = -1; // the call and head that are packed at the start of the memory
     bool reserve(size_t bytes);
 };
 

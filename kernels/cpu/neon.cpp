@@ -1,4 +1,4 @@
-// 64-bit ARM: four lanes, thirty-two registers, a byte count in hardware.
+// 64-bit ARM: four lanes, thirty-two registers. The hardware counts the bits of a byte.
 #include <arm_neon.h>
 
 #include "attention.h"

@@ -1,4 +1,4 @@
-// What instruction sets without a table lookup of their own do in plain vector arithmetic.
+// 2^x in plain vector arithmetic, for instruction sets without their own table lookup.
 #pragma once
 
 #include "vectors.h"
@@ -24,7 +24,7 @@ template <class V, class F, class I> struct PolynomialExp2 {
     inline F finish(F y, F r) const {
         F p = V::splat(1.54035304e-4f);
         for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) p = V::fma(p, r, V::splat(c));
-        return p * (F)(((I)y << 23) + 0x3f800000); // a product: a sum of bits would make a number of NaN
+        return p * (F)(((I)y << 23) + 0x3f800000); // a product, because a sum of bits would turn NaN into a number
     }
 };
 

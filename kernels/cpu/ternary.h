@@ -1,9 +1,9 @@
-// The ternary bit gradient: masks of drawn numbers -1, 0, 1 against columns of sign bits, by popcount.
+// The ternary bit gradient: products of drawn numbers -1, 0, 1 (as masks) with columns of sign bits, by popcount.
 //
 // t_ij = sgn(g_ij) [u_ij < abs(g_ij) / s] as in hf_binaryformer/kernels/draws.py, with u_ij from a hash of (seed, head, i, j) and
 // s the largest abs(g) of the row (for a key: of the column) within a block of 64 queries x 64 keys. A query's draws in a
-// block are the bits of two words (not zero; dS positive), and so are a key's. The sign of the weight that makes g out of dS
-// is in the other side's bits.
+// block are the bits of two words (not zero; dS positive), and so are a key's. g is dS times a weight of the other
+// side; the sign of that weight is stored in the other side's bits.
 #pragma once
 
 #include <string.h>
@@ -50,14 +50,14 @@ template <class V> struct Signs {
 
     int64_t words, channels; // 64 words
     uint64_t *query_columns; // (Nq / 64, channels): the bits of 64 queries in each channel, inverted where w_q < 0
-    uint64_t *key_columns;   // (chunk / 64, channels): the same of keys and w_k
+    uint64_t *key_columns;   // (chunk / 64, channels): the same for keys and w_k
     uint32_t *row_hash;      // (Nq)
     float *query_sums;       // (64, channels): sum of t sgn(k) over the chunk's keys
     float *key_sums;         // (chunk, channels): sum of t sgn(q)
-    // Of the block of 64 x 64 in work:
+    // For the current block of 64 x 64:
     F *d_scores;             // (64, kParts): dS
     F *key_weight;           // (kParts): abs(w_k), 0 past the end
-    I *row_largest;          // (64): abs(g) as integers: in the same order, and NaN the largest
+    I *row_largest;          // (64): largest abs(g), compared as integers: same order, and NaN is the largest
     I *column_largest;       // (kParts)
     uint64_t *row_positive, *row_nonzero, *column_positive, *column_nonzero; // (64)
 
@@ -107,7 +107,8 @@ template <class V> struct Signs {
 
     void start_queries() const { memset(query_sums, 0, 64 * channels * sizeof(float)); }
 
-    // dS of the `count` queries from i on and the keys of tile t of the chunk first .. last; draws when 64 keys are there.
+    // Adds dS of the `count` queries from i on and of the keys of tile t of the chunk first .. last. Draws when 64
+    // keys, or the last ones, are there.
     void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, const float *delta, F weight) const {
         const hf_attention &a = *call.a;
         const int64_t key = first + t * L, part = t % kParts;
@@ -126,7 +127,7 @@ template <class V> struct Signs {
         column_largest[part] = largest;
         if (part + 1 < kParts && key + L < last) return;
 
-        // Where a scale is 0, so is g, and 0 / 0 is more than no draw.
+        // If a scale is 0, so is g. 0 / 0 is not above any draw, so t is 0.
         float row_scale[64], row_inverse[64];
         for (int64_t n = 0; n < count; n++) row_scale[n] = float_of((uint32_t)V::largest_int(row_largest[n]));
         for (int64_t n = 0; n < count; n++) row_inverse[n] = 1 / row_scale[n];
@@ -137,15 +138,15 @@ template <class V> struct Signs {
                          (const float *)column_largest, key_sums + 64 * block * channels);
     }
 
-    // The masks of the block whose first key is `key`.
+    // Draws the masks of the block whose first key is `key`.
     void draw(const uint32_t *hash, const float *query_weight, const float *row_inverse, int64_t count, uint32_t key, int64_t parts) const {
-        if (parts < kParts || L < 8) // put() leaves out bits, or adds to them
+        if (parts < kParts || L < 8) // put() does not write all bits, or only adds bits
             for (uint64_t *words : {row_positive, row_nonzero}) memset(words, 0, 64 * sizeof(uint64_t));
         for (int64_t part = 0; part < parts; part++) {
             U steps;
             for (int l = 0; l < L; l++) steps[l] = 0x9e3779b9u * (key + (uint32_t)(part * L + l));
             const F by_column = 1.0f / (F)column_largest[part], weight = key_weight[part], zero = V::splat(0);
-            I positive[2], nonzero[2]; // a key a lane, bits of 32 queries
+            I positive[2], nonzero[2]; // one key per lane, bits of 32 queries
             for (int64_t half = 0; half < 2; half++) {
                 I beside = V::splat_int(0), above = V::splat_int(0);
                 for (int64_t n = 32 * half; n < std::min(count, 32 * (half + 1)); n++) {
@@ -169,15 +170,15 @@ template <class V> struct Signs {
         }
     }
 
-    // L bits of a word, whose other bits were or will be put by other tiles.
+    // Writes L bits of a word; other tiles write its other bits.
     static void put(uint64_t &word, int64_t part, uint32_t bits) {
         if constexpr (L == 16) ((uint16_t *)&word)[part] = (uint16_t)bits;
         else if constexpr (L == 8) ((uint8_t *)&word)[part] = (uint8_t)bits;
         else word |= (uint64_t)bits << L * part;
     }
 
-    // The chunk's share of dq for a block of queries, after those of the chunks before it, so that sums have one order. Units begin
-    // in order: whoever is waited for is at work.
+    // Adds the chunk's share of dq for a block of queries, after those of the chunks before it, so that sums always
+    // have the same order. Units begin in order, so the unit that this one waits for is already running.
     void write_queries(const Call &call, int64_t head, int64_t chunk, int64_t i, int64_t count) const {
         const hf_attention &a = *call.a;
         std::atomic<int64_t> &turn = call.turn[(head * a.queries + i) / kSignBlock + head];

@@ -13,16 +13,16 @@
 #include "ternary.h"
 
 namespace hf {
-namespace { // one copy for each instruction set: a shared one could be another set's
+namespace { // one copy for each instruction set: a shared copy could be that of another set
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr float kLowest = -126.0f;     // exp2 of less than this would leave the normal numbers
-// Rows whose scores are known to be less than this (in log2) need no maximum: their sums stay far from the ends of float32,
-// with room for a million keys and values up to 1e8 (2^80 2^20 2^27).
+constexpr float kLowest = -126.0f;     // exp2 of less than this would not be a normal number
+// Rows whose scores are known to be less than this (in log2) need no maximum. Their sums stay far from the limits of
+// float32, with room for a million keys and values up to 1e8 (2^80 2^20 2^27).
 constexpr float kBounded = 80.0f;
 
-// Cuts one block of memory into arrays.
+// Divides one block of memory into arrays.
 struct Carver {
     char *base;
     size_t used = 0;
@@ -43,12 +43,12 @@ template <class T> inline T *rows_of(const hf_rows &r, int64_t heads, int64_t he
 
 inline int64_t width_of(const hf_attention &a) { return a.type == HF_FLOAT32 ? 4 : 2; }
 
-// Of an array in the call's own type, whose rows lie row_stride * width_of(a) bytes apart.
+// The first row of an array in the call's own type; its rows are row_stride * width_of(a) bytes apart.
 inline char *first_row(const hf_attention &a, const hf_rows &r, int64_t head) {
     return (char *)r.data + (head / a.heads * r.batch_stride + head % a.heads * r.head_stride) * width_of(a);
 }
 
-// Rows of `channels` numbers of any type as float32, zero-padded to `padded`; the caller's own memory where it fits.
+// Rows of numbers of any type as float32, zero-padded to `padded`. Uses the caller's own memory if its layout fits.
 struct FloatRows {
     const float *data;
     int64_t stride;
@@ -61,22 +61,22 @@ struct FloatRows {
         }
         return {room, padded};
     }
-    // Rows that lie apart are packed too: each is read thousands of times.
+    // Rows that are not adjacent are packed too, because each is read thousands of times.
     static bool needs_room(const hf_attention &a, const hf_rows &r, int64_t padded) {
         return a.type != HF_FLOAT32 || padded != a.value_dim || r.row_stride != padded;
     }
 };
 
-// Sizes, and tokens as lanes. Halves == 0: as many as the call says. Planes: 1 or 2.
+// Sizes, and tokens as lanes. Halves: 32-bit words of a token's bits, or 0 for the number in the call. Planes: 1 or 2.
 template <class V, int Halves, int Planes> struct Tiles {
     using F = typename V::F;
     using I = typename V::I;
     using Exp2 = typename V::Exp2;
     static constexpr int L = V::lanes, C = V::channels;
     static constexpr int kAhead = 6;        // keys that the pipelines of the forward look ahead
-    static constexpr int kScoreBlock = 32;  // keys whose scores are held at one time where the maximum is sought
-    static constexpr int kValueBlock = 128; // keys whose probabilities are held where d_v > C
-    static constexpr int kSumBlock = 256;  // keys summed up in registers elsewhere
+    static constexpr int kScoreBlock = 32;  // keys whose scores are held at once when the maximum is computed
+    static constexpr int kValueBlock = 128; // keys whose probabilities are held if d_v > C
+    static constexpr int kSumBlock = 256;  // keys summed in registers otherwise
     static constexpr int kQueryBlock = kSignBlock; // queries of one tile of the backward
 
     static int halves(const hf_attention &a) { return Halves ? Halves : (int)halves_of(a); }
@@ -91,7 +91,7 @@ template <class V, int Halves, int Planes> struct Tiles {
                     to[(n * Planes + p) * h + i] = (int32_t)(bits[(n * Planes + p) * w + i / 2] >> (32 * (i % 2)));
     }
 
-    // Tokens of one head as lanes: bits (P, halves, L), weight (P, L). Lanes past the end repeat the last token.
+    // Loads tokens of one head as lanes: bits (P, halves, L), weight (P, L). Lanes past the end repeat the last token.
     static void load_lanes(const hf_attention &a, const uint64_t *bits, const float *weight, int64_t first, int64_t end, I *lanes,
                            F *w) {
         const int h = halves(a);

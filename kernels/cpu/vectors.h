@@ -1,4 +1,4 @@
-// Vectors by the compilers' own extension (GCC, Clang): operators for everything, so that the kernels are written once.
+// Vectors by the compilers' own extension (GCC, Clang). It has all operators, so that the kernels are written once.
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +23,7 @@ template <class Floats, class Ints, class Unsigned> struct Vector {
     typedef Unsigned U;
     static constexpr int lanes = sizeof(F) / sizeof(float);
 
-    // Keeps a value in a register: a compiler that reads it anew for each use makes loads the limit.
+    // Keeps a value in a register. If the compiler loaded it again for each use, loads would be the bottleneck.
     template <class T> static inline void keep(T &) {}
     static inline F splat(float x) { return x - F{}; }
     static inline I splat_int(int32_t x) { return x - I{}; }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,8 +136,11 @@ def subjects_of(tokens: int, dtype: str, blocks: int, backend: str) -> list[list
 
 
 def row(result: Result, without: Result) -> dict[str, Any]:
-    """A row of the record; the ratio is that of the times, to the same without balance."""
-    ratio = result.milliseconds / without.milliseconds
+    """A row of the record; ``to_without`` is the median over rounds of the time's ratio to that without balance.
+
+    Both times of a ratio are neighbours in time, so that slow phases of a shared machine cancel.
+    """
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(result.samples, without.samples, strict=True))
     spread = (max(result.samples) - min(result.samples)) / result.milliseconds
     return {**result.row(), "family": result.subject.family, "to_without": round(ratio, 3), "spread": round(spread, 3)}
 

@@ -1,4 +1,4 @@
-"""Correctness before speed: the kernel against the formulas, evaluated densely in float64 without the kernel's code."""
+"""Compares the kernel with the formulas before it is timed: evaluated densely in float64 without the kernel's code."""
 
 from __future__ import annotations
 

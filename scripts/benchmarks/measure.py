@@ -195,7 +195,7 @@ def measure_peaks(results: Sequence[Result], threads: int) -> None:
 def memory_method() -> str:
     """How :func:`extra_bytes` measures on this system, in words."""
     if _reset_high_water():
-        return "resident high-water mark (VmHWM, reset after inputs and a small warm-up) of a child process, less its VmRSS"
+        return "resident high-water mark (VmHWM, reset after inputs and a small warm-up) of a child process, minus its VmRSS"
     if sys.platform == "win32":
         return "not measured: this system has no high-water mark that Python can read"
     return "growth of ru_maxrss of a child process over its value after inputs and a small warm-up"

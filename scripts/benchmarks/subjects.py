@@ -1,4 +1,4 @@
-"""What stands against what in ``benchmarks/attention.py``: Hamming attention, torch's SDPA, NumPy."""
+"""What ``benchmarks/attention.py`` compares: Hamming attention, torch's SDPA, NumPy."""
 
 from __future__ import annotations
 

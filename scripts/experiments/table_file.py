@@ -1,4 +1,4 @@
-"""What a table of the evidence asks for: its YAML file, read at one of its scales.
+"""Reads a table of the evidence from its YAML file, at one of its scales.
 
 A table's file has these keys:
 

@@ -1,4 +1,4 @@
-"""What finished trainings gave, kept beside a table, so that no machine has to train again what another has trained.
+"""The record of finished trainings, kept beside a table, so that no machine repeats the trainings of another one.
 
 ``runs.csv`` has one row per training: its form, seed, rate and scale, a digest of all its settings, the device, and its
 figures. ``series.csv`` has a training's results along an axis, one row per number. Rows are valid as long as the

@@ -1,4 +1,4 @@
-"""What a table of the evidence says of its finished runs: words, with paired differences, and pictures."""
+"""The report of a table's finished runs: text with paired differences, and pictures."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def markdown(
         lines += [
             f"## {titled(table, name)}",
             "",
-            f"| form | rate | mean ± sd | less {reference} |",
+            f"| form | rate | mean ± sd | minus {reference} |",
             "| --- | ---: | ---: | ---: |",
         ]
         for form, values in per_form.items():
@@ -115,7 +115,7 @@ def markdown(
         lines.append("")
         if table.pairs:
             lines += ["| also | difference |", "| --- | ---: |"]
-            lines += [f"| {a} less {b} | {difference(per_form[a], per_form[b])} |" for a, b in table.pairs]
+            lines += [f"| {a} minus {b} | {difference(per_form[a], per_form[b])} |" for a, b in table.pairs]
             lines.append("")
     return "\n".join([*lines, *more, "```", command, "```", ""])
 

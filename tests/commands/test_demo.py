@@ -19,7 +19,7 @@ from hf_binaryformer.commands import demo, generation_jobs, jobs
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
+from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 
 # The label numbers of the issue that asked for the demo, written out once more.
 WHITE, GREY = {1, 4}, {2, 5, 6, 7, 8, 9, 12, 13}

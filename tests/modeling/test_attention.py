@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.attention_forms import PADDED_TOKENS
-from hf_binaryformer.modeling.modeling import BinaryFormerModel
+from hf_binaryformer.modeling.networks import BinaryFormerModel
 
 TYPES = ["softmax", "sign", "sign_stopgrad", "hamming", "hamming_grouped", "uniform"]
 LEARNED = ["hamming", "hamming_grouped"]

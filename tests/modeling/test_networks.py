@@ -23,7 +23,7 @@ from hf_binaryformer.modeling.attention import BinaryAttention, attention_module
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.decoder import ShuffleBlock, UnshuffleBlock
 from hf_binaryformer.modeling.encoder import binarize_attention
-from hf_binaryformer.modeling.modeling import (
+from hf_binaryformer.modeling.networks import (
     BinaryFormerForImageClassification,
     BinaryFormerForSemanticSegmentation,
     BinaryFormerModel,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.modeling.modeling import BinaryFormerForSemanticSegmentation
+from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 from hf_binaryformer.pipelines import segmentation
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline

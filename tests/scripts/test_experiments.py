@@ -264,7 +264,7 @@ def test_pairs_that_a_table_has_are_compared(table, tmp_path, monkeypatch):
     known.write_text(yaml.safe_dump({"common": {}, "forms": {}, "compare": [["hamming", "uniform"], ["hamming", "x"]]}))
     monkeypatch.setattr(table_file, "FORMS", known)
     text = run(table(), tmp_path)
-    assert "| hamming less uniform | +3 ± " in text and "less x" not in text
+    assert "| hamming minus uniform | +3 ± " in text and "minus x" not in text
 
 
 def test_the_pairs_are_of_forms_that_are_known():

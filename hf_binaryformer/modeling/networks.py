@@ -30,7 +30,7 @@ IGNORED_LABEL = 255
 
 
 class BinaryFormerPreTrainedModel(AttentionControl, CheckpointMixin, PreTrainedModel):  # type: ignore[misc]
-    """What all networks share: initial weights, checkpoints by name, choice of the attention backend."""
+    """Base of all networks: initial weights, checkpoints by name, choice of the attention backend."""
 
     config_class = BinaryFormerConfig
     base_model_prefix = "binaryformer"
@@ -55,7 +55,7 @@ class BinaryFormerPreTrainedModel(AttentionControl, CheckpointMixin, PreTrainedM
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            # Output pixels of a stride-2 transposed convolution see one tap each, so its fan-in is its input channels.
+            # Each output pixel of a stride-2 transposed convolution uses one tap, so its fan-in is its input channels.
             fan_in = module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
             nn.init.trunc_normal_(module.weight, std=fan_in**-0.5)
             if module.bias is not None:
@@ -81,7 +81,7 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """What makes tokens of pixels; tools of transformers and Accelerate ask for it."""
+        """The layer that turns pixels into tokens; tools of transformers and Accelerate call this method."""
         return self.encoder.patch_embed
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
@@ -91,7 +91,7 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
             pixel_values: (B, C, H, W) as the image processor makes them; H and W multiples of the patch size.
 
         Returns:
-            ``last_hidden_state`` (B, N, D), the class token first where there is one.
+            ``last_hidden_state`` (B, N, D), with the class token first if there is one.
 
         Raises:
             ValueError: channels or size do not fit the configuration.
@@ -138,11 +138,11 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
-        """Logits, and the mean cross-entropy where labels are given.
+        """Logits, and the mean cross-entropy if labels are given.
 
         Args:
             pixel_values: (B, C, H, W).
-            labels: (B, H, W) int64 in [0, num_labels), or 255 for pixels that do not count.
+            labels: (B, H, W) int64 in [0, num_labels), or 255 for pixels to ignore.
 
         Returns:
             ``logits`` (B, num_labels, H, W), ``loss`` scalar or None.
@@ -170,13 +170,14 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
 
         Args:
             name: of a timm model, for example "vit_small_patch8_224.dino".
-            checkpoint: a safetensors file in timm's own layout; None: timm's weights from the Hub; False: none, all random.
-            pretrained_mlp_blocks: blocks whose MLP is kept.
-            config: fields of :class:`BinaryFormerConfig` that the timm model does not settle, ``image_size`` and
-                ``num_labels`` among them.
+            checkpoint: a safetensors file in timm's own layout; None: timm's weights from the Hub; False: no weights,
+                all parameters are random.
+            pretrained_mlp_blocks: number of blocks whose MLP is kept.
+            config: fields of :class:`BinaryFormerConfig` that the timm model does not determine, for example
+                ``image_size`` and ``num_labels``.
 
         Raises:
-            ValueError: the file is no safetensors file, or the model has parts that the encoder lacks.
+            ValueError: the file is not a safetensors file, or the model has parts that the encoder lacks.
 
         Example:
             >>> model = BinaryFormerForSemanticSegmentation.from_timm(
@@ -210,7 +211,7 @@ class BinaryFormerForSemanticSegmentation(BinaryFormerPreTrainedModel):
 
 
 def _timm_sizes(vit: VisionTransformer) -> dict[str, Any]:
-    """Configuration fields that a timm vision transformer settles."""
+    """Configuration fields that a timm vision transformer determines."""
     block: Any = vit.blocks[0]
     return {
         "patch_size": vit.patch_embed.patch_size[0],
@@ -250,7 +251,7 @@ class BinaryFormerForImageClassification(BinaryFormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
-        """Logits (B, num_labels), and the mean cross-entropy where ``labels`` (B,) int64 are given."""
+        """Logits (B, num_labels), and the mean cross-entropy if ``labels`` (B,) int64 are given."""
         tokens = self.binaryformer(pixel_values).last_hidden_state
         if self.config.pooling == "cls":
             pooled = tokens[:, 0]
