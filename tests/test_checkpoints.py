@@ -59,7 +59,7 @@ def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
         "model.safetensors",
         "preprocessor_config.json",
     }
-    model = bf.from_pretrained(folder)
+    model = bf.from_pretrained(name)  # found in the checkout
     assert attention_form(model.config.attention_type).has_bits and model.config.learned_logit_scale
     assert list(model.config.id2label.values()) == ["background", "anterior", "posterior"]
 

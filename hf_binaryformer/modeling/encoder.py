@@ -73,8 +73,8 @@ class PixelEmbed(nn.Module):
 def binarize_attention(vit: ViT, config: BinaryFormerConfig | None = None) -> ViT:
     """Put 1-bit attention into any timm VisionTransformer, in place.
 
-    Query and key projections (and their norms) are kept. The value and output projections are kept if
-    ``config.value_head_dim`` does not change their size (None does not). Otherwise they are initialised anew.
+    Query and key projections (and their norms) are kept if ``config.query_key_head_dim`` does not change their size, the
+    value and output projections if ``config.value_head_dim`` does not (None does not). Otherwise they are initialised anew.
 
     Args:
         vit: a model whose blocks hold timm's ``Attention``, with or without weights.

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 PACKAGED = Path(__file__).parent.parent / "checkpoints"
+# In a checkout: weights whose licence or size keeps them out of the package.
+PUBLISHED = Path(__file__).parents[2] / "published"
 NAMESPACE_VARIABLE = "HF_BINARYFORMER_NAMESPACE"
 DEFAULT_NAMESPACE = "hf-binaryformer"
 # How each published name is trained; shown when its weights cannot be found.
 TRAINING_COMMANDS = {
-    "binaryformer-tiny-brain": "accelerate launch scripts/finetune.py --recipe tiny-brain",
-    "binaryformer-tiny-hippocampus": "accelerate launch scripts/finetune.py --recipe hippocampus",
-    "binaryvq-tiny-brain": "accelerate launch scripts/train_vqae.py --recipe brain-small, then encode_tokens.py and "
-    "train_sampler.py in the same way",
+    "binaryformer-tiny-brain": "accelerate launch -m hf_binaryformer.training.segmentation --recipe tiny-brain",
+    "binaryformer-tiny-hippocampus": "accelerate launch -m hf_binaryformer.training.segmentation --recipe hippocampus",
+    "binaryvq-tiny-brain": "accelerate launch -m hf_binaryformer.training.autoencoder --recipe brain-small, then "
+    "hf_binaryformer.training.encode_tokens and hf_binaryformer.training.sampler in the same way",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # A folder with one of these files is a checkpoint, of a model or of a pipeline. A pipeline's components have their own
@@ -39,9 +41,10 @@ def known_checkpoints() -> list[str]:
 def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path:
     """The folder that holds a checkpoint.
 
-    Three places are tried in this order: an existing folder; a checkpoint in the package; ``<namespace>/<name>`` on the
-    Hub. The namespace is ``HF_BINARYFORMER_NAMESPACE``, or the project's own if that is not set. A name with a slash is
-    used as a Hub id without a change.
+    Four places are tried in this order: an existing folder; a checkpoint in the package; a checkpoint in ``published/``,
+    if the package is used from a checkout; ``<namespace>/<name>`` on the Hub. The namespace is
+    ``HF_BINARYFORMER_NAMESPACE``, or the project's own if that is not set. A name with a slash is used as a Hub id without
+    a change.
 
     Args:
         name: folder, short name, or Hub id.
@@ -56,6 +59,8 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
         return folder
     if name in known_checkpoints():
         return PACKAGED / name
+    if "/" not in name and any((PUBLISHED / name / kind).is_file() for kind in (MODEL_CONFIG, PIPELINE_CONFIG)):
+        return PUBLISHED / name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

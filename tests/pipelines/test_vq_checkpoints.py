@@ -76,7 +76,7 @@ def test_short_names(saved, monkeypatch):
         own = bf.from_pretrained(saved / name) if name != "scheduler" else component.from_pretrained(saved / name)
         assert type(found) is type(named) is type(own) is component
         assert dict(found.config)["num_codebooks"] == 2
-    with pytest.raises(CheckpointNotFoundError, match="train_vqae.py --recipe brain-small"):
+    with pytest.raises(CheckpointNotFoundError, match="training.autoencoder --recipe brain-small"):
         bf.BinaryVQPipeline.from_pretrained("binaryvq-tiny-brain")
 
 
