@@ -3,8 +3,10 @@
 Runs the training of train_sampler.py and measures attention during it. Every time the log is written, figures are
 computed on a fixed batch, in float32 at any precision of the training. Two of them are means over blocks: ``gradient``
 (norm of the loss's gradient with respect to the projections of queries and keys; with ternary numbers that of their
-mean, the straight-through gradient) and ``entropy`` (of the rows of attention, in nats). The others are ``weight``
-(largest absolute token weight w_q or w_k, 1 without token weights) and ``logit`` (largest absolute score). At the end
+mean, the straight-through gradient) and ``entropy`` (of the rows of attention, in nats). ``bit_entropy`` is the mean over
+channels of queries and keys of the entropy of their signs, in bits: 1 if a bit splits the tokens of a sample in halves, 0 if
+it is the same for all. The others are ``weight`` (largest absolute token weight w_q or w_k, 1 without token weights) and
+``logit`` (largest absolute score). At the end
 ``probe.json`` holds the first and the last of these figures. It also holds how well the network agrees, on that batch,
 with a simulation in which attention multiplies signs in floating point.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +34,26 @@ from hf_binaryformer.training.recipes import VQ_RECIPES, load_recipe
 from hf_binaryformer.training.sampler import load_tokens, train
 
 
+def sides(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, N, d) as attention uses them: balanced, if it does that."""
+    query, key, _ = attention.project(x)
+    return attention.balance(query)[0], attention.balance(key)[0]
+
+
+def bit_entropy(attention: Any, x: Tensor) -> float:
+    """Entropy in bits of the sign of a channel over the tokens of a sample, mean over samples, heads and channels."""
+    share = torch.cat([(side >= 0).float().mean(2) for side in sides(attention, x)])
+    entropy = torch.special.entr(share) + torch.special.entr(1 - share)
+    return float(entropy.mean()) / math.log(2)
+
+
 def scores(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """All scores (B, H, N, N) before the softmax, and all token weights, in floating point."""
-    query, key, _ = attention.project(x)
     one = torch.ones((), device=x.device)
     kind = attention.config.attention_type
     if kind == "uniform":
         return x.new_zeros(x.shape[0], attention.num_heads, x.shape[1], x.shape[1]), one
+    query, key = sides(attention, x)
     if kind == "softmax":
         return attention.scale_heads(attention.scale * query @ key.mT), one
     if kind == "hamming_bernoulli":
@@ -88,17 +104,19 @@ class Probe:
         learning = [m for m in modules if m.query_key_dim]
         gradients = torch.autograd.grad(loss, [m.qkv.weight for m in learning]) if learning else ()
         norms = [g[: 2 * m.query_key_dim].norm().item() for m, g in zip(learning, gradients, strict=True)]
-        entropies, weights, logits = [], [], []
+        entropies, bits, weights, logits = [], [], [], []
         with torch.no_grad():
             for module, x in inputs:
                 score, weight = scores(module, x)
                 log = score.log_softmax(-1)
                 entropies.append(-(log.exp() * log).sum(-1).mean().item())
+                bits.append(bit_entropy(module, x) if module.query_key_dim else 0.0)
                 weights.append(weight.abs().max().item())
                 logits.append(score.abs().max().item())
         return {
             "gradient": sum(norms) / max(len(norms), 1),
             "entropy": sum(entropies) / len(entropies),
+            "bit_entropy": sum(bits) / len(bits),
             "weight": max(weights),
             "logit": max(logits),
         }

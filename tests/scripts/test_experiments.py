@@ -285,11 +285,15 @@ def test_names_that_do_not_fit(table, tmp_path):
         table_file.Table(table(), "paper")
 
 
+BALANCED = {"query_key_centering": "tokens", "query_key_norm": "rms"}
+
+
+@pytest.mark.parametrize("balance", [{}, BALANCED], ids=["plain", "balanced"])
 @pytest.mark.parametrize("learned_scale", [False, True])
 @pytest.mark.parametrize("kind", ["softmax", "uniform", "sign", "sign_stopgrad", "hamming", "hamming_grouped"])
-def test_probed_scores_are_those_that_attention_uses(kind, learned_scale):
+def test_probed_scores_are_those_that_attention_uses(kind, learned_scale, balance):
     torch.manual_seed(0)
-    fields = dict(attention_type=kind, learned_logit_scale=learned_scale)
+    fields = dict(attention_type=kind, learned_logit_scale=learned_scale, **balance)
     attention = BinaryAttention(
         16, 2, config=BinaryFormerConfig(value_head_dim=4, hidden_size=16, num_heads=2, **fields)
     )
@@ -302,6 +306,31 @@ def test_probed_scores_are_those_that_attention_uses(kind, learned_scale):
     torch.testing.assert_close(attention(x), expected)
     assert (weights.numel() > 1) == kind.startswith("hamming")
     torch.testing.assert_close(train_probed.simulated(attention, x), expected)
+
+
+def test_the_entropy_of_bits_is_1_where_they_split_the_tokens():
+    torch.manual_seed(0)
+    config = BinaryFormerConfig(attention_type="sign", value_head_dim=4, hidden_size=16, num_heads=2)
+    attention = BinaryAttention(16, 2, qkv_bias=True, config=config)
+    x = torch.randn(3, 400, 16)
+    with torch.no_grad():
+        attention.qkv.bias.zero_()
+        assert 0.98 < train_probed.bit_entropy(attention, x) <= 1
+        # A quarter of the tokens on one side: 0.811 bits, in half of the channels.
+        query = attention.project(x)[0]
+        attention.qkv.bias[:16] = -query.transpose(1, 2).flatten(2).flatten(0, 1).quantile(0.75, 0)
+        quarter = -0.25 * np.log2(0.25) - 0.75 * np.log2(0.75)
+        assert train_probed.bit_entropy(attention, x) == pytest.approx((quarter + 1) / 2, abs=0.02)
+        attention.qkv.bias[:32] = 100.0
+        assert train_probed.bit_entropy(attention, x) == 0
+        balanced = BinaryAttention(
+            16,
+            2,
+            qkv_bias=True,
+            config=BinaryFormerConfig(attention_type="sign", value_head_dim=4, hidden_size=16, num_heads=2, **BALANCED),
+        )
+        balanced.load_state_dict(attention.state_dict())
+        assert train_probed.bit_entropy(balanced, x) > 0.98
 
 
 def test_probes_look_at_float32_and_at_the_mean_of_ternary_gradients():
