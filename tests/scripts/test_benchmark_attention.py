@@ -79,6 +79,7 @@ def noted(name: str, **options) -> Noted:  # type: ignore[no-untyped-def]
     return Noted(**{"name": name, "family": "f", "tokens": 1, "head_dim": 64, "value_dim": 64} | options)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, plot = tmp_path / "out.json", tmp_path / "out.png"

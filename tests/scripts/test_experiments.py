@@ -276,6 +276,7 @@ def test_names_that_do_not_fit(table, tmp_path):
         table_file.Table(table(), "paper")
 
 
+@pytest.mark.slow
 def test_the_probed_training_starts_as_tables_start_it(tmp_path):
     growth = table_file.Table(ROOT / "scripts" / "experiments" / "growth.yaml", "smoke")
     growth.forms = {"hamming": growth.forms["hamming"]}
@@ -284,6 +285,7 @@ def test_the_probed_training_starts_as_tables_start_it(tmp_path):
     assert {"start", "end", "same_tokens"} <= set(json.loads((folder / "probe.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_variant_starts_as_tables_start_it(tmp_path):
     closing = table_file.Table(ROOT / "scripts" / "experiments" / "closing.yaml", "smoke")
     make_twins(tmp_path / "data" / "mirror", Kind.mirror, 64, 16, 8, 4, 0)
