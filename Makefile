@@ -21,8 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/c
 demo: install
 	$(BIN)/binaryformer demo --out demo
 
+# Two workers of one thread each: most tests are too small for more.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3000

@@ -20,8 +20,8 @@ A table's file has these keys:
 - ``profile`` (``file``, ``key``, ``x``, ``y``): many figures y of a run by a number x, drawn into ``profile.png``.
   ``curves``: keys of ``log.jsonl``, drawn over the training into ``curves.png``.
 - ``first``: trainings that others need (``form``, ``seed``, ``rate``).
-- ``like``: another table, whose entries apply where the file has none. ``runs``: a table whose trainings this one
-  shares, because runs with the same settings are the same.
+- ``like``: another table, whose entries apply where the file has none; ``changes``: settings that differ from those of
+  that table. ``runs``: a table whose trainings this one shares, because runs with the same settings are the same.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ def number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def read_words(path: Path) -> dict[str, Any]:
+    """A table's entries, together with those of the table that it is like."""
+    words: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "like" in words:
+        words = read_words(path.with_name(f"{words['like']}.yaml")) | words
+        words["settings"] = words["settings"] | words.pop("changes", {})
+    return words
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A log's records."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -93,9 +102,7 @@ class Table:
 
     def __init__(self, path: Path, scale: str) -> None:
         self.name, self.path, self.scale = path.stem, path, scale
-        words: dict[str, Any] = yaml.safe_load(path.read_text())
-        if "like" in words:
-            words = yaml.safe_load(path.with_name(f"{words['like']}.yaml").read_text()) | words
+        words = read_words(path)
         if scale not in words["scales"]:
             raise typer.BadParameter(f"--scale {scale}: {path.name} has {', '.join(words['scales'])}")
         self.words = words
