@@ -31,7 +31,8 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         image_size: (height, width) in pixels of the window that the network sees.
         window_overlap: overlap of neighbouring windows, at least 0 and below 1.
         percentiles: lower and upper percentile of the intensities that become 0 and 1.
-        foreground_only: take the percentiles over voxels that differ from the volume's minimum.
+        foreground_only: find the background, which becomes 0, and take the percentiles over the foreground
+            (:class:`~hf_binaryformer.modeling.intensities.IntensityScale`).
         intensity_ceiling: scaled intensities are clipped to [0, intensity_ceiling].
         image_mean, image_std: the mean is subtracted from the scaled intensities, then they are divided by the standard
             deviation.
@@ -102,14 +103,17 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         x, y, z = (own if asked is None else asked for asked, own in zip(wanted, spacing, strict=True))
         return x, y, z
 
-    def scale_volume(self, array: np.ndarray) -> np.ndarray:
-        """Percentile scaling of a volume or image of any shape: float32, lower percentile 0, upper 1.
+    def intensity_scale(self, array: np.ndarray) -> IntensityScale:
+        """The linear map of a volume or image of any shape to the network's intensities.
 
         Raises:
             ValueError: all intensities are equal.
         """
-        scale = IntensityScale.of_foreground(array, self.percentiles, self.intensity_ceiling, self.foreground_only)
-        return scale.apply(array)
+        return IntensityScale.of(array, self.percentiles, self.intensity_ceiling, foreground_only=self.foreground_only)
+
+    def scale_volume(self, array: np.ndarray) -> np.ndarray:
+        """Scaled intensities, float32: background 0, the upper percentile 1 (:meth:`intensity_scale`)."""
+        return self.intensity_scale(array).apply(array)
 
     def volume_to_slices(self, scaled: np.ndarray | Tensor) -> Tensor:
         """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, with each slice's neighbours as its channels.

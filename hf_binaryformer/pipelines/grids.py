@@ -17,6 +17,12 @@ SAME_GRID_TOLERANCE = 0.05
 SAME_SPACING_TOLERANCE = 0.01
 FOREGROUND_THRESHOLD = 0.1
 FOREGROUND_MARGIN_MM = 10.0
+# Connected pieces of the foreground smaller than this share of the largest are specks: bright voxels in air.
+SPECK_SHARE = 0.01
+
+
+# The voxels of a box, a slice for each axis.
+Box = tuple[slice, slice, slice]
 
 
 class VolumeError(ValueError):
@@ -65,7 +71,7 @@ def foreground_box(
     threshold: float = FOREGROUND_THRESHOLD,
     margin_mm: float = FOREGROUND_MARGIN_MM,
 ) -> tuple[slice, slice, slice]:
-    """The box of everything brighter than a threshold, with a margin; the whole volume if nothing is.
+    """The box of the foreground (:func:`foreground_mask`), with a margin; the whole volume if there is none.
 
     Args:
         scaled: intensities scaled to about [0, 1], (I, J, K).
@@ -73,14 +79,38 @@ def foreground_box(
         threshold: in units of the scaled intensities.
         margin_mm: added on every side, as far as the volume reaches.
     """
-    mask = torch.from_numpy(np.ascontiguousarray(scaled)) > threshold
     box = []
-    for axis, (size, mm) in enumerate(zip(scaled.shape, spacing, strict=True)):
-        hits = mask.movedim(axis, 0).flatten(1).any(1).nonzero()
-        first, last = (int(hits[0]), int(hits[-1])) if len(hits) else (0, size - 1)
+    for part, size, mm in zip(occupied_box(foreground_mask(scaled, threshold)), scaled.shape, spacing, strict=True):
         margin = int(np.ceil(margin_mm / mm))
-        box.append(slice(max(0, first - margin), min(size, last + 1 + margin)))
+        box.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
     return box[0], box[1], box[2]
+
+
+def foreground_mask(scaled: np.ndarray, threshold: float = FOREGROUND_THRESHOLD) -> np.ndarray:
+    """Everything brighter than a threshold, without specks; bool, (I, J, K).
+
+    Args:
+        scaled: intensities scaled to about [0, 1], (I, J, K).
+        threshold: in units of the scaled intensities.
+    """
+    from scipy.ndimage import label
+
+    mask = scaled > threshold
+    pieces, count = label(mask)
+    if count < 2:
+        return mask
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    return (sizes >= SPECK_SHARE * sizes.max())[pieces]
+
+
+def occupied_box(mask: np.ndarray) -> Box:
+    """The smallest box that holds all of a mask (I, J, K); all of the volume where the mask is empty."""
+    parts = []
+    for axis, size in enumerate(mask.shape):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        parts.append(slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, size))
+    return parts[0], parts[1], parts[2]
 
 
 def crop_affine(affine: np.ndarray, box: Sequence[slice]) -> np.ndarray:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_binaryformer.modeling.intensities import IntensityScale
-from hf_binaryformer.pipelines.grids import FOREGROUND_THRESHOLD
-from hf_binaryformer.pipelines.vq_sampling import occupied_box
+from hf_binaryformer.pipelines.grids import FOREGROUND_THRESHOLD, occupied_box
 
 if TYPE_CHECKING:
     import torch

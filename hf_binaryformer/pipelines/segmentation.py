@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_binaryformer.modeling.attention import attention_backend
+from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, resample_to, same_spacing
 from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
@@ -164,7 +165,8 @@ class VolumeSegmentationPipeline:
         start = time.perf_counter()
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
-        scaled = self.processor.scale_volume(volume.array)
+        scale = self.processor.intensity_scale(volume.array)
+        scaled = scale.apply(volume.array)
         box = tuple(foreground_box(scaled, volume.spacing))
         crop, affine = scaled[box], crop_affine(volume.affine, box)
         spacing = self.processor.target_spacing(volume.spacing)
@@ -184,7 +186,7 @@ class VolumeSegmentationPipeline:
             labels[box] = self._predict(network_input, progress, keep=_as_labels).numpy()
 
         seconds = time.perf_counter() - start
-        report = self._report(volume, labels, network_input.shape, network_affine, seconds)
+        report = self._report(volume, labels, scale, network_input.shape, network_affine, seconds)
         return VolumeSegmentationOutput(labels, probabilities, volume, dict(self.label_names), seconds, report)
 
     @torch.inference_mode()
@@ -247,6 +249,7 @@ class VolumeSegmentationPipeline:
         self,
         volume: Volume,
         labels: np.ndarray,
+        scale: IntensityScale,
         network_shape: tuple[int, ...],
         network_affine: np.ndarray,
         seconds: float,
@@ -261,6 +264,7 @@ class VolumeSegmentationPipeline:
             "orientation": "RAS",
             "spacing_mm": list(volume.spacing),
             "affine": volume.affine.tolist(),
+            "intensities": scale.as_dict(),
             "labels": [
                 {
                     "label": label,

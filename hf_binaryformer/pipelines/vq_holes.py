@@ -10,13 +10,16 @@ import numpy as np
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import (
     FOREGROUND_THRESHOLD,
+    Box,
     VolumeError,
     affine_spacing,
+    foreground_mask,
+    occupied_box,
     resample,
     resample_to,
     same_spacing,
 )
-from hf_binaryformer.pipelines.vq_sampling import Box, Placement, occupied_box, place_on_grid
+from hf_binaryformer.pipelines.vq_sampling import Placement, place_on_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +83,8 @@ class HoleCase:
         # If nothing is known, the scale is that of the autoencoder's own intensities, as in synthesis.
         scale = IntensityScale(0, 1, ceiling)
         if not all_unknown:
-            values = image[~hole] if touched.all() else known[~touched]
-            scale = IntensityScale.of(values, percentiles, ceiling)
+            array, seen = (image, ~hole) if touched.all() else (known, ~touched)
+            scale = IntensityScale.of(array, percentiles, ceiling, known=seen)
         scaled = np.where(touched, np.float32(0), scale.apply(known))
         placed, placement = place_on_grid(scaled, grid, box=object_box(scaled, touched, grid, spacing))
         seen, there = ((a > FOREGROUND_THRESHOLD).sum() for a in (placed, scaled))
@@ -143,7 +146,7 @@ def object_box(scaled: np.ndarray, hole: np.ndarray, grid: Sequence[int], spacin
     Raises:
         VolumeError: the foreground is larger than the grid, and the hole lies in a part of it that would be cut off.
     """
-    foreground = (scaled > FOREGROUND_THRESHOLD) & ~hole
+    foreground = foreground_mask(scaled) & ~hole
     known, unknown = occupied_box(foreground), occupied_box(hole)
     if not hole.any() or not foreground.any():
         return known

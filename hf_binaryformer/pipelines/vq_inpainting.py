@@ -241,6 +241,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             "input": volume.name if volume is not None else "image in memory",
             "shape": list(case.image.shape),
             "affine": case.affine.tolist(),
+            "intensities": [c.scale.as_dict() for c in cases],
             "hole_voxels": [int(c.hole.sum()) for c in cases],
             "hole_ml": [float(c.hole.sum() * abs(np.linalg.det(c.affine[:3, :3])) / 1000) for c in cases],
             "samples": num_samples,

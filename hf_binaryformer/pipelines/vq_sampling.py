@@ -20,11 +20,10 @@ from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, PIPELINE_CONFIG, Ch
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
-from hf_binaryformer.pipelines.grids import FOREGROUND_THRESHOLD
+from hf_binaryformer.pipelines.grids import Box, foreground_mask, occupied_box
 from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.token_units import Generators
 
-Box = tuple[slice, slice, slice]
 # Called with (pipeline, steps done before, timestep, {"tokens": ...}); what it returns replaces the tokens.
 StepCallback = Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor]]
 # Decoded intensities below this are background: the air around a head is 0, not a haze.
@@ -66,14 +65,14 @@ def place_on_grid(
     Args:
         array: scaled intensities, 0 for background, (I, J, K).
         shape: voxels of the grid along I, J, K, of the same size as the volume's.
-        box: the part to place in the middle; None takes the box of everything brighter than 0.1, or else the whole
-            volume.
+        box: the part to place in the middle; None takes the box of the foreground (:func:`foreground_mask`), or else
+            the whole volume.
 
     Returns:
         The array on the grid, 0 where the volume does not reach; and where it lies, for ``Placement.undo``.
     """
     if box is None:
-        box = occupied_box(array > FOREGROUND_THRESHOLD)
+        box = occupied_box(foreground_mask(array))
     inside, on_grid = [], []
     for size, wanted, part in zip(array.shape, shape, box, strict=True):
         # Voxel `start` of the volume is voxel 0 of the grid.
@@ -84,15 +83,6 @@ def place_on_grid(
         on_grid.append(slice(first - start, last - start))
     placement = Placement((array.shape[0], array.shape[1], array.shape[2]), _box(inside), _box(on_grid))
     return placement.apply(array, shape), placement
-
-
-def occupied_box(mask: np.ndarray) -> Box:
-    """The smallest box that holds all of a mask (I, J, K); all of the volume where the mask is empty."""
-    parts = []
-    for axis, size in enumerate(mask.shape):
-        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        parts.append(slice(int(hits[0]), int(hits[-1]) + 1) if hits.size else slice(0, size))
-    return _box(parts)
 
 
 def _box(parts: Sequence[slice]) -> Box:

@@ -23,7 +23,7 @@ def volume() -> np.ndarray:
 def test_scaling_by_percentiles_of_the_foreground(volume):
     processor = BinaryFormerImageProcessor(percentiles=(0.0, 99.0), intensity_ceiling=1.5)
     high = np.percentile(volume[volume > 0], 99.0)
-    low = volume[volume > 0].min()
+    low = 0
     np.testing.assert_allclose(
         processor.scale_volume(volume), np.clip((volume - low) / (high - low), 0, 1.5), rtol=1e-5, atol=1e-6
     )

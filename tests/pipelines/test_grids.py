@@ -10,6 +10,7 @@ from hf_binaryformer.pipelines.grids import (
     affine_spacing,
     crop_affine,
     foreground_box,
+    foreground_mask,
     resample,
     resample_to,
     same_spacing,
@@ -152,3 +153,15 @@ def test_foreground_box_has_a_margin_in_mm() -> None:
     assert box == (slice(8, 20), slice(8, 23), slice(0, 12))
     assert foreground_box(scaled * 0, (1.0, 1.0, 1.0)) == (slice(0, 40), slice(0, 30), slice(0, 20))
     np.testing.assert_allclose(crop_affine(TURNED, box) @ [0, 0, 0, 1], TURNED @ [8, 8, 0, 1])
+
+
+def test_specks_in_air_do_not_move_the_box() -> None:
+    scaled = np.zeros((40, 30, 20), dtype=np.float32)
+    scaled[10:25, 8:20, 6:15] = 0.5
+    # Two parts of one object both count.
+    scaled[30:34, 8:12, 6:10] = 0.5
+    clean = foreground_box(scaled, (1.0, 1.0, 1.0), margin_mm=0)
+    assert clean == (slice(10, 34), slice(8, 20), slice(6, 15))
+    scaled[0, 0, 0] = scaled[39, 29, 18:20] = scaled[2:4, 27, 1] = 1.0
+    assert foreground_box(scaled, (1.0, 1.0, 1.0), margin_mm=0) == clean
+    assert foreground_mask(scaled).sum() == 15 * 12 * 9 + 4**3

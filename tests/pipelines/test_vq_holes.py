@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hf_binaryformer.modeling.intensities import IntensityScale
-from hf_binaryformer.pipelines.grids import VolumeError
+from hf_binaryformer.pipelines.grids import VolumeError, occupied_box
 from hf_binaryformer.pipelines.vq_holes import HoleCase, object_box
-from hf_binaryformer.pipelines.vq_sampling import occupied_box, place_on_grid
+from hf_binaryformer.pipelines.vq_sampling import place_on_grid
 
 
 def blob(shape: tuple[int, int, int], centre: tuple[float, float, float], width: float = 6.0) -> np.ndarray:
