@@ -1,4 +1,4 @@
-"""The values of DICOM frames: what is stored, rescaled frame by frame."""
+"""The values of DICOM frames: what is stored, without padding, rescaled frame by frame."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ FLOAT32_BITS = 24
 def frame_values(frames: Sequence[Frame]) -> np.ndarray:
     """Values of the frames: slope · stored value + intercept, each frame with its own.
 
+    Pixels that the file calls padding were not measured. They take the lowest value that was, or 0 if that is lower, so
+    that they count as background.
+
     Args:
         frames: of one shape; they become the last axis, in their order.
 
@@ -48,21 +51,25 @@ def frame_values(frames: Sequence[Frame]) -> np.ndarray:
     rows, columns = frames[0].shape
     exact = np.float64 if max(frame.bits for frame in frames) > FLOAT32_BITS else np.float32
     values = np.empty((columns, rows, len(frames)), dtype=exact)
+    measured = np.ones(values.shape, dtype=bool)
     of_file: dict[Path, list[int]] = {}
     for k, frame in enumerate(frames):
         of_file.setdefault(frame.file, []).append(k)
     for file, ks in of_file.items():
-        stored = _stored_values(file)
+        stored, inside = _stored_values(file)
         for k in ks:
             frame = frames[k]
             # What float32 cannot hold becomes Inf, which the caller refuses.
             with np.errstate(over="ignore"):
                 values[:, :, k] = (stored[frame.index] * np.float64(frame.slope) + frame.intercept).T
+            measured[:, :, k] = inside[frame.index].T
+    if not measured.all():
+        values[~measured] = min(0, values.min(where=measured, initial=np.inf))
     return values
 
 
-def _stored_values(file: Path) -> np.ndarray:
-    """Stored numbers of all frames, (frames, rows, columns)."""
+def _stored_values(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Stored numbers of all frames, (frames, rows, columns), and where they are no padding."""
     with reading(file):
         dataset = require("pydicom").dcmread(file, force=True)
         if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
@@ -72,7 +79,19 @@ def _stored_values(file: Path) -> np.ndarray:
             dataset.file_meta.TransferSyntaxUID = _encoding(dataset)
         compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
         stored = _decompressed(dataset) if compressed else dataset.pixel_array
-        return stored.reshape(-1, dataset.Rows, dataset.Columns)
+        stored = stored.reshape(-1, dataset.Rows, dataset.Columns)
+        return stored, _measured(dataset, stored)
+
+
+def _measured(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Where stored values are none of the padding values that the file names."""
+    if dataset.get("PixelPaddingValue") is None or stored.dtype.kind not in "iu":
+        return np.ones(stored.shape, dtype=bool)
+    padding = dataset.PixelPaddingValue
+    limit = dataset.get("PixelPaddingRangeLimit")
+    # Signed padding is often written as an unsigned number, and wraps round to what it means.
+    low, high = np.sort(np.array([padding, padding if limit is None else limit]).astype(stored.dtype))
+    return (stored < low) | (stored > high)
 
 
 def _encoding(dataset: Dataset) -> str:

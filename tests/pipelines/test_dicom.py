@@ -120,6 +120,34 @@ def test_bits_that_hold_no_pixel_are_ignored(tmp_path: Path) -> None:
     assert_same_content(volume.array, volume.affine, array.transpose(1, 0, 2), affine)
 
 
+@pytest.mark.parametrize(
+    ("padding", "tags", "filled"),
+    [
+        # Below and above what was measured, in a range, and signed pixels whose padding is written as an unsigned number.
+        (-2000, {"PixelPaddingValue": ("SS", -2000), "RescaleIntercept": -1024}, 10 - 1024),
+        (32000, {"PixelPaddingValue": ("SS", 32000), "RescaleIntercept": -1024}, 10 - 1024),
+        (-2000, {"PixelPaddingValue": ("US", 65536 - 2000), "RescaleIntercept": -1024}, 10 - 1024),
+        (
+            -2000,
+            {"PixelPaddingValue": ("SS", -3000), "PixelPaddingRangeLimit": ("SS", -1000), "RescaleIntercept": -1024},
+            10 - 1024,
+        ),
+        # A background of 0 that was cut out stays at 0.
+        (0, {"PixelPaddingValue": ("SS", 0), "RescaleIntercept": 0}, 0),
+    ],
+)
+def test_padding_is_background(padding: int, tags: dict, filled: int, tmp_path: Path) -> None:
+    array = slices() + 10
+    array[0, 0, 0] = 10
+    outside = noise((8, 9, 6), seed=1) < 50
+    outside[0, 0, 0] = False
+    stored = np.where(outside, padding, array)
+    affine = write_dicom(tmp_path / "ct", stored, RescaleSlope=1, **tags)
+    volume = read_volume(tmp_path / "ct")
+    real = np.where(outside, filled, array + tags["RescaleIntercept"])
+    assert_same_content(volume.array, volume.affine, real.transpose(1, 0, 2), affine)
+
+
 def test_label_numbers_that_float32_rounds_are_kept(tmp_path: Path) -> None:
     labels = slices().astype(np.int32) + 2**24 + 1
     bits = {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}
