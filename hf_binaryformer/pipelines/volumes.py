@@ -1,4 +1,4 @@
-"""Medical image files to arrays and back; the formats themselves are in ``nifti.py`` and ``itk.py``.
+"""Medical image files to arrays and back; the formats themselves are in ``nifti.py``, ``itk.py`` and ``dicom.py``.
 
 Every volume is read into the closest canonical orientation, RAS: i grows to the patient's right, j to the front,
 k upwards. Results are written on the grid that the file itself has: its own axis order, affine, qform and sform codes.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_binaryformer.pipelines import itk, nifti
+from hf_binaryformer.pipelines import dicom, itk, nifti
 from hf_binaryformer.pipelines.grids import (
     SAME_GRID_TOLERANCE,
     VolumeError,
@@ -102,14 +102,15 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume
     """Read one 3D volume.
 
     Args:
-        path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series.
-            All but NIfTI need the extra ``dicom``.
+        path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series;
+            a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI need the extra ``dicom``.
         labels: the file holds label numbers: whole numbers of at least 0, which may be all equal.
 
     Raises:
         VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
-            colours, complex numbers, NaN or Inf, one intensity only, or has no usable geometry.
-        ImportError: SimpleITK is needed and not installed.
+            colours, complex numbers, NaN or Inf, one intensity only, or has no usable geometry; DICOM slices are missing,
+            doubled, turned against each other, of several sizes or tiled in one image.
+        ImportError: SimpleITK or pydicom is needed and not installed.
 
     Example:
         >>> volume = read_volume("head.nii.gz")
@@ -121,15 +122,15 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume
     if not path.exists():
         raise VolumeError(f"{path} does not exist, expected a volume file or a DICOM folder: check the name")
     if path.is_dir() or suffix in DICOM_SUFFIXES:
-        array, affine = itk.read_dicom(path)
+        array, affine = dicom.read_dicom(path)
         return _canonical(array, affine, labels=labels, path=path, kind="dicom")
     if suffix in NIFTI_SUFFIXES:
         return volume_from_image(nifti.read_file(path), path=path, labels=labels)
     if suffix in ITK_SUFFIXES:
         array, affine = itk.read_file(path)
         return _canonical(array, affine, labels=labels, path=path, kind="itk")
-    if itk.is_dicom(path):
-        array, affine = itk.read_dicom(path)
+    if dicom.is_dicom(path):
+        array, affine = dicom.read_dicom(path)
         return _canonical(array, affine, labels=labels, path=path, kind="dicom")
     expected = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES))
     raise VolumeError(f"{path} ends in '{path.suffix}', expected {expected} or a DICOM folder: convert it first")

@@ -1,0 +1,121 @@
+"""The values of DICOM frames: what is stored, without padding, rescaled frame by frame."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_binaryformer.pipelines.dicom_frames import Frame, reading
+from hf_binaryformer.pipelines.itk import require, unreadable
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+# All that describes how pixels are stored. Rescaling is left out: ITK would apply it, and not frame by frame.
+STORAGE = (
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelData",
+)
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# float32 holds every whole number of so many bits.
+FLOAT32_BITS = 24
+
+
+def frame_values(frames: Sequence[Frame]) -> np.ndarray:
+    """Values of the frames: slope · stored value + intercept, each frame with its own.
+
+    Pixels that the file calls padding were not measured. They take the lowest value that was, or 0 if that is lower, so
+    that they count as background.
+
+    Args:
+        frames: of one shape; they become the last axis, in their order.
+
+    Returns:
+        (columns, rows, frames) float32, or float64 where float32 would round what is stored.
+
+    Raises:
+        VolumeError: a file has no pixels, or is truncated or damaged.
+    """
+    rows, columns = frames[0].shape
+    exact = np.float64 if max(frame.bits for frame in frames) > FLOAT32_BITS else np.float32
+    values = np.empty((columns, rows, len(frames)), dtype=exact)
+    measured = np.ones(values.shape, dtype=bool)
+    of_file: dict[Path, list[int]] = {}
+    for k, frame in enumerate(frames):
+        of_file.setdefault(frame.file, []).append(k)
+    for file, ks in of_file.items():
+        stored, inside = _stored_values(file)
+        for k in ks:
+            frame = frames[k]
+            # What float32 cannot hold becomes Inf, which the caller refuses.
+            with np.errstate(over="ignore"):
+                values[:, :, k] = (stored[frame.index] * np.float64(frame.slope) + frame.intercept).T
+            measured[:, :, k] = inside[frame.index].T
+    if not measured.all():
+        values[~measured] = min(0, values.min(where=measured, initial=np.inf))
+    return values
+
+
+def _stored_values(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Stored numbers of all frames, (frames, rows, columns), and where they are no padding."""
+    with reading(file):
+        dataset = require("pydicom").dcmread(file, force=True)
+        if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+            raise unreadable(file, ValueError("it has no pixel data"))
+        if "TransferSyntaxUID" not in dataset.file_meta:
+            # Files from before 1993 and bare network messages do not name their encoding; pydicom has recognised it.
+            dataset.file_meta.TransferSyntaxUID = _encoding(dataset)
+        compressed = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+        stored = _decompressed(dataset) if compressed else dataset.pixel_array
+        stored = stored.reshape(-1, dataset.Rows, dataset.Columns)
+        return stored, _measured(dataset, stored)
+
+
+def _measured(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
+    """Where stored values are none of the padding values that the file names."""
+    if dataset.get("PixelPaddingValue") is None or stored.dtype.kind not in "iu":
+        return np.ones(stored.shape, dtype=bool)
+    padding = dataset.PixelPaddingValue
+    limit = dataset.get("PixelPaddingRangeLimit")
+    # Signed padding is often written as an unsigned number, and wraps round to what it means.
+    low, high = np.sort(np.array([padding, padding if limit is None else limit]).astype(stored.dtype))
+    return (stored < low) | (stored > high)
+
+
+def _encoding(dataset: Dataset) -> str:
+    uid = require("pydicom").uid
+    implicit, little = dataset.original_encoding
+    if implicit:
+        return uid.ImplicitVRLittleEndian
+    return uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+
+
+def _decompressed(dataset: Dataset) -> np.ndarray:
+    """Stored values of compressed pixels.
+
+    GDCM, within SimpleITK, decodes all kinds of JPEG without further packages, which pydicom does not.
+    """
+    pydicom, sitk = require("pydicom"), require("SimpleITK")
+    bare = pydicom.Dataset()
+    for name in STORAGE:
+        if name in dataset:
+            bare[name] = dataset[name]
+    bare.SOPClassUID, bare.SOPInstanceUID = SECONDARY_CAPTURE, "1.2.3"
+    bare.file_meta = pydicom.dataset.FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pixels.dcm"
+        bare.save_as(path, enforce_file_format=True)
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
