@@ -127,6 +127,7 @@ def segment(
             device=device,
             progress=progress,
         )
+    show_notes(content)
     show_volumes(content)
     tell_written(output, probabilities, overlay, report)
 
@@ -174,8 +175,7 @@ def inpaint(
             device=device,
             progress=progress,
         )
-    for note in content["notes"]:
-        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    show_notes(content)
     show_generation(content)
     tell_written(output, std_map, overlay, report)
 
@@ -329,6 +329,12 @@ def show_scores(content: dict[str, Any]) -> None:
         table.add_row("" if row["label"] is None else str(row["label"]), row["name"], *numbers, missing)
     show(table)
     out.print("NaN: Dice/NSD/HD95 left out where truth or prediction lacks the label", style="dim")
+
+
+def show_notes(content: dict[str, Any]) -> None:
+    """Print what the user should know of the result to stderr."""
+    for note in content["notes"]:
+        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_volumes(content: dict[str, Any]) -> None:

@@ -79,9 +79,10 @@ def inpaint_file(
 
     import torch
 
-    from hf_binaryformer.pipelines.volumes import write_image
+    from hf_binaryformer.pipelines.volumes import check_output_path, write_image
     from hf_binaryformer.pipelines.vq_inpainting import EMPTY_MASK, BinaryVQInpaintPipeline
 
+    check_output_path(output, volume)
     pipeline = _load(BinaryVQInpaintPipeline, model)
     callback = _set_up(pipeline, device, dtype, backend, progress)
     with warnings.catch_warnings():
@@ -121,7 +122,7 @@ def _read_inpainting(source: Path, mask: Path, truth: Path | None) -> tuple[Volu
     """The image, the mask, and the true image on the same grid if it is given."""
     from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
 
-    volume, hole = read_volume(source), read_volume(mask, labels=True)
+    volume, hole = read_volume(source, exact=True), read_volume(mask, labels=True)
     true_volume = read_volume(truth) if truth else None
     if true_volume is not None:
         check_same_grid(volume, true_volume)
@@ -136,7 +137,7 @@ def _inpainting_picture(
 
     from hf_binaryformer.pipelines.panels import volume_panels
 
-    columns = {"hole": volume.array, "result": np.asarray(result.images)[0, 0]}
+    columns = {"hole": np.nan_to_num(volume.array), "result": np.asarray(result.images)[0, 0]}
     if truth is not None:
         columns["truth"] = truth.array
     maps = {} if result.std is None else {f"std of {samples} samples": np.asarray(result.std)[0, 0]}

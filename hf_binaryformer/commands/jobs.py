@@ -53,11 +53,12 @@ def segment_file(
         ValueError, OSError: bad input (see :mod:`hf_binaryformer.pipelines.volumes`) or unusable output.
         BackendUnavailableError: the backend cannot run here.
     """
-    from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES, OUTPUT_SUFFIXES, read_volume
+    from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES, OUTPUT_SUFFIXES, check_output_path, read_volume
 
     wanted = ((output, OUTPUT_SUFFIXES), (probabilities, NIFTI_SUFFIXES), (overlay, (".png",)), (report, (".json",)))
     targets = check_outputs(wanted, [source])
     volume = read_volume(source)
+    check_output_path(output, volume)
 
     import torch
     from transformers.utils import logging

@@ -24,7 +24,8 @@ def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: S
 
     Raises:
         ValueError: wrong suffix, a file that is one of the inputs, or the same file twice.
-        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: no file can be made at that place.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError: no file can be made at that place, or
+            a link to nothing is there.
     """
     paths = [path for path, _ in wanted if path is not None]
     if len({path.resolve() for path in paths}) < len(paths):
@@ -41,6 +42,10 @@ def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: S
             raise NotADirectoryError(f"'{folder}' for the output '{path.name}' is not a folder")
         if path.is_dir():
             raise IsADirectoryError(f"output '{path}' is a folder; expected the name of a file")
+        if path.is_symlink() and not path.exists():
+            raise FileNotFoundError(
+                f"output '{path}' is a link to '{path.readlink()}', which does not exist: remove it"
+            )
         if any(path.resolve() == source.resolve() for source in inputs):
             raise ValueError(f"output '{path}' is the job's own input, which stays untouched: choose another name")
         try:

@@ -21,7 +21,7 @@ def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
         VolumeError: not readable, or not one volume.
     """
     if path.name.endswith(NIFTI_SUFFIXES):
-        array, affine = nifti.image_values(path, nifti.read_file(path), labels=True)
+        array, affine, _ = nifti.image_values(path, nifti.read_file(path), own_type=True)
     else:
         array, affine = itk.read_file(path)
     check_shape(path, array.shape)

@@ -16,7 +16,15 @@ from torch.utils.data import Dataset
 
 from hf_binaryformer.data.prepared_folder import Case, read_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, same_spacing
+from hf_binaryformer.pipelines.grids import (
+    add_margin,
+    crop_affine,
+    extent_mm,
+    foreground_mask,
+    occupied_box,
+    resample,
+    same_spacing,
+)
 from hf_binaryformer.pipelines.volumes import read_volume
 
 
@@ -29,6 +37,9 @@ class SliceSamples(Dataset):
         augment: the recipe's ``augment`` section.
         seed: random seed of the whole run.
         length: number of samples.
+
+    Attributes:
+        foreground_extent: smallest extent of the cases' foreground in mm, (R, A, S).
     """
 
     def __init__(
@@ -38,11 +49,14 @@ class SliceSamples(Dataset):
         self.images: list[Tensor] = []
         self.labels: list[Tensor] = []
         self.foreground: list[np.ndarray] = []
+        extents = []
         for case in cases:
             image, label = read_volume(case.image), read_labels(case).array
             scaled = processor.scale_volume(image.array)
             # Crop as the pipeline does, so that a slice's position means the same in training and in the pipeline.
-            box = foreground_box(scaled, image.spacing)
+            foreground = occupied_box(foreground_mask(scaled))
+            box = add_margin(foreground, scaled.shape, image.spacing)
+            extents.append(extent_mm(foreground, image.spacing))
             scaled, label, affine = scaled[box], label[box], crop_affine(image.affine, box)
             spacing = processor.target_spacing(image.spacing)
             if not same_spacing(image.spacing, spacing):
@@ -52,6 +66,7 @@ class SliceSamples(Dataset):
             self.images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, axis, 0))).half())
             self.labels.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(label, axis, 0))).to(torch.uint8))
             self.foreground.append(np.flatnonzero(self.labels[-1].flatten(1).any(1).numpy()))
+        self.foreground_extent = tuple(np.min(extents, axis=0).tolist())
         self.spatial, self.intensity = build_augmentation(augment, processor)
 
     def __len__(self) -> int:

@@ -36,6 +36,8 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         intensity_ceiling: scaled intensities are clipped to [0, intensity_ceiling].
         image_mean, image_std: the mean is subtracted from the scaled intensities, then they are divided by the standard
             deviation.
+        foreground_extent: smallest extent in mm, (R, A, S), of the foreground of the images that the network was trained
+            on; pipelines tell when an image shows less. None: not known.
 
     Example:
         >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)
@@ -60,6 +62,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         intensity_ceiling: float = 1.5,
         image_mean: float = 0.0,
         image_std: float = 1.0,
+        foreground_extent: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -83,6 +86,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         self.intensity_ceiling = intensity_ceiling
         self.image_mean = image_mean
         self.image_std = image_std
+        self.foreground_extent = None if foreground_extent is None else [float(mm) for mm in foreground_extent]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

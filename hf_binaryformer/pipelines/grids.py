@@ -21,6 +21,9 @@ FOREGROUND_MARGIN_MM = 10.0
 SPECK_SHARE = 0.01
 
 
+# Beyond these, the units are wrong: metres or micrometres taken for mm, or the reverse.
+MIN_EXTENT_MM, MAX_EXTENT_MM = 1.0, 3000.0
+MIN_VOXEL_MM, MAX_VOXEL_MM = 0.01, 100.0
 # The voxels of a box, a slice for each axis.
 Box = tuple[slice, slice, slice]
 
@@ -44,6 +47,30 @@ def check_shape(name: object, shape: Sequence[int]) -> None:
             f"{name} is a series of {int(np.prod(shape[3:]))} volumes, shape {tuple(shape)}, expected one 3D volume: "
             f"take one out of it, with nibabel.four_to_three for example"
         )
+
+
+def check_extent(name: object, shape: Sequence[int], affine: np.ndarray) -> None:
+    """Refuse a volume whose units must be wrong.
+
+    Raises:
+        VolumeError: it spans less than 1 mm or more than 3 m, or its voxels have less than 0.01 or more than 100 mm.
+    """
+    spacing = affine_spacing(affine)
+    extent = [n * mm for n, mm in zip(shape, spacing, strict=True)]
+    longest = int(np.argmax(extent))
+    wrong = [axis for axis, mm in enumerate(spacing) if not MIN_VOXEL_MM <= mm <= MAX_VOXEL_MM]
+    if not MIN_EXTENT_MM <= extent[longest] <= MAX_EXTENT_MM:
+        wrong.insert(0, longest)
+    if wrong:
+        raise VolumeError(
+            f"{name} spans {_mm(extent[wrong[0]])} along {'ijk'[wrong[0]]}, in voxels of {_mm(spacing[wrong[0]])}: are its "
+            f"units wrong? Expected {MIN_EXTENT_MM:g} to {MAX_EXTENT_MM:g} mm, in voxels of {MIN_VOXEL_MM:g} to "
+            f"{MAX_VOXEL_MM:g} mm: repair the header (in NIfTI, pixdim, sform and xyzt_units)"
+        )
+
+
+def _mm(length: float) -> str:
+    return f"{length:.3g} mm" if length < 1000 else f"{length:,.0f} mm"
 
 
 def affine_spacing(affine: np.ndarray) -> tuple[float, float, float]:
@@ -70,7 +97,7 @@ def foreground_box(
     *,
     threshold: float = FOREGROUND_THRESHOLD,
     margin_mm: float = FOREGROUND_MARGIN_MM,
-) -> tuple[slice, slice, slice]:
+) -> Box:
     """The box of the foreground (:func:`foreground_mask`), with a margin; the whole volume if there is none.
 
     Args:
@@ -79,11 +106,24 @@ def foreground_box(
         threshold: in units of the scaled intensities.
         margin_mm: added on every side, as far as the volume reaches.
     """
-    box = []
-    for part, size, mm in zip(occupied_box(foreground_mask(scaled, threshold)), scaled.shape, spacing, strict=True):
+    return add_margin(occupied_box(foreground_mask(scaled, threshold)), scaled.shape, spacing, margin_mm)
+
+
+def add_margin(
+    box: Box, shape: Sequence[int], spacing: Sequence[float], margin_mm: float = FOREGROUND_MARGIN_MM
+) -> Box:
+    """The box with a margin on every side, as far as a volume of this shape reaches."""
+    parts = []
+    for part, size, mm in zip(box, shape, spacing, strict=True):
         margin = int(np.ceil(margin_mm / mm))
-        box.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
-    return box[0], box[1], box[2]
+        parts.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
+    return parts[0], parts[1], parts[2]
+
+
+def extent_mm(box: Box, spacing: Sequence[float]) -> tuple[float, float, float]:
+    """Edge lengths of a box in mm."""
+    i, j, k = ((part.stop - part.start) * mm for part, mm in zip(box, spacing, strict=True))
+    return float(i), float(j), float(k)
 
 
 def foreground_mask(scaled: np.ndarray, threshold: float = FOREGROUND_THRESHOLD) -> np.ndarray:

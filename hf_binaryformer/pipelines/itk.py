@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_binaryformer.pipelines.grids import VolumeError
+from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Largest difference of direction cosines from right angles.
@@ -56,16 +56,26 @@ def write_file(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
         VolumeError: the axes are not at right angles, which these formats cannot store.
     """
     sitk = require("SimpleITK")
+    check_right_angles(path, affine)
     lps = LPS_TO_RAS @ affine
-    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    spacing = affine_spacing(lps)
     direction = lps[:3, :3] / spacing
-    if not np.allclose(direction.T @ direction, np.eye(3), atol=DIRECTION_TOLERANCE):
-        raise VolumeError(f"the axes are not at right angles, which {path.suffix} cannot store: write .nii.gz")
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
-    image.SetSpacing(spacing.tolist())
+    image.SetSpacing(spacing)
     image.SetDirection(direction.ravel().tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def check_right_angles(path: Path, affine: np.ndarray) -> None:
+    """Refuse a grid that these formats cannot store.
+
+    Raises:
+        VolumeError: the axes are not at right angles.
+    """
+    direction = affine[:3, :3] / affine_spacing(affine)
+    if not np.allclose(direction.T @ direction, np.eye(3), atol=DIRECTION_TOLERANCE):
+        raise VolumeError(f"the axes are not at right angles, which {path.suffix} cannot store: write .nii.gz")
 
 
 def _array_and_affine(path: Path, image: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from hf_binaryformer.pipelines.grids import VolumeError, check_shape
+from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing, check_shape, grid_distance
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -19,23 +20,48 @@ if TYPE_CHECKING:
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 # The descrip field holds 80 bytes, the last of them 0.
 DESCRIPTION_BYTES = 79
+GZIP_MAGIC = b"\x1f\x8b"
+# Deflate does not compress by more than this.
+MAX_COMPRESSION = 1032
+MAX_VOXELS = 2**31
+# Quaternions that round to more than a unit length by no more than this are taken as of unit length.
+QUATERNION_TOLERANCE = 1e-5
+QUATERNION_ROUNDING = 1e-7
+# qform and sform agree if no corner of the grid lies further apart, in voxels.
+SAME_FORM_TOLERANCE = 0.1
 
 
 def read_file(path: Path) -> Nifti1Image:
-    """The image, with all of a compressed file already unpacked and its checksum verified."""
-    import nibabel as nib
+    """The image, with all of the file already unpacked and, if it is compressed, its checksum verified.
+
+    What the file holds decides whether it is unpacked, not whether its name ends in .gz.
+
+    Raises:
+        VolumeError: the file is not NIfTI, damaged, shorter than its header says, or too large.
+    """
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        image: Any = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):
-            raise VolumeError(f"{path} holds a {type(image).__name__}, expected a NIfTI volume: convert it first")
-        check_shape(path, image.shape)
-        if path.name.lower().endswith(".gz"):
-            # nibabel stops reading at the last voxel and does not reach the checksum behind it.
-            with gzip.open(path) as file:
-                image = type(image).from_bytes(file.read())
+        with path.open("rb") as file:
+            compressed = file.read(2) == GZIP_MAGIC
+        opener: Any = gzip.open if compressed else open
+        with opener(path, "rb") as file:
+            image_class, header = _read_header(path, file)
+            claimed = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+            available = path.stat().st_size * (MAX_COMPRESSION if compressed else 1)
+            if claimed > available:
+                raise EOFError(f"its header asks for {claimed} bytes, the file has at most {available}")
+            size = header.template_dtype.itemsize
+            file.seek(size)
+            content = header.binaryblock + file.read(claimed - size)
+            if compressed:
+                # The checksum stands behind the last voxel.
+                while file.read(2**20):
+                    pass
+        if len(content) < claimed:
+            raise EOFError(f"its header asks for {claimed} bytes, the file has {len(content)}")
+        image: Nifti1Image = image_class.from_bytes(content)
     except VolumeError:
         raise
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
@@ -43,8 +69,68 @@ def read_file(path: Path) -> Nifti1Image:
     return image
 
 
-def image_values(name: object, image: Nifti1Image, *, labels: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Array (float32, or the file's own type for labels) and affine in mm."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[type[Nifti1Image], Nifti1Header]:
+    """The class of a NIfTI file, and its header, with small faults repaired."""
+    import nibabel as nib
+
+    start = file.read(nib.Nifti2Header.template_dtype.itemsize)
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        header_class = kind.header_class
+        if not header_class.may_contain_header(start):
+            continue
+        header = header_class(start[: header_class.template_dtype.itemsize], check=False)
+        shape = header.get_data_shape()
+        check_shape(path, shape)
+        if min(shape) < 0 or math.prod(shape) > MAX_VOXELS:
+            raise VolumeError(f"{path} has shape {shape}, expected at most {MAX_VOXELS} voxels: export it again")
+        if not header["pixdim"][1:4].all() and header["sform_code"] == 0:
+            raise VolumeError(
+                f"{path} has voxels of {' x '.join(f'{n:g}' for n in header['pixdim'][1:4])} mm, expected sizes above "
+                f"0: repair pixdim in its header"
+            )
+        quaternion = [f"quatern_{axis}" for axis in "bcd"]
+        length = math.sqrt(sum(float(header[name]) ** 2 for name in quaternion))
+        if 1 < length < 1 + QUATERNION_TOLERANCE:
+            for name in quaternion:
+                header[name] *= (1 - QUATERNION_ROUNDING) / length
+        return kind, header
+    raise damaged(path, ValueError("it does not start with the header of a NIfTI volume"))
+
+
+def header_affine(header: Nifti1Header, shape: Sequence[int]) -> tuple[np.ndarray, list[str]]:
+    """The affine in mm, and notes where the header leaves a choice.
+
+    The sform is used if it has a code, then the qform, as nibabel does; but an sform that is the identity matrix is a
+    placeholder and gives way to a qform.
+    """
+    unit = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    to_mm = np.diag([unit, unit, unit, 1.0])
+    sform, qform = (form(coded=True)[0] for form in (header.get_sform, header.get_qform))
+    affine = np.array(header.get_best_affine(), dtype=np.float64)
+    if sform is None and qform is None:
+        return to_mm @ affine, [
+            "neither sform nor qform has a code, so that left and right are not known: the first axis is taken to run "
+            "to the left, as nibabel does"
+        ]
+    if sform is None or qform is None:
+        return to_mm @ affine, []
+    apart = grid_distance(qform, sform, shape[:3])
+    if apart <= SAME_FORM_TOLERANCE:
+        return to_mm @ affine, []
+    used, why = ("sform", "")
+    if np.array_equal(sform, np.eye(4)):
+        affine, used, why = np.array(qform, dtype=np.float64), "qform", ", as the sform is only the identity matrix"
+    mm = apart * min(affine_spacing(qform)) * unit
+    return to_mm @ affine, [f"sform and qform lie up to {mm:.3g} mm apart; the {used} is used{why}"]
+
+
+def is_scaled(image: Nifti1Image) -> bool:
+    """Whether the values are stored numbers times a slope, plus an intercept."""
+    return (getattr(image.dataobj, "slope", 1), getattr(image.dataobj, "inter", 0)) != (1, 0)
+
+
+def image_values(name: object, image: Nifti1Image, *, own_type: bool) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Array (float32, or the type that the file's values have), affine in mm, and notes on the geometry."""
     dtype = image.get_data_dtype()
     if dtype.kind not in "iufb":
         kind = "complex numbers" if dtype.kind == "c" else "colours"
@@ -53,12 +139,11 @@ def image_values(name: object, image: Nifti1Image, *, labels: bool) -> tuple[np.
     try:
         # What float32 cannot hold becomes Inf, which the caller refuses.
         with np.errstate(over="ignore"):
-            array = np.asanyarray(image.dataobj) if labels else np.asanyarray(image.dataobj, dtype=np.float32)
+            array = np.asanyarray(image.dataobj) if own_type else np.asanyarray(image.dataobj, dtype=np.float32)
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise damaged(name, error) from error
-    affine = np.array(image.affine, dtype=np.float64)
-    affine[:3] *= MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    return array, affine
+    affine, notes = header_affine(image.header, image.shape)
+    return array, affine, notes
 
 
 def write_file(

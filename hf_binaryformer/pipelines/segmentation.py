@@ -17,11 +17,23 @@ from torch import Tensor
 
 from hf_binaryformer.modeling.attention import attention_backend
 from hf_binaryformer.modeling.intensities import IntensityScale
-from hf_binaryformer.pipelines.grids import crop_affine, foreground_box, resample, resample_to, same_spacing
+from hf_binaryformer.pipelines.grids import (
+    add_margin,
+    crop_affine,
+    extent_mm,
+    foreground_mask,
+    occupied_box,
+    resample,
+    resample_to,
+    same_spacing,
+)
 from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
+# An image that shows less than this share of the smallest extent of the training images is told.
+ENOUGH_OF_EXTENT = 0.9
+WAYS = ("from left to right", "from back to front", "from bottom to top")
 # Called with (slices done, all slices).
 ProgressCallback = Callable[[int, int], None]
 
@@ -167,7 +179,8 @@ class VolumeSegmentationPipeline:
             volume = read_volume(volume)
         scale = self.processor.intensity_scale(volume.array)
         scaled = scale.apply(volume.array)
-        box = tuple(foreground_box(scaled, volume.spacing))
+        foreground = occupied_box(foreground_mask(scaled))
+        box = add_margin(foreground, scaled.shape, volume.spacing)
         crop, affine = scaled[box], crop_affine(volume.affine, box)
         spacing = self.processor.target_spacing(volume.spacing)
         resampled = not same_spacing(volume.spacing, spacing)
@@ -187,6 +200,7 @@ class VolumeSegmentationPipeline:
 
         seconds = time.perf_counter() - start
         report = self._report(volume, labels, scale, network_input.shape, network_affine, seconds)
+        report["notes"] = self._notes(volume, labels, extent_mm(foreground, volume.spacing))
         return VolumeSegmentationOutput(labels, probabilities, volume, dict(self.label_names), seconds, report)
 
     @torch.inference_mode()
@@ -244,6 +258,21 @@ class VolumeSegmentationPipeline:
                 bar.update(done - first)
                 if callable(progress):
                     progress(done, slices)
+
+    def _notes(self, volume: Volume, labels: np.ndarray, extent: tuple[float, float, float]) -> list[str]:
+        """What the user should know: choices of the reader, an image that shows less than was trained on, no labels."""
+        notes = list(volume.notes)
+        for mm, least, way in zip(
+            extent, getattr(self.processor, "foreground_extent", None) or (0, 0, 0), WAYS, strict=True
+        ):
+            if mm < ENOUGH_OF_EXTENT * least:
+                notes.append(
+                    f"the image shows {mm:.0f} mm {way}, the training images at least {least:.0f} mm: what is cut off, and "
+                    f"what lies near the cut, is labelled badly or not at all"
+                )
+        if not labels.any():
+            notes.append("nothing was found, all voxels are background: is this what the model was trained on?")
+        return notes
 
     def _report(
         self,

@@ -7,7 +7,7 @@ k upwards. Results are written on the grid that the file itself has: its own axi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from hf_binaryformer.pipelines.grids import (
     SAME_GRID_TOLERANCE,
     VolumeError,
     affine_spacing,
+    check_extent,
     check_shape,
     grid_distance,
     resample,
@@ -81,11 +82,15 @@ class Volume:
         array: (I, J, K), RAS order; float32 for images, int32 for labels.
         affine: (4, 4) of ``array``, voxel to mm, RAS+.
         source: where it came from.
+        notes: what the reader had to choose or repair.
+        exact: ``array`` in float64, for an image that was read with ``exact=True`` and that float32 would change.
     """
 
     array: np.ndarray
     affine: np.ndarray
     source: VolumeSource
+    notes: tuple[str, ...] = ()
+    exact: np.ndarray | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -98,13 +103,15 @@ class Volume:
         return str(self.source.path or "image in memory")
 
 
-def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume:
+def read_volume(path: str | os.PathLike[str], *, labels: bool = False, exact: bool = False) -> Volume:
     """Read one 3D volume.
 
     Args:
         path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series;
             a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI need the extra ``dicom``.
         labels: the file holds label numbers: whole numbers of at least 0, which may be all equal.
+        exact: for a result that repeats the file's own values outside a mask: NaN and infinite values are let through,
+            and what float32 would change is in ``Volume.exact``, unless the file scales its numbers.
 
     Raises:
         VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
@@ -123,21 +130,21 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume
         raise VolumeError(f"{path} does not exist, expected a volume file or a DICOM folder: check the name")
     if path.is_dir() or suffix in DICOM_SUFFIXES:
         array, affine = dicom.read_dicom(path)
-        return _canonical(array, affine, labels=labels, path=path, kind="dicom")
+        return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="dicom")
     if suffix in NIFTI_SUFFIXES:
-        return volume_from_image(nifti.read_file(path), path=path, labels=labels)
+        return volume_from_image(nifti.read_file(path), path=path, labels=labels, exact=exact)
     if suffix in ITK_SUFFIXES:
         array, affine = itk.read_file(path)
-        return _canonical(array, affine, labels=labels, path=path, kind="itk")
+        return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="itk")
     if dicom.is_dicom(path):
         array, affine = dicom.read_dicom(path)
-        return _canonical(array, affine, labels=labels, path=path, kind="dicom")
+        return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="dicom")
     expected = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES))
     raise VolumeError(f"{path} ends in '{path.suffix}', expected {expected} or a DICOM folder: convert it first")
 
 
 def volume_from_image(
-    image: Nifti1Image, *, labels: bool = False, path: str | os.PathLike[str] | None = None
+    image: Nifti1Image, *, labels: bool = False, exact: bool = False, path: str | os.PathLike[str] | None = None
 ) -> Volume:
     """The same as :func:`read_volume` for a NIfTI image that nibabel holds.
 
@@ -145,8 +152,10 @@ def volume_from_image(
         VolumeError: as for :func:`read_volume`.
     """
     path = None if path is None else Path(path)
-    array, affine = nifti.image_values(path or "image in memory", image, labels=labels)
-    return _canonical(array, affine, labels=labels, path=path, kind="nifti", header=image.header.copy())
+    own_type = labels or (exact and not nifti.is_scaled(image))
+    array, affine, notes = nifti.image_values(path or "image in memory", image, own_type=own_type)
+    options = {"labels": labels, "exact": exact, "header": image.header.copy(), "notes": notes}
+    return _canonical(array, affine, path=path, kind="nifti", **options)
 
 
 def write_labels(
@@ -186,7 +195,7 @@ def write_labels(
 
 
 def write_image(path: str | os.PathLike[str], array_ras: np.ndarray, like: Volume, *, description: str = "") -> Path:
-    """Write intensities as float32 on the grid of the file that ``like`` was read from.
+    """Write intensities as float32, or float64 if that is what they are, on the grid of the file that ``like`` was read from.
 
     Args:
         path: as for :func:`write_labels`.
@@ -200,14 +209,17 @@ def write_image(path: str | os.PathLike[str], array_ras: np.ndarray, like: Volum
     Raises:
         VolumeError: shape, suffix or folder are wrong, or ``path`` is the input itself.
     """
-    return _write(path, np.asarray(array_ras), like, np.dtype(np.float32), {"description": description})
+    array_ras = np.asarray(array_ras)
+    dtype = np.dtype(np.float64 if array_ras.dtype == np.float64 else np.float32)
+    return _write(path, array_ras, like, dtype, {"description": description})
 
 
 def check_output_path(path: str | os.PathLike[str], like: Volume | None = None) -> Path:
     """Refuse, before any work is done, a path that results cannot be written to.
 
     Raises:
-        VolumeError: the suffix is none of the output formats', the folder does not exist, or it is the input itself.
+        VolumeError: the suffix is none of the output formats', the folder does not exist, it is the input itself or a
+            link to nothing, or the format cannot store the grid of ``like``.
     """
     path = Path(path)
     if _suffix(path) not in OUTPUT_SUFFIXES:
@@ -216,6 +228,10 @@ def check_output_path(path: str | os.PathLike[str], like: Volume | None = None) 
         raise VolumeError(f"the folder {path.parent} does not exist, expected one to write into: create it first")
     if path.is_dir():
         raise VolumeError(f"{path} is a folder, expected the name of a file: add one")
+    if path.is_symlink() and not path.exists():
+        raise VolumeError(f"{path} is a link to {path.readlink()}, which does not exist: remove it")
+    if like is not None and _suffix(path) not in NIFTI_SUFFIXES:
+        itk.check_right_angles(path, like.source.affine)
     source = like.source.path if like is not None else None
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise VolumeError(f"{path} is the input itself, expected another file: choose another name")
@@ -251,9 +267,11 @@ def _canonical(
     affine: np.ndarray,
     *,
     labels: bool,
+    exact: bool,
     path: Path | None,
     kind: Kind,
     header: Nifti1Header | None = None,
+    notes: Sequence[str] = (),
 ) -> Volume:
     """Check values and geometry, and turn the array into RAS order."""
     from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
@@ -266,16 +284,23 @@ def _canonical(
         raise VolumeError(
             f"{name} has the affine {affine.tolist()}, expected one that spans a volume: repair its header"
         )
-    array = _checked_labels(name, array) if labels else _checked_image(name, array)
+    check_extent(name, array.shape, affine)
     orientation = io_orientation(affine)
-    ras = np.ascontiguousarray(apply_orientation(array, orientation))
     source = VolumeSource(path, kind, array.shape, affine, orientation, header)
-    return Volume(ras, affine @ inv_ornt_aff(orientation, array.shape), source)
+    own = array
+    array = _checked_labels(name, own) if labels else _checked_image(name, own, finite=not exact)
+    changed = exact and not np.array_equal(array, own, equal_nan=True)
+    ras, precise = (np.ascontiguousarray(apply_orientation(a, orientation)) for a in (array, own))
+    affine = affine @ inv_ornt_aff(orientation, array.shape)
+    return Volume(ras, affine, source, tuple(notes), precise.astype(np.float64) if changed else None)
 
 
-def _checked_image(name: object, array: np.ndarray) -> np.ndarray:
-    array = array.astype(np.float32, copy=False)
+def _checked_image(name: object, array: np.ndarray, *, finite: bool = True) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
     low, high = float(array.min()), float(array.max())
+    if not finite:
+        return array
     # NaN survives min and max, so both are finite if and only if every voxel is.
     if not np.isfinite(low) or not np.isfinite(high):
         nan, inf = int(np.isnan(array).sum()), int(np.isinf(array).sum())

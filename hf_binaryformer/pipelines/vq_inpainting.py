@@ -34,13 +34,14 @@ class BinaryVQInpaintOutput(BaseOutput):
 
     Args:
         images: (B * num_samples, 1, D, H, W) float32, on the input's grid (in RAS order, if it was a file) and in its
-            intensities. Outside the hole they equal the input bit for bit. None for output type "tokens".
+            intensities. Outside the hole they equal the input, as float32, bit for bit. None for output type "tokens".
         tokens: (B * num_samples, K, d, h, w) uint8, on the model's grid.
         std: (B, 1, D, H, W) float32, standard deviation over the samples in each voxel, 0 outside the hole; None for one
             sample.
         decoded: like ``images``, but with the decoded tokens in all voxels.
         report: seconds, steps, sizes and settings, in machine-readable form.
         volume: the input, if it was a file or a ``Volume``.
+        hole: (D, H, W) bool, if the input was one.
     """
 
     images: Tensor | np.ndarray | None
@@ -49,16 +50,22 @@ class BinaryVQInpaintOutput(BaseOutput):
     decoded: Tensor | np.ndarray | None
     report: dict[str, Any]
     volume: Volume | None = None
+    hole: np.ndarray | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the images on the input file's own grid; several samples become a 4D NIfTI.
+
+        Outside the hole, the file has the input's own values: it is float32, or float64 if float32 would change them.
 
         Raises:
             VolumeError: the input was not a file, or the path cannot be written to.
         """
         if self.volume is None or self.images is None:
             raise VolumeError("the input was an array, expected a file or a Volume: save the images with its affine")
-        write_image(path, as_one(np.asarray(self.images)[:, 0]), self.volume, description=f"{GENERATED} {NOTICE}")
+        images = as_one(np.asarray(self.images)[:, 0])
+        if self.volume.exact is not None and self.hole is not None:
+            images = np.where(self.hole, images.astype(np.float64), self.volume.exact)
+        write_image(path, images, self.volume, description=f"{GENERATED} {NOTICE}")
 
 
 def as_one(samples: np.ndarray) -> np.ndarray:
@@ -121,7 +128,8 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
             return_dict: False returns the tuple (images, tokens, std, decoded).
 
         Raises:
-            VolumeError: an image or mask cannot be used: its shape is wrong, it has NaN, the mask is on another grid,
+            VolumeError: an image or mask cannot be used: its shape is wrong, it has NaN outside the hole, the mask is on
+                another grid,
                 or the hole does not fit on the checkpoint's grid.
             ValueError: an argument out of range, or known intensities that are all equal.
         """
@@ -129,7 +137,9 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         check_inputs(output_type, num_samples, feather)
         images, holes, affine, volume = self._read(image, mask_image, spacing)
         cases = [self.prepare(one, hole, affine) for one, hole in zip(images, holes, strict=True)]
-        notes = [CUT_OFF] if any(case.cut_off for case in cases) else []
+        notes = list(volume.notes) if volume is not None else []
+        if any(case.cut_off for case in cases):
+            notes.append(CUT_OFF)
         if not holes.any():
             notes.append(EMPTY_MASK)
             warnings.warn(EMPTY_MASK, stacklevel=3)
@@ -156,7 +166,8 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         fields = [
             None if a is None else torch.from_numpy(a) if output_type == "pt" else a for a in (filled, std, decoded)
         ]
-        output = BinaryVQInpaintOutput(fields[0], tokens.to(torch.uint8), fields[1], fields[2], report, volume)
+        hole = holes[0] if volume is not None else None
+        output = BinaryVQInpaintOutput(fields[0], tokens.to(torch.uint8), fields[1], fields[2], report, volume, hole)
         return output if return_dict else (output.images, output.tokens, output.std, output.decoded)
 
     def prepare_latents(self, cases: Sequence[HoleCase], num_samples: int) -> tuple[Tensor, Tensor]:
@@ -184,17 +195,20 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         self, image: Image, mask: Image, spacing: Sequence[float] | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None]:
         """Images (B, I, J, K) float32, holes of that shape, their affine, and the volume if there was a file."""
-        volume = read_volume(image) if isinstance(image, (str, os.PathLike)) else image
+        volume = read_volume(image, exact=True) if isinstance(image, (str, os.PathLike)) else image
         hole = read_volume(mask, labels=True) if isinstance(mask, (str, os.PathLike)) else mask
         if isinstance(volume, Volume) and isinstance(hole, Volume):
             check_same_grid(volume, hole)
         images, holes = _as_batch("image", volume), _as_batch("mask_image", hole)
+        check_finite("mask_image", holes, "finite float32 values")
         if images.shape[1:] != holes.shape[1:] or len(holes) not in (1, len(images)):
             raise VolumeError(
                 f"the mask has shape {holes.shape}, the image {images.shape} (batch, I, J, K), expected the same grid: "
                 f"resample the mask onto the image"
             )
         holes = np.broadcast_to(holes != 0, images.shape)
+        check_finite("image", np.where(holes, np.float32(0), images), "finite values outside the hole")
+        images = np.where(np.isfinite(images), images, np.float32(0))
         if isinstance(volume, Volume):
             return images, holes, volume.affine, volume
         return images, holes, np.diag([*(spacing or self.spacing), 1.0]), None
@@ -266,8 +280,17 @@ def check_inputs(output_type: str, num_samples: int, feather: int) -> None:
             raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
+def check_finite(name: str, values: np.ndarray, expected: str) -> None:
+    """Raise VolumeError if any value is NaN or infinite."""
+    if bad := int((~np.isfinite(values)).sum()):
+        raise VolumeError(
+            f"{name} has {bad} NaN or infinite voxels of {values.size}, expected {expected}: repair them "
+            f"(numpy.nan_to_num)"
+        )
+
+
 def _as_batch(name: str, values: Volume | Tensor | np.ndarray) -> np.ndarray:
-    """(B, I, J, K) float32, finite."""
+    """(B, I, J, K) float32."""
     if isinstance(values, Volume):
         return values.array[None].astype(np.float32, copy=False)
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
@@ -276,10 +299,5 @@ def _as_batch(name: str, values: Volume | Tensor | np.ndarray) -> np.ndarray:
         raise VolumeError(
             f"{name} has shape {shape}, expected (I, J, K), (1, I, J, K) or (batch, 1, I, J, K) with one channel"
         )
-    array = array.reshape(shape[0] if array.ndim == 5 else 1, *shape[-3:]).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise VolumeError(
-            f"{name} has {int((~np.isfinite(array)).sum())} NaN or infinite voxels of {array.size}, expected finite "
-            f"values: repair them, in the hole too (numpy.nan_to_num)"
-        )
-    return array
+    with np.errstate(over="ignore"):
+        return array.reshape(shape[0] if array.ndim == 5 else 1, *shape[-3:]).astype(np.float32)

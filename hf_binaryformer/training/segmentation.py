@@ -111,6 +111,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     else:
         model, processor = build_model(recipe, folder.label_names)
         samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
+        processor.foreground_extent = list(samples.foreground_extent)
     criterion = build_criterion(train)
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

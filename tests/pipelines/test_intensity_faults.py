@@ -72,3 +72,25 @@ def test_the_report_says_what_was_taken_as_background(pipeline):
     assert segment(pipeline, head()).report["intensities"]["low"] == 0
     crop = head()[15:25, 11:19, 16:28]
     assert segment(pipeline, crop).report["intensities"]["background"] is None
+
+
+def test_half_a_head_is_told(pipeline, monkeypatch):
+    whole = segment(pipeline, head())
+    assert whole.report["notes"] == []
+    # An ellipsoid with half axes of 10, 7 and 11 voxels of 4 mm.
+    monkeypatch.setattr(pipeline.processor, "foreground_extent", [76.0, 52.0, 84.0])
+    assert segment(pipeline, head()).report["notes"] == []
+    (note,) = segment(pipeline, head()[: SHAPE[0] // 2]).report["notes"]
+    assert note.startswith("the image shows 36 mm from left to right, the training images at least 76 mm")
+    assert len(segment(pipeline, head()[:, 14:16, 20:24]).report["notes"]) == 2
+
+
+def test_an_image_in_which_nothing_is_found_is_told(pipeline, monkeypatch):
+    bias = pipeline.model.decoder.head.bias if hasattr(pipeline.model.decoder, "head") else None
+    parameter = bias if bias is not None else [p for p in pipeline.model.parameters() if p.shape == (5,)][-1]
+    monkeypatch.setattr(parameter, "data", torch.tensor([1e6, 0, 0, 0, 0]))
+    result = segment(pipeline, head())
+    assert not result.labels.any()
+    assert result.report["notes"] == [
+        "nothing was found, all voxels are background: is this what the model was trained on?"
+    ]

@@ -287,3 +287,32 @@ def test_hole_beyond_the_checkpoints_grid(pipeline):
     hole[8:12, 2:6, 6:10] = 1
     with pytest.raises(VolumeError, match=r"along axis J the image spans 120 mm.*beyond the 48 mm.*crop the image"):
         pipeline(image, hole)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64])
+def test_known_voxels_that_float32_cannot_hold_are_written_as_they_are(dtype, pipeline, tmp_path):
+    image = head().astype(dtype) * 40_001
+    image[image > 0] += 1 if dtype is np.int32 else 0.123456789
+    hole = hole_in()
+    source = save_nifti(tmp_path / "a.nii.gz", image, np.diag([2.0, 2.0, 2.0, 1.0]))
+    mask = save_nifti(tmp_path / "m.nii.gz", hole, np.diag([2.0, 2.0, 2.0, 1.0]))
+    pipeline(source, mask, num_inference_steps=STEPS, generator=seeded()).save(tmp_path / "filled.nii.gz")
+    filled = np.asarray(nib.load(tmp_path / "filled.nii.gz").dataobj)
+    np.testing.assert_array_equal(filled[hole == 0], image[hole == 0])
+    assert (image.astype(np.float32) != image)[hole == 0].any() and (filled[hole != 0] != image[hole != 0]).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_hole_that_is_marked_by_nan_is_filled_as_any_other(bad, pipeline, tmp_path):
+    image, hole, affine = head().astype(np.float32), hole_in(), np.diag([2.0, 2.0, 2.0, 1.0])
+    mask = save_nifti(tmp_path / "m.nii.gz", hole, affine)
+    clean = pipeline(
+        save_nifti(tmp_path / "a.nii.gz", image, affine), mask, num_inference_steps=STEPS, generator=seeded()
+    )
+    marked = np.where(hole, bad, image).astype(np.float32)
+    source = save_nifti(tmp_path / "b.nii.gz", marked, affine)
+    found = pipeline(source, mask, num_inference_steps=STEPS, generator=seeded())
+    torch.testing.assert_close(found.images, clean.images, rtol=0, atol=0)
+    marked[0, 0, 0] = bad
+    with pytest.raises(VolumeError, match="image has 1 NaN .*expected finite values outside the hole"):
+        pipeline(save_nifti(tmp_path / "c.nii.gz", marked, affine), mask, num_inference_steps=STEPS)
