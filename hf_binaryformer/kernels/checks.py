@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,3 +77,56 @@ def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, hea
         raise ValueError(f"bit_gradient '{bit_gradient}' needs {name}=, the real tensor whose signs were packed")
     if real.shape != (*bits.shape[:3], head_dim):
         raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")
+
+
+def check_devices(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    seed: Tensor,
+) -> None:
+    """Raise ValueError unless all tensors are on the device of the values; the seed may be on the CPU."""
+    others = {
+        "query_bits": query_bits,
+        "key_bits": key_bits,
+        "query_weight": query_weight,
+        "key_weight": key_weight,
+        "query": query,
+        "key": key,
+        "seed": seed if seed.device.type != "cpu" else None,
+    }
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != value.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, value on {value.device}, expected one device for all tensors: move them"
+            )
+
+
+def seed_tensor(seed: Any) -> Tensor:
+    """A seed as a 0-d int64 tensor.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is no single number, or needs more than 64 bits.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed is a tensor of {seed.dtype}, expected torch.int64: convert it, or pass an int")
+        if seed.dim():
+            raise ValueError(
+                f"seed has shape {tuple(seed.shape)}, expected one number: a tensor of shape (), or an int"
+            )
+        return seed
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(
+            f"seed is {seed!r} of type {type(seed).__name__}, expected an int or a 0-d int64 tensor"
+        ) from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed is {number}, expected a number that fits into 64 bits, from -2^63 to 2^63 - 1")
+    return torch.tensor(number, dtype=torch.int64)
