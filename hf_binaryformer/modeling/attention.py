@@ -28,13 +28,10 @@ class BinaryAttention(nn.Module):
         num_heads: heads H; query and key have d = D / H channels each, or ``query_key_head_dim``.
         qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's ``Attention``.
             ``attn_drop`` applies to "softmax" only and must be 0 for other forms. ``scale_norm`` is not supported.
-        config: the mathematics. None takes the configuration of a subclass made by :meth:`bound_to`; timm needs such a
-            class to build its blocks.
+        config: the mathematics.
 
     Parameters have timm's names: ``qkv`` (D -> 2 H d + H d_v), ``proj`` (H d_v -> D).
     """
-
-    config: AttentionConfig
 
     def __init__(
         self,
@@ -47,11 +44,12 @@ class BinaryAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: type[nn.Module] | None = None,
-        config: AttentionConfig | None = None,
+        *,
+        config: AttentionConfig,
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.config = config = config or self.config
+        self.config = config
         config.check_heads(dim, num_heads)
         if scale_norm:
             raise ValueError("scale_norm=True is not supported: build the transformer without scale_attn_norm")
@@ -80,8 +78,15 @@ class BinaryAttention(nn.Module):
 
     @classmethod
     def bound_to(cls, config: AttentionConfig) -> type[BinaryAttention]:
-        """A subclass with the configuration built in, for ``attn_layer=`` of timm's transformers."""
-        return type(cls.__name__, (cls,), {"config": config})
+        """What ``attn_layer=`` of timm's transformers needs: a class that makes attention with this configuration."""
+
+        class Bound(cls):  # type: ignore[valid-type, misc]
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, config=config, **options)
+                # No module holds this class, so its instances could not be pickled.
+                self.__class__ = cls
+
+        return Bound
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D).
