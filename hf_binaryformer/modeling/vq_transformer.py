@@ -150,7 +150,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
         x = x + self._positions(tokens.shape[2:]).to(x.dtype)
         for block in self.blocks:
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
+            x = self._checkpointed(block, x) if checkpointed else block(x)
         logits = self.head(self.norm(x)).unflatten(2, (config.num_codebooks, config.codebook_size))  # (B, N, K, V)
         logits = logits.permute(0, 2, 3, 1).unflatten(3, tokens.shape[2:])
         return BinaryVQTransformer3DOutput(logits) if return_dict else (logits,)
