@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_binaryformer.kernels.backends import first_result
 from hf_binaryformer.kernels.bits import pack_sign_bits, words_for
+from hf_binaryformer.kernels.checks import on_one_device
 from hf_binaryformer.kernels.differentiation import differentiable
 from hf_binaryformer.kernels.layout import compute_dtype, token_major
 
@@ -76,6 +77,7 @@ def _(x: Tensor, centering: bool, norm: bool, window: float) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("hf_binaryformer::balance_backward", mutates_args=())
+@on_one_device
 def _balance_backward(
     grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
 ) -> Tensor:
@@ -86,6 +88,7 @@ def _balance_backward(
 
 
 @_balance_backward.register_fake
+@on_one_device
 def _(grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float) -> Tensor:
     return token_major(y, y.shape, y.dtype)
 

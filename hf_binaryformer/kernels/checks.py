@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,31 +82,28 @@ def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, hea
         raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")
 
 
-def check_devices(
-    query_bits: Tensor,
-    key_bits: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    value: Tensor,
-    query: Tensor | None,
-    key: Tensor | None,
-    seed: Tensor,
-) -> None:
-    """Raise ValueError unless all tensors are on the device of the values; the seed may be on the CPU."""
-    others = {
-        "query_bits": query_bits,
-        "key_bits": key_bits,
-        "query_weight": query_weight,
-        "key_weight": key_weight,
-        "query": query,
-        "key": key,
-        "seed": seed if seed.device.type != "cpu" else None,
-    }
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != value.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, value on {value.device}, expected one device for all tensors: move them"
-            )
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what an operator runs, or its fake: ValueError unless all tensors are on one device.
+
+    Compiled code takes addresses, and an exported graph may have been moved since the arguments were first checked. A seed
+    may always be on the CPU.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any) -> Any:
+        first: tuple[str, torch.device] | None = None
+        for name, argument in zip(names, arguments, strict=False):
+            if not isinstance(argument, Tensor) or (name == "seed" and argument.device.type == "cpu"):
+                continue
+            first = first or (name, argument.device)
+            if argument.device != first[1]:
+                raise ValueError(
+                    f"{name} is on {argument.device}, {first[0]} on {first[1]}, expected one device for all: move them"
+                )
+        return function(*arguments)
+
+    return checked
 
 
 def seed_tensor(seed: Any) -> Tensor:

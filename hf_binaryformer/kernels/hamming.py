@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hf_binaryformer.kernels.backends import select_backend
 from hf_binaryformer.kernels.bits import clear_padding
-from hf_binaryformer.kernels.checks import check_devices, check_inputs, seed_tensor
+from hf_binaryformer.kernels.checks import check_inputs, on_one_device, seed_tensor
 from hf_binaryformer.kernels.differentiation import differentiable
 from hf_binaryformer.kernels.layout import compute_dtype, token_major, zero_gradients
 from hf_binaryformer.kernels.reference import reference_backward, reference_forward
@@ -102,6 +102,7 @@ def hamming_attention(
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention", mutates_args=())
+@on_one_device
 def _hamming_attention(
     query_bits: Tensor,
     key_bits: Tensor,
@@ -118,20 +119,20 @@ def _hamming_attention(
     window: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The registered op: output (B, H, Nq, d_v) and row log-sum-exp (B, H, Nq)."""
-    check_devices(query_bits, key_bits, query_weight, key_weight, value, query, key, seed)
     bits = clear_padding(query_bits, head_dim), clear_padding(key_bits, head_dim)
     inputs = *bits, query_weight, key_weight, value, head_dim, scale
     return select_backend(backend, value.device.type).forward(*inputs) or reference_forward(*inputs)
 
 
 @_hamming_attention.register_fake
+@on_one_device
 def _(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    check_devices(query_bits, key_bits, query_weight, key_weight, value, query, key, seed)
     output = token_major(value, (*query_bits.shape[:3], value.shape[-1]), value.dtype)
     return output, value.new_empty(output.shape[:3], dtype=compute_dtype(value))
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention_backward", mutates_args=())
+@on_one_device
 def _hamming_attention_backward(
     grad_output: Tensor,
     query_bits: Tensor,
@@ -164,6 +165,7 @@ def _hamming_attention_backward(
 
 
 @_hamming_attention_backward.register_fake
+@on_one_device
 def _(  # type: ignore[no-untyped-def]
     grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp,
     seed, head_dim, scale, bit_gradient, weight_gradient, backend,

@@ -90,7 +90,7 @@ class BinaryAttention(nn.Module):
             def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, config=config, **options)
                 # No module holds this class, so its instances could not be pickled.
-                self.__class__ = cls
+                self.__class__ = cls  # type: ignore[assignment]
 
         return Bound
 

@@ -62,19 +62,17 @@ def _check_convertible(old: TimmAttention, name: str) -> None:
         raise ValueError(f"{name} is a {type(old).__name__} with a forward of its own; expected timm's Attention")
     if not isinstance(old.norm, nn.Identity) or getattr(old, "gate", None) is not None:
         raise ValueError(f"{name} normalises or gates its output, which BinaryAttention does not do")
-    dim = old.qkv.in_features
-    if old.attn_dim != dim or old.proj.out_features != dim:
-        raise ValueError(f"{name} maps {dim} to {old.attn_dim} channels; BinaryAttention needs them equal")
     for part in ("qkv", "proj"):
         layer = getattr(old, part)
         if type(layer) is not nn.Linear or "forward" in vars(layer):
-            kind = type(layer).__name__
-            raise ValueError(f"{name}.{part} is a {kind}, expected torch.nn.Linear: merge adapters and wrappers first")
-    for part, kind in (("attn_drop", nn.Dropout), ("norm", nn.Identity)):
-        if not is_plain(getattr(old, part), kind):
-            raise ValueError(
-                f"{name}.{part} has hooks or another class, and BinaryAttention has no such part: remove them"
-            )
+            found = type(layer).__name__
+            raise ValueError(f"{name}.{part} is a {found}, expected torch.nn.Linear: merge adapters and wrappers first")
+    # BinaryAttention has no module in their place.
+    if not (is_plain(old.attn_drop, nn.Dropout) and is_plain(old.norm, nn.Identity)):
+        raise ValueError(f"{name}.attn_drop or norm has hooks or another class, which would be lost: remove them first")
+    dim = old.qkv.in_features
+    if old.attn_dim != dim or old.proj.out_features != dim:
+        raise ValueError(f"{name} maps {dim} to {old.attn_dim} channels; BinaryAttention needs them equal")
 
 
 @torch.no_grad()

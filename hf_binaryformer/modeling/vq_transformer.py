@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_binaryformer.modeling.attention import AttentionControl, BinaryAttention, SharedAttention
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, takes_fields_of
+from hf_binaryformer.modeling.gradient_checkpointing import GradientCheckpointing
 from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
 from hf_binaryformer.modeling.token_weight import TokenWeight
 
@@ -33,7 +34,9 @@ class BinaryVQTransformer3DOutput(BaseOutput):
     logits: Tensor
 
 
-class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
+class BinaryVQTransformer3DModel(
+    AttentionControl, GradientCheckpointing, DiffusersCheckpointMixin, ModelMixin, ConfigMixin
+):
     r"""Predicts every token of a grid from those that are not masked; all tokens attend to all (paper Sec. 3.2, A.2).
 
     The K tokens of a grid position are embedded separately and concatenated (8 x 48 = 384 channels). A position

@@ -52,6 +52,26 @@ def test_one_tensor_on_another_device(name, call) -> None:
         assert word in str(error.value), error.value
 
 
+@pytest.mark.parametrize("index", range(10))
+def test_one_tensor_of_the_backward_pass_on_another_device(index) -> None:
+    given = arguments()
+    inputs = [given[name] for name in TENSORS[:5]]
+    output = torch.zeros(2, 3, 9, 4)
+    tensors = [output, *inputs, output, output[..., 0], output[..., 0], given["seed"]]
+    assert len(tensors) == 10
+    tensors[index] = tensors[index].to("meta")
+    with pytest.raises(ValueError, match=r"is on (meta|cpu), grad_output on (meta|cpu), expected one device"):
+        torch.ops.hf_binaryformer.hamming_attention_backward(*tensors, 40, 0.3, "none", True, None)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_one_tensor_of_the_balancing_on_another_device(index) -> None:
+    tensors = [torch.zeros(2, 3, 9, 4), torch.zeros(2, 3, 9, 4), torch.zeros(2, 3, 9)]
+    tensors[index] = tensors[index].to("meta")
+    with pytest.raises(ValueError, match="grad on (meta|cpu), expected one device"):
+        torch.ops.hf_binaryformer.balance_backward(*tensors, True, True, 1.0)
+
+
 def test_a_seed_may_stay_on_the_cpu() -> None:
     given = {name: t.to("meta") if isinstance(t, Tensor) and name != "seed" else t for name, t in arguments().items()}
     assert hamming_attention(**given).device.type == "meta"

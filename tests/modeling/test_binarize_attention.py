@@ -189,7 +189,7 @@ REFUSED = [
     (gated, "normalises or gates its output"),
     (normalised, "normalises or gates its output"),
     (wrapped, r"qkv is a ParametrizedLinear, expected torch\.nn\.Linear"),
-    (hook_on_the_probabilities, "attn_drop has hooks"),
+    (hook_on_the_probabilities, "attn_drop or norm has hooks"),
     (own_forward, "forward of its own"),
     (own_class, "OwnAttention"),
 ]

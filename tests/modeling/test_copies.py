@@ -111,6 +111,25 @@ def test_settings_that_are_not_saved_are_copied(way) -> None:
     assert again.gradient_checkpointing
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["segmentation", "token transformer", "autoencoder"])
+def test_gradient_checkpointing_is_copied(name, way) -> None:
+    make, draw = MODELS[name]
+    model, x = make().train(), draw()
+    enable = getattr(model, "gradient_checkpointing_enable", None) or model.enable_gradient_checkpointing
+    enable()
+    again = WAYS[way](model)
+    gradients = []
+    for one in (model, again):
+        torch.manual_seed(1)
+        first(one(x)).pow(3).sum().backward()
+        gradients.append([p.grad for p in one.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in again.modules())
+
+
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 def test_pipelines_and_their_other_components(way) -> None:
     copied = WAYS[way]
