@@ -31,8 +31,8 @@ def differentiable(
 
     def no_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
         raise NotImplementedError(
-            f"{name}: a second derivative was asked for, only first ones are implemented; "
-            f"use attention_type 'softmax' where you need it"
+            f"{name}: a second derivative was asked for, and only first ones are implemented; "
+            f"do not differentiate its gradient (create_graph=True)"
         )
 
     class Differentiable(torch.autograd.Function):

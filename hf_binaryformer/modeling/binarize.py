@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import Attention as TimmAttention
@@ -78,11 +79,15 @@ def _check_convertible(old: TimmAttention, name: str) -> None:
 @torch.no_grad()
 def _binary_form(old: TimmAttention, name: str, config: BinaryFormerConfig) -> BinaryAttention:
     """The new attention, which takes over those parts of the old one that fit; the old one is not changed."""
+    kind, eps = type(old.q_norm), getattr(old.q_norm, "eps", None)
+    norm_layer: Any = kind if eps is None else partial(kind, eps=eps)
     try:
         new = BinaryAttention(
             old.qkv.in_features,
             old.num_heads,
             qkv_bias=old.qkv.bias is not None,
+            qk_norm=kind is not nn.Identity,
+            norm_layer=norm_layer,
             proj_bias=old.proj.bias is not None,
             attn_drop=old.attn_drop.p,
             config=config,
@@ -99,12 +104,14 @@ def _binary_form(old: TimmAttention, name: str, config: BinaryFormerConfig) -> B
         if mine is not None and theirs is not None and same_values:
             mine[2 * new.query_key_dim :] = theirs[2 * projections :]
     _take_over_state(new, old)
-    _take_over_state(new.qkv, old.qkv)
-    _take_over_state(new.proj, old.proj)
+    for part in ("qkv", "proj", "q_norm", "k_norm"):
+        _take_over_state(getattr(new, part), getattr(old, part))
     learns = {key: parameter.requires_grad for key, parameter in old.named_parameters()}
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(learns.get(key, any(learns.values())))
-    new.q_norm, new.k_norm, new.proj_drop = old.q_norm, old.k_norm, old.proj_drop
+    new.proj_drop = old.proj_drop
+    if new.head_dim == old.head_dim:
+        new.q_norm, new.k_norm = old.q_norm, old.k_norm
     if same_values:
         new.proj = old.proj
     if same_bits and same_values:

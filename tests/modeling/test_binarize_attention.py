@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -155,6 +156,20 @@ def test_mode_type_and_device_are_kept(fields):
         last = name.startswith("blocks.2.")
         assert parameter.dtype == (torch.bfloat16 if last else torch.float64), name
         assert parameter.device.type == ("meta" if last else "cpu"), name
+
+
+@each_config
+def test_norms_of_queries_and_keys(fields):
+    """Kept where they fit, or else made anew, of the same kind."""
+    vit = tiny(qk_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-3))
+    norm = vit.blocks[1].attn.k_norm.requires_grad_(False)
+    nn.init.constant_(norm.bias, 0.5)
+    binarize_attention(vit, config(**fields))
+    found, channels = vit.blocks[1].attn.k_norm, fields.get("query_key_head_dim", 64)
+    assert (found is norm) == (channels == 64)
+    assert type(found) is nn.LayerNorm and found.eps == 1e-3 and found.normalized_shape == (channels,)
+    assert not found.weight.requires_grad and vit.blocks[0].attn.k_norm.weight.requires_grad
+    assert outputs(vit, torch.randn(IMAGE)).isfinite().all()
 
 
 class OwnAttention(Attention):
