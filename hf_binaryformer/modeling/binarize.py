@@ -79,14 +79,16 @@ def _check_convertible(old: TimmAttention, name: str) -> None:
 @torch.no_grad()
 def _binary_form(old: TimmAttention, name: str, config: BinaryFormerConfig) -> BinaryAttention:
     """The new attention, which takes over those parts of the old one that fit; the old one is not changed."""
-    kind, eps = type(old.q_norm), getattr(old.q_norm, "eps", None)
+    fits = config.query_key_head_dim in (None, old.head_dim)
+    kind: Any = type(old.q_norm)
+    eps = getattr(old.q_norm, "eps", None)
     norm_layer: Any = kind if eps is None else partial(kind, eps=eps)
     try:
         new = BinaryAttention(
             old.qkv.in_features,
             old.num_heads,
             qkv_bias=old.qkv.bias is not None,
-            qk_norm=kind is not nn.Identity,
+            qk_norm=kind is not nn.Identity and not fits,
             norm_layer=norm_layer,
             proj_bias=old.proj.bias is not None,
             attn_drop=old.attn_drop.p,
@@ -110,7 +112,7 @@ def _binary_form(old: TimmAttention, name: str, config: BinaryFormerConfig) -> B
     for key, parameter in new.named_parameters():
         parameter.requires_grad_(learns.get(key, any(learns.values())))
     new.proj_drop = old.proj_drop
-    if new.head_dim == old.head_dim:
+    if fits:
         new.q_norm, new.k_norm = old.q_norm, old.k_norm
     if same_values:
         new.proj = old.proj
