@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_binaryformer.modeling.binarize import binarize_attention
     from hf_binaryformer.modeling.configuration import BinaryFormerConfig
-    from hf_binaryformer.modeling.encoder import binarize_attention
     from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
     from hf_binaryformer.modeling.networks import (
         BinaryFormerForImageClassification,
@@ -39,7 +39,7 @@ _HOME = {
     "BinaryVQPipeline": "pipelines.vq_synthesis",
     "BinaryVQTransformer3DModel": "modeling.vq_transformer",
     "VolumeSegmentationPipeline": "pipelines.segmentation",
-    "binarize_attention": "modeling.encoder",
+    "binarize_attention": "modeling.binarize",
     "from_pretrained": "pipelines.loading",
 }
 

@@ -1,7 +1,8 @@
 """1-bit attention as an operator: bit packing, Hamming attention, and the backends that compute it.
 
-:mod:`.hamming` has the formulas, schema, fake and autograd. :mod:`.reference` has the readable code that every backend
-is tested against. :mod:`.backends` is the registry that backends add themselves to. This subpackage imports only torch.
+:mod:`.hamming` has the formulas, schema, fake and autograd. :mod:`.checks` has what arguments must fulfil,
+:mod:`.differentiation` what ``torch.func`` needs. :mod:`.reference` has the readable code that every backend is tested
+against. :mod:`.backends` is the registry that backends add themselves to. This subpackage imports only torch.
 """
 
 from hf_binaryformer.kernels import cpu  # noqa: F401 (registers itself)

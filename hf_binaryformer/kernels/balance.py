@@ -25,6 +25,8 @@ from torch import Tensor
 
 from hf_binaryformer.kernels.backends import first_result
 from hf_binaryformer.kernels.bits import pack_sign_bits, words_for
+from hf_binaryformer.kernels.checks import on_one_device
+from hf_binaryformer.kernels.differentiation import differentiable
 from hf_binaryformer.kernels.layout import compute_dtype, token_major
 
 # Added to the mean square, so that a token of zeros stays a token of zeros.
@@ -57,7 +59,7 @@ def balance(
     """
     if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected real numbers (B, H, N, d)")
-    return _balance(x, centering, norm, math.inf if window is None else window)[:2]
+    return _differentiable(x, centering, norm, math.inf if window is None else window)[:2]
 
 
 @torch.library.custom_op("hf_binaryformer::balance", mutates_args=())
@@ -75,6 +77,7 @@ def _(x: Tensor, centering: bool, norm: bool, window: float) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("hf_binaryformer::balance_backward", mutates_args=())
+@on_one_device
 def _balance_backward(
     grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
 ) -> Tensor:
@@ -85,8 +88,12 @@ def _balance_backward(
 
 
 @_balance_backward.register_fake
+@on_one_device
 def _(grad: Tensor, y: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float) -> Tensor:
     return token_major(y, y.shape, y.dtype)
+
+
+_differentiable_backward = differentiable(_balance_backward)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
@@ -96,10 +103,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
     y, inverse_rms = ctx.saved_tensors  # type: ignore[attr-defined]
-    return _balance_backward(grad, y, inverse_rms, *ctx.options), None, None, None  # type: ignore[attr-defined]
+    return _differentiable_backward(grad, y, inverse_rms, *ctx.options), None, None, None  # type: ignore[attr-defined]
 
 
-_balance.register_autograd(_backward, setup_context=_setup_context)
+_differentiable = differentiable(_balance, _backward, _setup_context)
 
 
 def reference_balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor]:

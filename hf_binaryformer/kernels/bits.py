@@ -46,6 +46,19 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], words_for(x.shape[-1])), dtype=torch.int64)
 
 
+def clear_padding(bits: Tensor, head_dim: int) -> Tensor:
+    """Words whose padding bits, those beyond ``head_dim``, are 0; the same tensor if there is no padding."""
+    used = head_dim % WORD_BITS
+    if used == 0:
+        return bits
+    mask = (1 << used) - 1
+    if bits.shape[-1] == 1:
+        return bits & mask
+    cleared = bits.clone()
+    cleared[..., -1] &= mask
+    return cleared
+
+
 def unpack_sign_bits(bits: Tensor, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Unpack the signs, so that ``unpack_sign_bits(pack_sign_bits(x), d) == sgn(x)``.
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,3 +80,53 @@ def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, hea
         raise ValueError(f"bit_gradient '{bit_gradient}' needs {name}=, the real tensor whose signs were packed")
     if real.shape != (*bits.shape[:3], head_dim):
         raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")
+
+
+def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what an operator runs, or its fake: ValueError unless all tensors are on one device.
+
+    Compiled code takes addresses, and an exported graph may have been moved since the arguments were first checked. A seed
+    may always be on the CPU.
+    """
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def checked(*arguments: Any) -> Any:
+        first: tuple[str, torch.device] | None = None
+        for name, argument in zip(names, arguments, strict=False):
+            if not isinstance(argument, Tensor) or (name == "seed" and argument.device.type == "cpu"):
+                continue
+            first = first or (name, argument.device)
+            if argument.device != first[1]:
+                raise ValueError(
+                    f"{name} is on {argument.device}, {first[0]} on {first[1]}, expected one device for all: move them"
+                )
+        return function(*arguments)
+
+    return checked
+
+
+def seed_tensor(seed: Any) -> Tensor:
+    """A seed as a 0-d int64 tensor.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is no single number, or needs more than 64 bits.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed is a tensor of {seed.dtype}, expected torch.int64: convert it, or pass an int")
+        if seed.dim():
+            raise ValueError(
+                f"seed has shape {tuple(seed.shape)}, expected one number: a tensor of shape (), or an int"
+            )
+        return seed
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(
+            f"seed is {seed!r} of type {type(seed).__name__}, expected an int or a 0-d int64 tensor"
+        ) from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed is {number}, expected a number that fits into 64 bits, from -2^63 to 2^63 - 1")
+    return torch.tensor(number, dtype=torch.int64)

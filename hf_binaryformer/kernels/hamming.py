@@ -26,8 +26,10 @@ import math
 import torch
 from torch import Tensor
 
-from hf_binaryformer.kernels.backends import get_backend, select_backend
-from hf_binaryformer.kernels.checks import check_inputs
+from hf_binaryformer.kernels.backends import select_backend
+from hf_binaryformer.kernels.bits import clear_padding
+from hf_binaryformer.kernels.checks import check_inputs, on_one_device, seed_tensor
+from hf_binaryformer.kernels.differentiation import differentiable
 from hf_binaryformer.kernels.layout import compute_dtype, token_major, zero_gradients
 from hf_binaryformer.kernels.reference import reference_backward, reference_forward
 
@@ -54,6 +56,7 @@ def hamming_attention(
 
     Args:
         query_bits: (B, H, Nq, words) int64 of :func:`pack_sign_bits`, or (B, H, Nq, 2, words) for two Bernoulli samples.
+            Padding bits of the last word are never counted, whatever they are.
         key_bits: (B, H, Nk, words) or (B, H, Nk, 2, words) int64.
         query_weight: (B, H, Nq) or (B, H, Nq, 2) real weight of each query.
         key_weight: (B, H, Nk) or (B, H, Nk, 2) real weight of each key.
@@ -65,15 +68,18 @@ def hamming_attention(
         bit_gradient: "none" (only the weights learn, as in the paper), "ste" (paper Eq. 3), "ternary".
         window: the bit gradient passes where abs(x) <= window; None: everywhere, for callers that apply their own
             window (:func:`~hf_binaryformer.kernels.balance.balance`).
-        seed: seed of the ternary draws, an int or a 0-d int64 tensor; None draws one from torch's generator.
-        backend: a name from :func:`available_backends`; None chooses the fastest.
+        seed: seed of the ternary draws, an int of 64 bits or a 0-d int64 tensor (on the CPU or with the other tensors);
+            None draws one from torch's generator.
+        backend: a name from :func:`available_backends`; None chooses the fastest for the device, each time it runs.
 
     Returns:
         (B, H, Nq, d_v) in the type of ``value``; zeros where Nk is 0.
 
     Raises:
-        ValueError: shapes, types or options do not fit together.
+        ValueError: shapes, types, devices or options do not fit together.
+        TypeError: the seed is not a whole number.
         BackendUnavailableError: the requested backend cannot run here.
+        NotImplementedError: forward-mode or second derivatives are asked for.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 5, 32)
@@ -86,17 +92,17 @@ def hamming_attention(
         scale = head_dim**-0.5
     if seed is None:
         seed = torch.randint(2**62, ()) if bit_gradient == "ternary" else 0
-    if not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64)
     if bit_gradient == "none":
         query = key = None
-    backend = select_backend(backend, value.device.type).name
-    tensors = (query_bits, key_bits, query_weight, key_weight, value, query, key, seed)
+    if backend is not None:
+        select_backend(backend, value.device.type)
+    tensors = (query_bits, key_bits, query_weight, key_weight, value, query, key, seed_tensor(seed))
     limit = math.inf if window is None else window
-    return _hamming_attention(*tensors, head_dim, scale, bit_gradient, backend, limit)[0]
+    return _attend(*tensors, head_dim, scale, bit_gradient, backend, limit)[0]
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention", mutates_args=())
+@on_one_device
 def _hamming_attention(
     query_bits: Tensor,
     key_bits: Tensor,
@@ -109,21 +115,24 @@ def _hamming_attention(
     head_dim: int,
     scale: float,
     bit_gradient: str,
-    backend: str,
+    backend: str | None,
     window: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The registered op: output (B, H, Nq, d_v) and row log-sum-exp (B, H, Nq)."""
-    inputs = query_bits, key_bits, query_weight, key_weight, value, head_dim, scale
-    return get_backend(backend).forward(*inputs) or reference_forward(*inputs)
+    bits = clear_padding(query_bits, head_dim), clear_padding(key_bits, head_dim)
+    inputs = *bits, query_weight, key_weight, value, head_dim, scale
+    return select_backend(backend, value.device.type).forward(*inputs) or reference_forward(*inputs)
 
 
 @_hamming_attention.register_fake
-def _(query_bits, key_bits, query_weight, key_weight, value, *args, **kwargs) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+@on_one_device
+def _(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     output = token_major(value, (*query_bits.shape[:3], value.shape[-1]), value.dtype)
     return output, value.new_empty(output.shape[:3], dtype=compute_dtype(value))
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention_backward", mutates_args=())
+@on_one_device
 def _hamming_attention_backward(
     grad_output: Tensor,
     query_bits: Tensor,
@@ -139,12 +148,14 @@ def _hamming_attention_backward(
     scale: float,
     bit_gradient: str,
     weight_gradient: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query_weight, key_weight, value, and the sign values of query and key (empty if not requested)."""
-    inputs = query_bits, key_bits, query_weight, key_weight, value
+    bits = clear_padding(query_bits, head_dim), clear_padding(key_bits, head_dim)
+    inputs = *bits, query_weight, key_weight, value
     options = seed, head_dim, scale, bit_gradient, weight_gradient
-    found = get_backend(backend).backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
+    chosen = select_backend(backend, value.device.type)
+    found = chosen.backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
     if found is None:
         # The reference needs the log-sum-exp of scores with its own rounding. With another one, the difference would be
         # an error in every probability of a row.
@@ -154,6 +165,7 @@ def _hamming_attention_backward(
 
 
 @_hamming_attention_backward.register_fake
+@on_one_device
 def _(  # type: ignore[no-untyped-def]
     grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp,
     seed, head_dim, scale, bit_gradient, weight_gradient, backend,
@@ -161,6 +173,9 @@ def _(  # type: ignore[no-untyped-def]
     return zero_gradients(
         query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient
     )
+
+
+_attend_backward = differentiable(_hamming_attention_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -192,7 +207,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  
     weight_gradient = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    grad_query_weight, grad_key_weight, grad_value, grad_query, grad_key = _hamming_attention_backward(
+    grad_query_weight, grad_key_weight, grad_value, grad_query, grad_key = _attend_backward(
         grad_output,
         query_bits,
         key_bits,
@@ -234,4 +249,4 @@ def _straight_through(grad_sign: Tensor, x: Tensor | None, window: float) -> Ten
     return torch.ops.aten.hardtanh_backward(grad_sign.to(dtype), x.to(dtype), -limit, limit).contiguous().to(x.dtype)
 
 
-_hamming_attention.register_autograd(_backward, setup_context=_setup_context)
+_attend = differentiable(_hamming_attention, _backward, _setup_context)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_binaryformer.kernels.backends import first_result
+from hf_binaryformer.kernels.differentiation import differentiable
 
 
-@torch.library.custom_op("hf_binaryformer::saturate_and_sign", mutates_args=())
 def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """tanh(beta x) and sgn(x), sgn(0) = +1, in one pass if a backend computes them.
 
@@ -19,12 +19,18 @@ def saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors like x. Gradients reach x only through the first.
     """
+    return _differentiable(x, beta)
+
+
+@torch.library.custom_op("hf_binaryformer::saturate_and_sign", mutates_args=())
+def _saturate_and_sign(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The registered op."""
     if (found := first_result("saturate_and_sign", x, beta)) is not None:
         return found
     return torch.tanh(beta * x), torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
-@saturate_and_sign.register_fake
+@_saturate_and_sign.register_fake
 def _(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -39,4 +45,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _sign_grad
     return torch.ops.aten.tanh_backward(grad, tanh).mul_(ctx.beta), None  # type: ignore[attr-defined]
 
 
-saturate_and_sign.register_autograd(_backward, setup_context=_setup_context)
+_differentiable = differentiable(_saturate_and_sign, _backward, _setup_context)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from hf_binaryformer.kernels.backends import select_backend
 from hf_binaryformer.kernels.balance import balance
 from hf_binaryformer.modeling import attention_forms  # noqa: F401 (registers the forms)
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, attention_form
+
+# What "hamming_bernoulli" draws from: one for the batch, one for each of its samples, or None: torch's own.
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class BinaryAttention(nn.Module):
@@ -28,13 +34,10 @@ class BinaryAttention(nn.Module):
         num_heads: heads H; query and key have d = D / H channels each, or ``query_key_head_dim``.
         qkv_bias, qk_norm, scale_norm, proj_bias, attn_drop, proj_drop, norm_layer: as in timm's ``Attention``.
             ``attn_drop`` applies to "softmax" only and must be 0 for other forms. ``scale_norm`` is not supported.
-        config: the mathematics. None takes the configuration of a subclass made by :meth:`bound_to`; timm needs such a
-            class to build its blocks.
+        config: the mathematics.
 
     Parameters have timm's names: ``qkv`` (D -> 2 H d + H d_v), ``proj`` (H d_v -> D).
     """
-
-    config: AttentionConfig
 
     def __init__(
         self,
@@ -47,11 +50,12 @@ class BinaryAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: type[nn.Module] | None = None,
-        config: AttentionConfig | None = None,
+        *,
+        config: AttentionConfig,
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.config = config = config or self.config
+        self.config = config
         config.check_heads(dim, num_heads)
         if scale_norm:
             raise ValueError("scale_norm=True is not supported: build the transformer without scale_attn_norm")
@@ -64,7 +68,7 @@ class BinaryAttention(nn.Module):
         self.scale = config.logit_scale / math.sqrt(self.head_dim)
         self.attn_drop = attn_drop
         self.backend: str | None = None
-        self.generator: torch.Generator | None = None
+        self.generator: Generators = None
 
         self.query_key_dim = num_heads * self.head_dim if form.has_queries else 0
         value_dim = num_heads * self.value_head_dim
@@ -80,8 +84,15 @@ class BinaryAttention(nn.Module):
 
     @classmethod
     def bound_to(cls, config: AttentionConfig) -> type[BinaryAttention]:
-        """A subclass with the configuration built in, for ``attn_layer=`` of timm's transformers."""
-        return type(cls.__name__, (cls,), {"config": config})
+        """What ``attn_layer=`` of timm's transformers needs: a class that makes attention with this configuration."""
+
+        class Bound(cls):  # type: ignore[valid-type, misc]
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, config=config, **options)
+                # No module holds this class, so its instances could not be pickled.
+                self.__class__ = cls  # type: ignore[assignment]
+
+        return Bound
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, N, D) -> (B, N, D).
@@ -120,10 +131,14 @@ class BinaryAttention(nn.Module):
         return self.config.query_key_centering != "none" or self.config.query_key_norm != "none"
 
     def scale_heads(self, x: Tensor) -> Tensor:
-        """Queries or their weights (B, H, N, ...), in which scores are linear, times their head's learned factor."""
+        """Queries or their weights (B, H, N, ...), in which scores are linear, times their head's learned factor.
+
+        The result is float32 (or float64) whatever x is: a factor in bfloat16 would be one of few.
+        """
         if self.log_scale is None:
             return x
-        return x * self.log_scale.exp().to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+        factor = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32)).exp()
+        return x * factor.view(-1, *(1,) * (x.dim() - 2))
 
 
 class SharedAttention(nn.Module):
@@ -153,15 +168,63 @@ class AttentionControl:
         for attention in attention_modules(self):  # type: ignore[arg-type]
             attention.backend = backend
 
-    def set_attention_generator(self, generator: torch.Generator | None) -> None:
-        """Set the generator (on the model's device) that "hamming_bernoulli" draws from, for repeatable samples."""
+    def set_attention_generator(self, generator: Generators) -> None:
+        """Set what "hamming_bernoulli" draws from, for repeatable samples.
+
+        Args:
+            generator: on any device; one for the batch, or one for each sample, whose output then does not depend on the
+                others of its batch. None: torch's own.
+        """
         for attention in attention_modules(self):  # type: ignore[arg-type]
             attention.generator = generator
+
+    def _checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
+        """The output of a block under gradient checkpointing.
+
+        Before torch computes a block for the second time, it restores its own generators, but not those of
+        :meth:`set_attention_generator`: so they are copied here, and the second time draws from the copies.
+        """
+        if torch.compiler.is_compiling():
+            return self._gradient_checkpointing_func(block, x)  # type: ignore[attr-defined]
+        attentions = attention_modules(self)  # type: ignore[arg-type]
+        before = copy.deepcopy([attention.generator for attention in attentions])
+        first = True
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal first
+            if first:
+                first = False
+                return block(x)
+            with _generators(attentions, copy.deepcopy(before)):
+                return block(x)
+
+        return self._gradient_checkpointing_func(run, x)  # type: ignore[attr-defined]
 
 
 def attention_modules(model: nn.Module) -> list[BinaryAttention]:
     """Every :class:`BinaryAttention` in a model."""
     return [module for module in model.modules() if isinstance(module, BinaryAttention)]
+
+
+@contextmanager
+def drawing_from(model: nn.Module, generator: Generators) -> Iterator[None]:
+    """Within this context a model draws from these generators (:meth:`AttentionControl.set_attention_generator`)."""
+    attentions = attention_modules(model)
+    with _generators(attentions, [generator] * len(attentions)):
+        yield
+
+
+@contextmanager
+def _generators(attentions: Sequence[BinaryAttention], generators: Sequence[Generators]) -> Iterator[None]:
+    """Within this context each attention has the generators given for it."""
+    before = [attention.generator for attention in attentions]
+    try:
+        for attention, generator in zip(attentions, generators, strict=True):
+            attention.generator = generator
+        yield
+    finally:
+        for attention, generator in zip(attentions, before, strict=True):
+            attention.generator = generator
 
 
 def attention_backend(model: Any, device_type: str) -> str | None:

@@ -26,7 +26,8 @@ def attend_softmax(attention: Any, query: Tensor, key: Tensor, value: Tensor) ->
     channels, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
     if missing > 0 and key.shape[2] >= PADDED_TOKENS:
         value = F.pad(value, (0, missing))
-    query, key = attention.scale_heads(real_numbers(attention, query)), real_numbers(attention, key)
+    query, key = real_numbers(attention, query), real_numbers(attention, key)
+    query = attention.scale_heads(query).to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, scale=attention.scale, dropout_p=dropout)[..., :channels]
 
 
@@ -102,11 +103,21 @@ def bernoulli_pair(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Two samples of psgn(sigma(x)) as bits (B, H, N, 2, words), and their bilinear weights (B, H, N, 2)."""
     x = saturate(x, attention.config)
     probability = ((x + 1) / 2).clamp(0, 1)
-    draw = torch.rand((2, *x.shape), generator=attention.generator, device=x.device)
-    samples = torch.where(draw < probability, 1.0, -1.0).to(x.dtype)  # (2, B, H, N, d)
+    samples = torch.where(uniform(attention.generator, x) < probability, 1.0, -1.0).to(x.dtype)  # (2, B, H, N, d)
     distance = (x - samples).abs().mean(-1)
     total = distance.sum(0).clamp_min(torch.finfo(distance.dtype).tiny)
     return pack_sign_bits(samples.movedim(0, 3)), (distance.flip(0) / total).movedim(0, 3)
+
+
+def uniform(generator: Any, x: Tensor) -> Tensor:
+    """Uniform numbers (2, B, H, N, d) for x (B, H, N, d), from one generator, from one for each sample, or from torch's."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = x.device if generator is None else generator.device
+        return torch.rand((2, *x.shape), generator=generator, device=device).to(x.device)
+    if len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators for {len(x)} samples: give one, or one for each sample")
+    draws = [torch.rand((2, *x.shape[1:]), generator=one, device=one.device).to(x.device) for one in generator]
+    return torch.stack(draws, 1) if draws else x.new_empty((2, *x.shape))
 
 
 def attend_uniform(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

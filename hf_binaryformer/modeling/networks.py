@@ -100,11 +100,7 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
         vit = self.encoder
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixel_values)))
         for block in vit.blocks:
-            x = (
-                self._gradient_checkpointing_func(block, x)
-                if self.gradient_checkpointing and self.training
-                else block(x)
-            )
+            x = self._checkpointed(block, x) if self.gradient_checkpointing and self.training else block(x)
         return BaseModelOutput(last_hidden_state=vit.norm(x))
 
     def _check(self, pixel_values: Tensor) -> None:

@@ -52,19 +52,30 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
 
     Raises:
         CheckpointNotFoundError: none of these places has it.
+        CheckpointError: a revision is given for what is not on the Hub. (Transformers ignores it there, and loads
+            something else than what was asked for.)
     """
     name = os.fspath(name)
     folder = Path(name)
+    revision = hub_options.get("revision")
+    repo_id = name if "/" in name else f"{os.environ.get(NAMESPACE_VARIABLE, DEFAULT_NAMESPACE)}/{name}"
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision '{revision}' was asked for, but '{name}' is a folder, which has no revisions: leave it out, or "
+                f"give the name of a repository on the Hub"
+            )
         return folder
-    if name in known_checkpoints():
-        return PACKAGED / name
-    if "/" not in name and any((PUBLISHED / name / kind).is_file() for kind in (MODEL_CONFIG, PIPELINE_CONFIG)):
-        return PUBLISHED / name
+    if local := _local_checkpoint(name):
+        if revision is not None:
+            raise CheckpointError(
+                f"revision '{revision}' was asked for, but '{name}' is installed with this package, and what is installed "
+                f"has no revisions: leave it out, or load '{repo_id}' from the Hub"
+            )
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    repo_id = name if "/" in name else f"{os.environ.get(NAMESPACE_VARIABLE, DEFAULT_NAMESPACE)}/{name}"
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.md"], **hub_options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -74,6 +85,15 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
             f"({', '.join(known_checkpoints()) or 'none'}); '{repo_id}' on the Hub ({type(error).__name__}). "
             + (f"Train it with: {command}" if command else f"Known names: {', '.join(sorted(TRAINING_COMMANDS))}")
         ) from error
+
+
+def _local_checkpoint(name: str) -> Path | None:
+    """The folder of a checkpoint that the package ships, or that the checkout publishes."""
+    if name in known_checkpoints():
+        return PACKAGED / name
+    if "/" not in name and any((PUBLISHED / name / kind).is_file() for kind in (MODEL_CONFIG, PIPELINE_CONFIG)):
+        return PUBLISHED / name
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

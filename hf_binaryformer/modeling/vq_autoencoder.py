@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from hf_binaryformer.modeling.gradient_checkpointing import GradientCheckpointing
 from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
 from hf_binaryformer.modeling.vq_networks import Decoder, Encoder
 from hf_binaryformer.modeling.vq_quantizer import ProductQuantizer
@@ -59,7 +60,7 @@ class BinaryVQModelOutput(BaseOutput):
     commitment_loss: Tensor | None = None
 
 
-class BinaryVQModel(DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
+class BinaryVQModel(GradientCheckpointing, DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
     """Convolutional autoencoder with a product-quantised bottleneck.
 
     Each latent covers a cell of ``downsample``³ voxels. Strided and transposed convolutions of kernel 2, and residual

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_binaryformer.modeling.attention import AttentionControl, BinaryAttention, SharedAttention
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, takes_fields_of
+from hf_binaryformer.modeling.gradient_checkpointing import GradientCheckpointing
 from hf_binaryformer.modeling.pretrained import DiffusersCheckpointMixin
 from hf_binaryformer.modeling.token_weight import TokenWeight
 
@@ -33,7 +34,9 @@ class BinaryVQTransformer3DOutput(BaseOutput):
     logits: Tensor
 
 
-class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, ModelMixin, ConfigMixin):
+class BinaryVQTransformer3DModel(
+    AttentionControl, GradientCheckpointing, DiffusersCheckpointMixin, ModelMixin, ConfigMixin
+):
     r"""Predicts every token of a grid from those that are not masked; all tokens attend to all (paper Sec. 3.2, A.2).
 
     The K tokens of a grid position are embedded separately and concatenated (8 x 48 = 384 channels). A position
@@ -150,7 +153,7 @@ class BinaryVQTransformer3DModel(AttentionControl, DiffusersCheckpointMixin, Mod
         x = x + self._positions(tokens.shape[2:]).to(x.dtype)
         for block in self.blocks:
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
+            x = self._checkpointed(block, x) if checkpointed else block(x)
         logits = self.head(self.norm(x)).unflatten(2, (config.num_codebooks, config.codebook_size))  # (B, N, K, V)
         logits = logits.permute(0, 2, 3, 1).unflatten(3, tokens.shape[2:])
         return BinaryVQTransformer3DOutput(logits) if return_dict else (logits,)

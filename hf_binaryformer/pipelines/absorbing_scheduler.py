@@ -204,6 +204,11 @@ class AbsorbingScheduler(DiffusersCheckpointMixin, SchedulerMixin, ConfigMixin):
         self._run = _Run(units, sample_generators(generator, len(masked)), hole, wanted, used)
         self._draw(self._run)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generator of each sample since :meth:`prepare`, for a network that draws too; empty before that."""
+        return self._run.generators if self._run else []
+
     def step(
         self, logits: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> AbsorbingSchedulerOutput | tuple[Tensor, Tensor, Tensor]:

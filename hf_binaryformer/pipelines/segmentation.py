@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_binaryformer.modeling.attention import attention_backend
+from hf_binaryformer.modeling.attention import attention_backend, drawing_from
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import (
     add_margin,
@@ -36,6 +36,7 @@ ENOUGH_OF_EXTENT = 0.9
 WAYS = ("from left to right", "from back to front", "from bottom to top")
 # Called with (slices done, all slices).
 ProgressCallback = Callable[[int, int], None]
+DEFAULT_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,8 @@ class VolumeSegmentationPipeline:
             ``logits`` (B, num_labels, H, W), and has a ``config`` with ``id2label``.
         processor: the image processor that the model was trained with.
         device: to move the model to; None leaves it where it is.
-        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None is torch.float32.
+        dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None and torch.float32 run
+            it in the type of its own weights, which ``pipeline.model.half()`` for example may change.
         batch_size: windows that go through the network at once.
 
     Raises:
@@ -116,6 +118,7 @@ class VolumeSegmentationPipeline:
         self.processor = processor
         self.dtype = number_format(dtype)
         self.batch_size = batch_size
+        self._number_format()  # raises if weights and dtype do not go together
         self.label_names = {int(label): str(name) for label, name in model.config.id2label.items()}
 
     @classmethod
@@ -157,12 +160,33 @@ class VolumeSegmentationPipeline:
         """Where the model is."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the model's weights."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    def _number_format(self) -> torch.dtype:
+        """What the network is computed in: ``dtype`` under autocast, or the type of its weights.
+
+        Raises:
+            ValueError: autocast cannot run weights of this type.
+        """
+        if self.dtype == torch.float32:
+            return self.weight_dtype
+        if self.weight_dtype not in (torch.float32, self.dtype):
+            raise ValueError(
+                f"the model's weights are {self.weight_dtype}, dtype is {self.dtype}, which takes weights of torch.float32 "
+                f"or of that type: call model.float(), or leave dtype out to run the weights in their own type"
+            )
+        return self.dtype
+
     def __call__(
         self,
         volume: Volume | str | os.PathLike[str],
         *,
         return_probabilities: bool = False,
         progress: ProgressCallback | bool = False,
+        generator: torch.Generator | None = None,
     ) -> VolumeSegmentationOutput:
         """Segment one volume.
 
@@ -170,11 +194,15 @@ class VolumeSegmentationPipeline:
             volume: a file that :func:`~hf_binaryformer.pipelines.volumes.read_volume` reads, or what it returned.
             return_probabilities: keep the probability of every label on the volume's grid; 2 bytes per label and voxel.
             progress: True shows a bar; a function is called with (slices done, all slices).
+            generator: what attention draws from, if it draws ("hamming_bernoulli"). None: a new one with the same seed for
+                each volume, so that a volume gets the same labels each time.
 
         Raises:
             VolumeError: the file cannot be used.
+            ValueError: the model was cast to a type that does not go with ``dtype``.
         """
         start = time.perf_counter()
+        self._number_format()  # the model may have been cast since
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
         scale = self.processor.intensity_scale(volume.array)
@@ -191,12 +219,13 @@ class VolumeSegmentationPipeline:
         if return_probabilities:
             probabilities = np.zeros((len(self.label_names), *labels.shape), dtype=np.float16)
             probabilities[0] = 1  # outside the foreground
+        generator = generator or torch.Generator(self.device).manual_seed(DEFAULT_SEED)
         if resampled or return_probabilities:
-            found = self._predict(network_input, progress, keep=_as_half)
+            found = self._predict(network_input, progress, generator, keep=_as_half)
             kept = probabilities[(slice(None), *box)] if probabilities is not None else None
             labels[box] = _most_probable(found, network_affine, affine, crop.shape, kept)
         else:
-            labels[box] = self._predict(network_input, progress, keep=_as_labels).numpy()
+            labels[box] = self._predict(network_input, progress, generator, keep=_as_labels).numpy()
 
         seconds = time.perf_counter() - start
         report = self._report(volume, labels, scale, network_input.shape, network_affine, seconds)
@@ -205,7 +234,11 @@ class VolumeSegmentationPipeline:
 
     @torch.inference_mode()
     def _predict(
-        self, scaled: np.ndarray, progress: ProgressCallback | bool, keep: Callable[[Tensor], Tensor]
+        self,
+        scaled: np.ndarray,
+        progress: ProgressCallback | bool,
+        generator: torch.Generator,
+        keep: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Run all slices of (I, J, K); ``keep`` reduces the logits of a batch to what is stored: (..., I, J, K)."""
         axis = self.processor.slice_axis
@@ -217,7 +250,8 @@ class VolumeSegmentationPipeline:
             for first in self._steps(len(slices), progress):
                 index = torch.arange(first, min(first + self.batch_size, len(slices)))
                 pixel_values = self.processor.slices_at(slices, index).to(self.device)
-                batch = keep(self._logits(pixel_values)[(..., *inner)]).cpu()
+                with drawing_from(self.model, generator):
+                    batch = keep(self._logits(pixel_values)[(..., *inner)]).cpu()
                 if stored is None:
                     stored = batch.new_empty((len(slices), *batch.shape[1:]))
                 stored[index] = batch
@@ -244,7 +278,7 @@ class VolumeSegmentationPipeline:
         if self.dtype != torch.float32:
             precision = torch.autocast(self.device.type, dtype=self.dtype)
         with precision:
-            logits = self.model(pixel_values).logits
+            logits = self.model(pixel_values.to(self.weight_dtype)).logits
         return logits.float()
 
     def _steps(self, slices: int, progress: ProgressCallback | bool) -> Iterable[int]:
@@ -307,7 +341,7 @@ class VolumeSegmentationPipeline:
             "attention_type": getattr(config, "attention_type", None),
             "backend": attention_backend(self.model, self.device.type),
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self._number_format()).removeprefix("torch."),
             "network_grid": {"shape": list(network_shape), "affine": network_affine.tolist()},
             "seconds": seconds,
             "versions": versions(),

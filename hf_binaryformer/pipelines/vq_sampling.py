@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from hf_binaryformer.modeling.attention import drawing_from
 from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, PIPELINE_CONFIG, CheckpointError, resolve_checkpoint
 
 # diffusers loads components only from modules that are already imported.
@@ -238,7 +239,8 @@ class VQSamplingPipeline(DiffusionPipeline):
         Args:
             tokens, masked: (B, K, d, h, w), int64 and bool.
             num_inference_steps, temperature, selection: see ``AbsorbingScheduler.set_timesteps``.
-            generator: one (its samples are the same as if they were drawn one after another), one per sample, or None.
+            generator: one (its samples are the same as if they were drawn one after another), one per sample, or None. It
+                decides all random numbers, those of attention that draws too.
             callback, callback_tensor_inputs: see :data:`StepCallback`.
 
         Returns:
@@ -249,7 +251,8 @@ class VQSamplingPipeline(DiffusionPipeline):
         self.scheduler.prepare(masked, generator)
         tokens = tokens.masked_fill(masked, self.scheduler.config.mask_token_id).to(self.device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        with self._running(self.transformer), self.progress_bar(total=self._num_timesteps) as bar:
+        drawing = drawing_from(self.transformer, self.scheduler.generators)
+        with self._running(self.transformer), drawing, self.progress_bar(total=self._num_timesteps) as bar:
             for step, timestep in enumerate(self.scheduler.timesteps.tolist()):
                 logits = self.transformer(tokens).logits
                 tokens = self.scheduler.step(logits, timestep, tokens, return_dict=False)[0]

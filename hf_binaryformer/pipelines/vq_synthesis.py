@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from hf_binaryformer.modeling.attention import drawing_from
 from hf_binaryformer.pipelines.token_units import Generators
 from hf_binaryformer.pipelines.vq_sampling import StepCallback, VQSamplingPipeline
 
@@ -108,7 +109,7 @@ class BinaryVQPipeline(VQSamplingPipeline):
         Args:
             volumes: scaled volumes (B, 1, D, H, W), or their tokens (B, K, d, h, w) as integers.
             num_samples: number of times for each volume; the error of the estimate decreases with it.
-            generator: random generator of the masks and times.
+            generator: random generator of the masks and times, and of attention that draws.
 
         Returns:
             (B,) bits for each token position, all K entries together. A model without any knowledge has K * log2(V).
@@ -120,7 +121,7 @@ class BinaryVQPipeline(VQSamplingPipeline):
         for timestep in self._times(num_samples, generator):
             times = torch.full((len(tokens),), timestep)
             noisy, masked = self.scheduler.add_noise(tokens, times, generator)
-            logits = self._logits(noisy)
+            logits = self._logits(noisy, generator)
             sums += elbo_loss(logits, tokens, masked, times, total, weighting="elbo", reduction="none").double()
         return (sums * self.transformer.config.num_codebooks / num_samples).float()
 
@@ -139,7 +140,7 @@ class BinaryVQPipeline(VQSamplingPipeline):
         right, count = torch.zeros(len(tokens)), torch.zeros(len(tokens))
         for timestep in self._times(num_samples, generator):
             noisy, masked = self.scheduler.add_noise(tokens, torch.full((len(tokens),), timestep), generator)
-            hits = (self._logits(noisy).argmax(2) == tokens) & masked
+            hits = (self._logits(noisy, generator).argmax(2) == tokens) & masked
             right += hits.flatten(1).sum(1)
             count += masked.flatten(1).sum(1)
         return right / count.clamp_min(1)
@@ -155,6 +156,6 @@ class BinaryVQPipeline(VQSamplingPipeline):
     def _as_tokens(self, volumes: Tensor) -> Tensor:
         return self.encode(volumes) if volumes.is_floating_point() else volumes.cpu().long()
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        with self._running(self.transformer):
+    def _logits(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+        with self._running(self.transformer), drawing_from(self.transformer, generator):
             return self.transformer(tokens.to(self.device)).logits.float().cpu()

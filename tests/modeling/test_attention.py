@@ -1,5 +1,8 @@
 """Every attention type against a dense float64 evaluation of its formula with the module's own parameters."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_oracle import (
@@ -15,6 +18,8 @@ from attention_oracle import (
 )
 from torch import Tensor
 
+from hf_binaryformer.kernels import hamming_attention
+from hf_binaryformer.modeling import attention_forms
 from hf_binaryformer.modeling.attention import BinaryAttention
 from hf_binaryformer.modeling.attention_forms import PADDED_TOKENS
 from hf_binaryformer.modeling.networks import BinaryFormerModel
@@ -224,6 +229,56 @@ def test_autocast(attention_type: str) -> None:
             assert parameter.grad.dtype == torch.float32
             assert parameter.grad.isfinite().all(), name
     assert module.proj.weight.grad is not None and module.proj.weight.grad.any()
+
+
+TEMPERATURES = 21
+
+
+@pytest.mark.parametrize("attention_type", ["sign", "hamming", "hamming_grouped", "hamming_bernoulli"])
+def test_autocast_leaves_the_learned_scales_in_float32(attention_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator computes in float32: factors of 21 heads that differ by 0.2 % reach it as 21, not as 6."""
+    weights: list[Tensor] = []
+
+    def record(
+        query_bits: Tensor, key_bits: Tensor, query_weight: Tensor, *others: Tensor, **options: object
+    ) -> Tensor:
+        weights.append(query_weight)
+        return hamming_attention(query_bits, key_bits, query_weight, *others, **options)
+
+    monkeypatch.setattr(attention_forms, "hamming_attention", record)
+    dim = 4 * TEMPERATURES
+    fields = {"hidden_size": dim, "num_heads": TEMPERATURES, "learned_logit_scale": True}
+    module = BinaryAttention(dim, TEMPERATURES, config=make_config(attention_type, **fields))
+    scales = torch.linspace(1.0, 1.04, TEMPERATURES)
+    x = torch.randn(1, 5, dim)
+    for one in (torch.ones(TEMPERATURES), scales):
+        module.log_scale.data.copy_(one.log())
+        torch.manual_seed(1)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+    assert weights[1].dtype == torch.float32
+    found = weights[1].flatten(2)[0] / weights[0].float().flatten(2)[0]
+    torch.testing.assert_close(found, scales[:, None].expand_as(found))
+
+
+def test_autocast_does_not_round_the_scale_of_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queries are bfloat16, but a factor that is rounded before them would be 1 here."""
+    seen: list[Tensor] = []
+
+    def record(query: Tensor, *others: Tensor, **options: object) -> Tensor:
+        seen.append(query)
+        return torch.nn.functional.scaled_dot_product_attention(query, *others, **options)
+
+    functions = SimpleNamespace(scaled_dot_product_attention=record, pad=torch.nn.functional.pad)
+    monkeypatch.setattr(attention_forms, "F", functions)
+    module = BinaryAttention(DIM, HEADS, config=make_config("softmax", learned_logit_scale=True))
+    x = torch.randn(1, 400, DIM)
+    for scale in (1.0, 1.0035):  # half way between two numbers of bfloat16
+        module.log_scale.data.fill_(math.log(scale))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            module(x)
+    assert seen[1].dtype == torch.bfloat16
+    assert float(seen[1].float().norm() / seen[0].float().norm()) == pytest.approx(1.0035, abs=1.5e-3)
 
 
 @pytest.mark.parametrize("attention_type", ["sign", "hamming"])

@@ -1,4 +1,4 @@
-"""The networks: sizes, saving, starting from timm, patching timm, errors."""
+"""The networks: sizes, saving, starting from timm, errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers import (
 from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.decoder import ShuffleBlock, UnshuffleBlock
-from hf_binaryformer.modeling.encoder import binarize_attention
 from hf_binaryformer.modeling.networks import (
     BinaryFormerForImageClassification,
     BinaryFormerForSemanticSegmentation,
@@ -154,38 +153,6 @@ def test_from_timm_takes_one_channel_and_random_weights(dino_file):
     torch.testing.assert_close(model.binaryformer.encoder.patch_embed.proj.weight, weight.sum(1, keepdim=True))
     with pytest.raises(ValueError, match=r"expected a \.safetensors file"):
         BinaryFormerForSemanticSegmentation.from_timm("vit_small_patch8_224.dino", checkpoint="dino.pth")
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch8_224.dino", "vit_base_patch16_clip_224"])
-def test_softmax_patch_of_timm_changes_nothing(name):
-    vit = timm.create_model(name, pretrained=False, img_size=64, depth=2, num_classes=5).eval()
-    x = torch.randn(2, 3, 64, 64)
-    expected = outputs_of(vit, x)
-    same = binarize_attention(vit, BinaryFormerConfig(attention_type="softmax", value_head_dim=None))
-    assert same is vit and len(attention_modules(vit)) == 2
-    torch.testing.assert_close(outputs_of(vit, x), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("value_head_dim", [None, 8])
-def test_patched_timm_keeps_queries_and_keys_and_trains(value_head_dim):
-    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=2, num_classes=5)
-    before = {k: t.clone() for k, t in vit.state_dict().items()}
-    binarize_attention(vit, BinaryFormerConfig(attention_type="sign", value_head_dim=value_head_dim))
-    after = vit.state_dict()["blocks.1.attn.qkv.weight"]
-    rows = 2 * 192 if value_head_dim else 3 * 192
-    assert torch.equal(after[:rows], before["blocks.1.attn.qkv.weight"][:rows])
-    vit(torch.randn(1, 3, 64, 64)).sum().backward()
-    assert vit.blocks[0].attn.qkv.weight.grad[:192].abs().sum() > 0
-
-
-def outputs_of(vit: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return vit(x)
-
-
-def test_patching_something_else_is_refused():
-    with pytest.raises(ValueError, match="holds no timm Attention"):
-        binarize_attention(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("bit_gradient", [None, "ternary"])
