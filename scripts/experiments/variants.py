@@ -5,11 +5,12 @@
 | row-maximum | ternary numbers of a whole row (column) have one scale, its largest entry, instead of one for each 64 |
 | clipped-mean | that scale is three times the mean of the row's sizes; larger entries are cut (biased, less variance) |
 | ternary-values | like row-maximum; the gradient of the values also uses ternary numbers instead of the probabilities |
+| running-mean | queries and keys lose a mean over the batch's tokens, in evaluation a running one, as in batch norm |
 | channel-groups | "hamming" with a weight for each of four groups of a head's channels |
 | from-ste | straight-through in a random share of steps that falls from all to none at half time, else as configured |
 | teacher:FOLDER | the loss is the mean of the training's own and the cross-entropy to a trained transformer's predictions |
 
-The first four are registered as attention forms (:data:`FORMS`), so that their checkpoints load where this module is
+The first five are registered as attention forms (:data:`FORMS`), so that their checkpoints load where this module is
 imported.
 """
 
@@ -26,11 +27,13 @@ from torch import Tensor, nn
 
 from hf_binaryformer.modeling.attention import attention_modules
 from hf_binaryformer.modeling.attention_configuration import AttentionForm, attention_form, register_attention_form
+from hf_binaryformer.modeling.attention_forms import attend_sign
 from hf_binaryformer.modeling.token_weight import TokenWeight
 from hf_binaryformer.training.loop import Task
 
 MEANS = 3.0
 CHANNEL_GROUPS = 4
+RUNNING_SHARE = 0.05
 
 
 def signs(x: Tensor) -> Tensor:
@@ -105,6 +108,34 @@ def attend_channel_groups(attention: Any, query: Tensor, key: Tensor, value: Ten
     return F.scaled_dot_product_attention(sides[0], sides[1], value, scale=attention.scale)
 
 
+class RunningMean(nn.Module):
+    """Subtracts from each channel its mean over samples and tokens; in evaluation, the running mean of the training."""
+
+    mean: Tensor
+
+    def __init__(self, head_dim: int, num_heads: int, **factory: Any) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_heads, 1, head_dim, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, N, d) -> (B, H, N, d)."""
+        if not self.training:
+            return x - self.mean
+        mean = x.float().mean((0, 2))[:, None]
+        self.mean.lerp_(mean.detach(), RUNNING_SHARE)
+        return (x.float() - mean).to(x.dtype)
+
+
+def running_means(config: Any, head_dim: int, num_heads: int, factory: dict[str, Any]) -> dict[str, nn.Module]:
+    """The means of queries and of keys."""
+    return {name: RunningMean(head_dim, num_heads, **factory) for name in ("query_mean", "key_mean")}
+
+
+def attend_running_mean(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Like the package's "sign"."""
+    return attend_sign(attention, attention.query_mean(query), attention.key_mean(key), value)
+
+
 def register() -> dict[str, str]:
     """Add the forms to the package's; returns the ``attention_type`` of each variant."""
     sign, hamming = attention_form("sign"), attention_form("hamming")
@@ -118,6 +149,16 @@ def register() -> dict[str, str]:
             takes_bit_gradient=True,
             default_bit_gradient="ternary",
         )
+    forms["running-mean"] = AttentionForm(
+        "sign_running_mean",
+        f"{sign.scores}, signs of what differs from a running mean",
+        attend_running_mean,
+        reads=sign.reads,
+        has_bits=True,
+        takes_bit_gradient=True,
+        default_bit_gradient=sign.default_bit_gradient,
+        parts=running_means,
+    )
     forms["channel-groups"] = AttentionForm(
         "hamming_channel_groups",
         f"{hamming.scores}, one for each group of channels",

@@ -70,6 +70,23 @@ def test_channel_groups_with_equal_weights_are_the_papers_form():
     assert not torch.allclose(module(x), wanted)
 
 
+def test_a_running_mean_is_the_batch_mean_in_training_and_its_average_in_evaluation():
+    fields = {"bit_gradient": "ste", "query_key_norm": "rms"}
+    module = attention(variants.FORMS["running-mean"], **fields)
+    plain = attention("sign", query_key_centering="tokens", **fields)
+    plain.load_state_dict({k: v for k, v in module.state_dict().items() if "mean" not in k})
+    one = torch.randn(1, 9, 16) + 3
+    # With one sample, the mean over samples and tokens is that over the tokens.
+    torch.testing.assert_close(module(one), plain(one))
+    two = torch.cat([one, -one])
+    assert not torch.allclose(module(two), plain(two))
+    for _ in range(300):
+        module(one)
+    module.eval()
+    torch.testing.assert_close(module(one), plain(one), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(module(torch.cat([one, two]))[:1], module(one))
+
+
 def test_from_ste_changes_the_gradient_little_by_little():
     seen = []
     module = attention("hamming", bit_gradient="none")
