@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_binaryformer.modeling.attention import attention_backend, drawing_from
-from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import (
     add_margin,
     crop_affine,
@@ -28,12 +27,10 @@ from hf_binaryformer.pipelines.grids import (
     same_spacing,
 )
 from hf_binaryformer.pipelines.precision import number_format
-from hf_binaryformer.pipelines.provenance import NOTICE, versions
+from hf_binaryformer.pipelines.provenance import NOTICE
+from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
-# An image that shows less than this share of the smallest extent of the training images is told.
-ENOUGH_OF_EXTENT = 0.9
-WAYS = ("from left to right", "from back to front", "from bottom to top")
 # Called with (slices done, all slices).
 ProgressCallback = Callable[[int, int], None]
 DEFAULT_SEED = 0
@@ -228,8 +225,19 @@ class VolumeSegmentationPipeline:
             labels[box] = self._predict(network_input, progress, generator, keep=_as_labels).numpy()
 
         seconds = time.perf_counter() - start
-        report = self._report(volume, labels, scale, network_input.shape, network_affine, seconds)
-        report["notes"] = self._notes(volume, labels, extent_mm(foreground, volume.spacing))
+        seen = getattr(self.processor, "foreground_extent", None)
+        report = {
+            **segmentation_report(volume, labels, self.label_names),
+            "notes": segmentation_notes(volume, labels, extent_mm(foreground, volume.spacing), seen),
+            "intensities": scale.as_dict(),
+            "model": Path(getattr(self.model.config, "name_or_path", "")).name or type(self.model).__name__,
+            "attention_type": getattr(self.model.config, "attention_type", None),
+            "backend": attention_backend(self.model, self.device.type),
+            "device": str(self.device),
+            "dtype": str(self._number_format()).removeprefix("torch."),
+            "network_grid": {"shape": list(network_input.shape), "affine": network_affine.tolist()},
+            "seconds": seconds,
+        }
         return VolumeSegmentationOutput(labels, probabilities, volume, dict(self.label_names), seconds, report)
 
     @torch.inference_mode()
@@ -292,60 +300,6 @@ class VolumeSegmentationPipeline:
                 bar.update(done - first)
                 if callable(progress):
                     progress(done, slices)
-
-    def _notes(self, volume: Volume, labels: np.ndarray, extent: tuple[float, float, float]) -> list[str]:
-        """What the user should know: choices of the reader, an image that shows less than was trained on, no labels."""
-        notes = list(volume.notes)
-        for mm, least, way in zip(
-            extent, getattr(self.processor, "foreground_extent", None) or (0, 0, 0), WAYS, strict=True
-        ):
-            if mm < ENOUGH_OF_EXTENT * least:
-                notes.append(
-                    f"the image shows {mm:.0f} mm {way}, the training images at least {least:.0f} mm: what is cut off, and "
-                    f"what lies near the cut, is labelled badly or not at all"
-                )
-        if not labels.any():
-            notes.append("nothing was found, all voxels are background: is this what the model was trained on?")
-        return notes
-
-    def _report(
-        self,
-        volume: Volume,
-        labels: np.ndarray,
-        scale: IntensityScale,
-        network_shape: tuple[int, ...],
-        network_affine: np.ndarray,
-        seconds: float,
-    ) -> dict[str, Any]:
-        voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-        counts = np.bincount(labels.ravel(), minlength=max(self.label_names) + 1)
-        config = self.model.config
-        return {
-            "notice": NOTICE,
-            "input": volume.name,
-            "shape": list(volume.array.shape),
-            "orientation": "RAS",
-            "spacing_mm": list(volume.spacing),
-            "affine": volume.affine.tolist(),
-            "intensities": scale.as_dict(),
-            "labels": [
-                {
-                    "label": label,
-                    "name": name,
-                    "voxels": int(counts[label]),
-                    "volume_ml": float(counts[label]) * voxel_ml,
-                }
-                for label, name in self.label_names.items()
-            ],
-            "model": Path(getattr(config, "name_or_path", "")).name or type(self.model).__name__,
-            "attention_type": getattr(config, "attention_type", None),
-            "backend": attention_backend(self.model, self.device.type),
-            "device": str(self.device),
-            "dtype": str(self._number_format()).removeprefix("torch."),
-            "network_grid": {"shape": list(network_shape), "affine": network_affine.tolist()},
-            "seconds": seconds,
-            "versions": versions(),
-        }
 
 
 def _as_half(logits: Tensor) -> Tensor:

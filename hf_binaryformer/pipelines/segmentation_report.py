@@ -1,0 +1,63 @@
+"""What a segmentation says of its labels: their volumes, and what the user should know before using them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_binaryformer.pipelines.provenance import NOTICE, versions
+from hf_binaryformer.pipelines.volumes import Volume
+
+# An image that shows less than this share of the smallest extent of the training images is told.
+ENOUGH_OF_EXTENT = 0.9
+WAYS = ("from left to right", "from back to front", "from bottom to top")
+
+
+def segmentation_report(volume: Volume, labels: np.ndarray, label_names: dict[int, str]) -> dict[str, Any]:
+    """Grid of a volume, and number of voxels and volume in ml of each label.
+
+    Args:
+        volume: the input.
+        labels: (I, J, K), on its grid.
+        label_names: name of each label number.
+    """
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    counts = np.bincount(labels.ravel(), minlength=max(label_names) + 1)
+    return {
+        "notice": NOTICE,
+        "input": volume.name,
+        "shape": list(volume.array.shape),
+        "orientation": "RAS",
+        "spacing_mm": list(volume.spacing),
+        "affine": volume.affine.tolist(),
+        "labels": [
+            {"label": label, "name": name, "voxels": int(counts[label]), "volume_ml": float(counts[label]) * voxel_ml}
+            for label, name in label_names.items()
+        ],
+        "versions": versions(),
+    }
+
+
+def segmentation_notes(
+    volume: Volume, labels: np.ndarray, extent: Sequence[float], trained_extent: Sequence[float] | None
+) -> list[str]:
+    """What the user should know: choices of the reader, an image that shows less than was trained on, no labels.
+
+    Args:
+        volume: the input.
+        labels: (I, J, K), on its grid.
+        extent: of the image's foreground in mm, (R, A, S).
+        trained_extent: the smallest extent of the training images; None if it is not known.
+    """
+    notes = list(volume.notes)
+    for mm, least, way in zip(extent, trained_extent or (0, 0, 0), WAYS, strict=True):
+        if mm < ENOUGH_OF_EXTENT * least:
+            notes.append(
+                f"the image shows {mm:.0f} mm {way}, the training images at least {least:.0f} mm: what is cut off, and "
+                f"what lies near the cut, is labelled badly or not at all"
+            )
+    if not labels.any():
+        notes.append("nothing was found, all voxels are background: is this what the model was trained on?")
+    return notes
