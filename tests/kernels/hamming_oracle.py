@@ -38,6 +38,7 @@ class Expected:
     value: np.ndarray
     query_weight: np.ndarray
     key_weight: np.ndarray
+    query_weight_terms: float  # norm of the sums of sizes whose signed sums are the gradient of the query weights
     query: np.ndarray | None = None
     key: np.ndarray | None = None
 
@@ -102,6 +103,8 @@ def hamming_oracle(
     d_probabilities = d_output @ values.swapaxes(-1, -2)
     delta = (probabilities * d_probabilities).sum(-1, keepdims=True)
     d_scores = probabilities * (d_probabilities - delta)
+    sizes = probabilities * (np.abs(d_probabilities) + np.abs(delta))
+    terms = sum((sizes * np.abs(dots[m, n] * k_weight[:, :, None, :, n])).sum(-1) for m, n in planes)
     d_q_weight, d_k_weight = np.zeros_like(q_weight), np.zeros_like(k_weight)
     for m, n in planes:
         d_q_weight[..., m] += np.einsum("bhij,bhij,bhj->bhi", d_scores, dots[m, n], k_weight[..., n])
@@ -116,6 +119,7 @@ def hamming_oracle(
         value=probabilities.swapaxes(-1, -2) @ d_output,
         query_weight=d_q_weight,
         key_weight=d_k_weight,
+        query_weight_terms=float(np.linalg.norm(terms)),
     )
     if query is not None and key is not None:
         q_signs, k_signs = signs_by_hand(query_bits, head_dim), signs_by_hand(key_bits, head_dim)

@@ -65,11 +65,17 @@ def both_in_a_tile(case: Case) -> Case:
 
 
 def assert_near(case: Case, dtype: torch.dtype) -> Results:
-    """Errors as allowed, or three times the reference's: of peaked rows little is left but the rounding of the output."""
+    """Errors as allowed, or three times the reference's: of peaked rows little is left but the rounding of the output.
+
+    In the gradient of the query weights, terms of a peaked row cancel; four roundings of each term are allowed.
+    """
     results, reference, expected = case.run(backend="cpu"), case.run(backend="reference"), case.expected()
     for name, result in results.items():
         error, theirs = (distance(tensor, getattr(expected, name)) for tensor in (result, reference[name]))
         allowed = max(ALLOWED[dtype][name != "output"], 3 * theirs)
+        if name == "query_weight":
+            cancelled = expected.query_weight_terms / np.linalg.norm(expected.query_weight)
+            allowed = max(allowed, 4 * torch.finfo(torch.float32).eps * float(cancelled))
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails too
     return results
 
