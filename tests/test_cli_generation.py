@@ -139,6 +139,21 @@ def test_empty_mask_returns_the_input_and_says_so(files, checkpoint):
     )
 
 
+def test_a_mask_that_is_nearly_whole_is_rounded_and_told(files, checkpoint):
+    source, mask, out = files
+    image = nib.load(mask)
+    values = (np.asarray(image.dataobj) * 0.9999).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, image.affine), mask)
+    report = out / "f.json"
+    options = ("--steps", 1, "--model", checkpoint, "--report", report)
+    result = run("inpaint", source, "--mask", mask, "-o", out / "f.nii.gz", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(report.read_text())["notes"] == [
+        f"{mask} has labels up to 0.0001 off whole numbers, they were rounded"
+    ]
+    assert f"note: {mask} has labels" in result.stderr
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_synthesize(samples, tmp_path, checkpoint):
     output = tmp_path / "s.nii.gz"

@@ -134,6 +134,8 @@ def hole_of(volume: Volume, mask: Path | None, size: float, kind: str) -> np.nda
     if mask is not None:
         given = read_volume(mask, labels=True)
         check_same_grid(volume, given)
+        for note in given.notes:
+            typer.echo(f"note: {note}", err=True)
         return given.array != 0
     scaled = volume.array / max(float(np.percentile(volume.array, 99.5)), 1e-12)
     centre = [(part.start + part.stop - 1) / 2 for part in foreground_box(scaled, volume.spacing)]

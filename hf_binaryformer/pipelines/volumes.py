@@ -24,6 +24,7 @@ from hf_binaryformer.pipelines.grids import (
     resample,
     resample_to,
 )
+from hf_binaryformer.pipelines.label_values import label_numbers
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -81,11 +82,13 @@ class Volume:
         array: (I, J, K), RAS order; float32 for images, int32 for labels.
         affine: (4, 4) of ``array``, voxel to mm, RAS+.
         source: where it came from.
+        notes: what was repaired on reading, in sentences to be told to whoever gave the file.
     """
 
     array: np.ndarray
     affine: np.ndarray
     source: VolumeSource
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -104,12 +107,14 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False) -> Volume
     Args:
         path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series;
             a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI need the extra ``dicom``.
-        labels: the file holds label numbers: whole numbers of at least 0, which may be all equal.
+        labels: the file holds label numbers, at least 0, which may be all equal; values within 0.01 of whole numbers are
+            rounded, and the volume's notes say so.
 
     Raises:
         VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
-            colours, complex numbers, NaN or Inf, one intensity only, or has no usable geometry; DICOM slices are missing,
-            doubled, turned against each other, of several sizes or tiled in one image.
+            colours, complex numbers, NaN or Inf, one intensity only, or labels that are no whole numbers; it has no
+            usable geometry; DICOM slices are missing, doubled, turned against each other, of several sizes or tiled in
+            one image.
         ImportError: SimpleITK or pydicom is needed and not installed.
 
     Example:
@@ -266,11 +271,15 @@ def _canonical(
         raise VolumeError(
             f"{name} has the affine {affine.tolist()}, expected one that spans a volume: repair its header"
         )
-    array = _checked_labels(name, array) if labels else _checked_image(name, array)
+    notes: tuple[str, ...] = ()
+    if labels:
+        array, notes = label_numbers(name, array)
+    else:
+        array = _checked_image(name, array)
     orientation = io_orientation(affine)
     ras = np.ascontiguousarray(apply_orientation(array, orientation))
     source = VolumeSource(path, kind, array.shape, affine, orientation, header)
-    return Volume(ras, affine @ inv_ornt_aff(orientation, array.shape), source)
+    return Volume(ras, affine @ inv_ornt_aff(orientation, array.shape), source, notes)
 
 
 def _checked_image(name: object, array: np.ndarray) -> np.ndarray:
@@ -288,18 +297,6 @@ def _checked_image(name: object, array: np.ndarray) -> np.ndarray:
             f"{name} is empty: all {array.size} voxels are {low:g}, expected an image with contrast: export it again"
         )
     return array
-
-
-def _checked_labels(name: object, array: np.ndarray) -> np.ndarray:
-    low, high = float(array.min()), float(array.max())
-    finite = bool(np.isfinite(low) and np.isfinite(high))
-    whole = array.dtype.kind in "iub" or (finite and bool((array == np.rint(array)).all()))
-    if not whole or low < 0 or high > np.iinfo(np.int32).max:
-        raise VolumeError(
-            f"{name} has values from {low:g} to {high:g}, {'all' if whole else 'not all'} whole, expected label numbers "
-            f"of at least 0: give a label map"
-        )
-    return array.astype(np.int32)
 
 
 def _wrong_shape(array: np.ndarray, like: Volume) -> VolumeError:

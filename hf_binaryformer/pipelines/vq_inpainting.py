@@ -127,12 +127,13 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         """
         start = time.perf_counter()
         check_inputs(output_type, num_samples, feather)
-        images, holes, affine, volume = self._read(image, mask_image, spacing)
+        images, holes, affine, volume, mask_notes = self._read(image, mask_image, spacing)
         cases = [self.prepare(one, hole, affine) for one, hole in zip(images, holes, strict=True)]
         notes = [CUT_OFF] if any(case.cut_off for case in cases) else []
         if not holes.any():
             notes.append(EMPTY_MASK)
             warnings.warn(EMPTY_MASK, stacklevel=3)
+        notes += mask_notes
 
         known, masked = self.prepare_latents(cases, num_samples)
         sampling = time.perf_counter()
@@ -182,8 +183,8 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
 
     def _read(
         self, image: Image, mask: Image, spacing: Sequence[float] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None]:
-        """Images (B, I, J, K) float32, holes of that shape, their affine, and the volume if there was a file."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None, tuple[str, ...]]:
+        """Images (B, I, J, K) float32, holes of that shape, their affine, the volume if it was a file, the mask's notes."""
         volume = read_volume(image) if isinstance(image, (str, os.PathLike)) else image
         hole = read_volume(mask, labels=True) if isinstance(mask, (str, os.PathLike)) else mask
         if isinstance(volume, Volume) and isinstance(hole, Volume):
@@ -195,9 +196,10 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
                 f"resample the mask onto the image"
             )
         holes = np.broadcast_to(holes != 0, images.shape)
+        notes = hole.notes if isinstance(hole, Volume) else ()
         if isinstance(volume, Volume):
-            return images, holes, volume.affine, volume
-        return images, holes, np.diag([*(spacing or self.spacing), 1.0]), None
+            return images, holes, volume.affine, volume, notes
+        return images, holes, np.diag([*(spacing or self.spacing), 1.0]), None, notes
 
     def prepare(self, image: np.ndarray, hole: np.ndarray, affine: np.ndarray) -> HoleCase:
         """Bring one image (I, J, K) with its hole to the model's intensities and grid: :meth:`HoleCase.of`."""
