@@ -24,7 +24,7 @@ from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
 from hf_binaryformer.training.recipes import load_recipe
 from hf_binaryformer.training.run_log import read_log
-from hf_binaryformer.training.segmentation_scores import PriorAtlas, evaluate_split, figures_of, scores
+from hf_binaryformer.training.segmentation_scores import PriorAtlas, evaluate_split, figures_of, resize_nearest, scores
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(RECIPE_FOLDER.glob("*.yaml"))
@@ -218,6 +218,13 @@ def test_prior_atlas_is_the_majority_vote(prepared):
     truth = [np.asarray(nib.load(c.label).dataobj) for c in folder.split("train")]
     votes = np.stack([sum((t == label).astype(int) for t in truth) for label in range(3)])
     np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
+def test_the_atlas_is_resized_about_the_centres_of_voxels(size, wanted):
+    found = resize_nearest(np.broadcast_to(np.arange(size)[:, None, None], (size, 3, 3)), np.array([wanted, 3, 3]))
+    centre = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+    assert found.shape == (wanted, 3, 3) and np.abs(found - centre[:, None, None]).max() <= 0.5 + 1e-9
 
 
 def test_samples_depend_on_their_number_alone(recipe, prepared):
