@@ -53,7 +53,9 @@ class Selection(str, Enum):
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options that mean the same in several commands.
 Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Seed = Annotated[
+    int, typer.Option(help="The same seed gives the same bytes, on one machine with one number of threads.")
+]
 Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to be drawn.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
 Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]

@@ -93,7 +93,7 @@ def test_inpaint_writes_everything(files, checkpoint):
     assert samples.shape == (*image.shape, 3) and samples.dtype == np.float32
     for sample in np.moveaxis(samples, -1, 0):
         np.testing.assert_array_equal(sample[known], original[known])
-    np.testing.assert_allclose(spread[~known], samples[~known].std(-1), atol=1e-3)
+    np.testing.assert_allclose(spread[~known], samples[~known].std(-1, ddof=1), atol=1e-3)
     assert spread[~known].max() > 0 and (spread[known] == 0).all()
     for written in (filled, std):
         np.testing.assert_array_equal(written.affine, image.affine)

@@ -155,6 +155,15 @@ def mean_score(scores: Iterable[LabelScore], *, label: int | None = None, name: 
     return LabelScore(label, name, **values, nan=nan)
 
 
+def sample_deviation(values: Iterable[float]) -> float:
+    """Standard deviation sqrt(sum((x - mean)²) / (n - 1)) of the n values that are not NaN; NaN of fewer than two.
+
+    Every spread over cases, seeds or samples that this project prints or writes is this one.
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan
+
+
 def summarize(cases: Sequence[Sequence[LabelScore]]) -> list[LabelScore]:
     """Mean over cases for each label, by number; the last row is the mean over these labels."""
     by_label: dict[int | None, list[LabelScore]] = {}

@@ -36,8 +36,8 @@ class BinaryVQInpaintOutput(BaseOutput):
         images: (B * num_samples, 1, D, H, W) float32, on the input's grid (in RAS order, if it was a file) and in its
             intensities. Outside the hole they equal the input bit for bit. None for output type "tokens".
         tokens: (B * num_samples, K, d, h, w) uint8, on the model's grid.
-        std: (B, 1, D, H, W) float32, standard deviation over the samples in each voxel, 0 outside the hole; None for one
-            sample.
+        std: (B, 1, D, H, W) float32, sample standard deviation over the samples in each voxel, 0 outside the hole; None
+            for one sample.
         decoded: like ``images``, but with the decoded tokens in all voxels.
         report: seconds, steps, sizes and settings, in machine-readable form.
         volume: the input, if it was a file or a ``Volume``.
@@ -178,7 +178,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         if num_samples > 1:
             groups = filled.reshape(len(cases), num_samples, *filled.shape[1:])
             holes = np.stack([case.hole for case in cases])
-            std = np.where(holes[:, None], groups.std(1), 0).astype(np.float32)
+            std = np.where(holes[:, None], groups.std(1, ddof=1), 0).astype(np.float32)
         return filled, std, decoded
 
     def _read(

@@ -23,7 +23,9 @@ WINDOW = (24, 24)
 
 
 def processor(**fields: Any) -> BinaryFormerImageProcessor:
-    given = dict(image_size=WINDOW, num_slices=1, slice_axis=1, spacing=None, percentiles=(0, 100), foreground_only=False)
+    given = dict(
+        image_size=WINDOW, num_slices=1, slice_axis=1, spacing=None, percentiles=(0, 100), foreground_only=False
+    )
     return BinaryFormerImageProcessor(**(given | {"intensity_ceiling": 2.0} | fields))
 
 
@@ -147,7 +149,9 @@ def test_windows_are_shifted_by_at_most_what_is_asked(tmp_path: Path) -> None:
 
 def test_turned_labels_are_not_mixed(tmp_path: Path) -> None:
     label = lopsided()
-    for sample in samples_of(tmp_path, bright(label), label, count=20, max_rotation=0.5, max_zoom=0.2, max_shear=0.2)[1]:
+    for sample in samples_of(tmp_path, bright(label), label, count=20, max_rotation=0.5, max_zoom=0.2, max_shear=0.2)[
+        1
+    ]:
         assert set(sample["labels"].unique().tolist()) <= {0, 5}
         clear = (sample["pixel_values"][0] - 0.75).abs() > 0.24
         assert torch.equal((sample["labels"] > 0)[clear], (sample["pixel_values"][0] > 0.75)[clear])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
 
-from hf_binaryformer.pipelines.metrics import mask_dice, mean_score, score_labels, summarize
+from hf_binaryformer.pipelines.metrics import mask_dice, mean_score, sample_deviation, score_labels, summarize
 
 SPACING = (0.7, 1.3, 2.5)
 
@@ -108,6 +109,17 @@ def test_summary_over_cases(volumes):
 def test_summary_of_nothing_is_nan():
     (mean,) = summarize([])
     assert math.isnan(mean.dice) and mean.nan["dice"] == 0
+
+
+@pytest.mark.parametrize("values", [[0.2, 0.9], [1.0, 2.0, 4.0, 8.0], [3.0, 3.0, 3.0]])
+def test_deviation_is_that_of_a_sample(values):
+    assert sample_deviation(values) == pytest.approx(statistics.stdev(values))
+    assert sample_deviation([*values, math.nan]) == pytest.approx(statistics.stdev(values))
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, math.nan], [math.nan, math.nan]])
+def test_fewer_than_two_values_have_no_deviation(values):
+    assert math.isnan(sample_deviation(values))
 
 
 def test_mask_dice():

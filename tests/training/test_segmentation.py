@@ -208,9 +208,13 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     found = figures_of([scores(guess, read_labels(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
     cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
     assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
+    # Of two values, the sample standard deviation is their difference over the root of 2.
+    assert cube["sd"] == pytest.approx((1 - 6 / 7) / 2**0.5, abs=1e-4)
     assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0
     assert nothing == {"mean": None, "sd": None, "nsd": None, "hd95": None, "nan": 2}
     assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
+    single = figures_of([scores(truth, read_labels(case), names)])
+    assert single["labels"]["cube"] | {"nsd": 0} == {"mean": 1.0, "sd": None, "nsd": 0, "hd95": 0.0, "nan": 0}
 
 
 def test_prior_atlas_is_the_majority_vote(prepared):
