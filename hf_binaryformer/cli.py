@@ -53,7 +53,9 @@ class Selection(str, Enum):
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options that mean the same in several commands.
 Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Seed = Annotated[
+    int, typer.Option(help="The same seed gives the same bytes, on one machine with one number of threads.")
+]
 Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to be drawn.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
 Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]
@@ -127,7 +129,7 @@ def segment(
             device=device,
             progress=progress,
         )
-    show_notes(content)
+    tell_notes(content)
     show_volumes(content)
     tell_written(output, probabilities, overlay, report)
 
@@ -175,7 +177,7 @@ def inpaint(
             device=device,
             progress=progress,
         )
-    show_notes(content)
+    tell_notes(content)
     show_generation(content)
     tell_written(output, std_map, overlay, report)
 
@@ -219,7 +221,7 @@ def synthesize(
 @one_line_errors
 def evaluate(
     pred: Annotated[Path, typer.Option(help="Predicted label volume, or a folder of them.")],
-    truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same file names.")],
+    truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same names, subfolders too.")],
     report: Annotated[Path | None, typer.Option(help="All scores to write: .json.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Label names, or the report of `segment`: .json.")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Distance up to which a surface is right, mm.")] = 1.0,
@@ -227,6 +229,7 @@ def evaluate(
     """Score labels against the truth: Dice, NSD and HD95."""
     with progress_bar("scoring") as progress:
         content = jobs.evaluate_files(pred, truth, report=report, labels=labels, tolerance=tolerance, progress=progress)
+    tell_notes(content)
     show_scores(content)
 
 
@@ -296,6 +299,12 @@ def tell_written(*paths: Path | None) -> None:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
+def tell_notes(content: dict[str, Any]) -> None:
+    """Print what a result's reader has to know, on stderr."""
+    for note in content["notes"]:
+        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def show_generation(content: dict[str, Any]) -> None:
     """Print how much was generated, and how long it took."""
     size = f"{content['hole_ml'][0]:,.1f} ml filled" if "hole_ml" in content else "nothing given"
@@ -328,13 +337,7 @@ def show_scores(content: dict[str, Any]) -> None:
             table.add_section()
         table.add_row("" if row["label"] is None else str(row["label"]), row["name"], *numbers, missing)
     show(table)
-    out.print("NaN: Dice/NSD/HD95 left out where truth or prediction lacks the label", style="dim")
-
-
-def show_notes(content: dict[str, Any]) -> None:
-    """Print what the user should know of the result to stderr."""
-    for note in content["notes"]:
-        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"NaN: how many of Dice/NSD/HD95 are left out. {content['absent_labels']}", style="dim", highlight=False)
 
 
 def show_volumes(content: dict[str, Any]) -> None:

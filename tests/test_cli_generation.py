@@ -93,7 +93,7 @@ def test_inpaint_writes_everything(files, checkpoint):
     assert samples.shape == (*image.shape, 3) and samples.dtype == np.float32
     for sample in np.moveaxis(samples, -1, 0):
         np.testing.assert_array_equal(sample[known], original[known])
-    np.testing.assert_allclose(spread[~known], samples[~known].std(-1), atol=1e-3)
+    np.testing.assert_allclose(spread[~known], samples[~known].std(-1, ddof=1), atol=1e-3)
     assert spread[~known].max() > 0 and (spread[known] == 0).all()
     for written in (filled, std):
         np.testing.assert_array_equal(written.affine, image.affine)
@@ -137,6 +137,21 @@ def test_empty_mask_returns_the_input_and_says_so(files, checkpoint):
     np.testing.assert_array_equal(
         np.asarray(nib.load(out / "f.nii.gz").dataobj), np.asarray(nib.load(source).dataobj).astype(np.float32)
     )
+
+
+def test_a_mask_that_is_nearly_whole_is_rounded_and_told(files, checkpoint):
+    source, mask, out = files
+    image = nib.load(mask)
+    values = (np.asarray(image.dataobj) * 0.9999).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, image.affine), mask)
+    report = out / "f.json"
+    options = ("--steps", 1, "--model", checkpoint, "--report", report)
+    result = run("inpaint", source, "--mask", mask, "-o", out / "f.nii.gz", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(report.read_text())["notes"][-1:] == [
+        f"{mask} has labels up to 0.0001 off whole numbers, they were rounded"
+    ]
+    assert f"note: {mask} has labels" in result.stderr
 
 
 @pytest.mark.parametrize("samples", [1, 3])

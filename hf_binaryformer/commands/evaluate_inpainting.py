@@ -23,6 +23,7 @@ from hf_binaryformer.data.patches import image_paths
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
 from hf_binaryformer.pipelines.inpainting_scores import SIMPLE_FILLS, make_hole, score_fill, token_fills
+from hf_binaryformer.pipelines.metrics import sample_deviation
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, check_same_grid, read_volume, volume_from_image
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
@@ -134,6 +135,8 @@ def hole_of(volume: Volume, mask: Path | None, size: float, kind: str) -> np.nda
     if mask is not None:
         given = read_volume(mask, labels=True)
         check_same_grid(volume, given)
+        for note in given.notes:
+            typer.echo(f"note: {note}", err=True)
         return given.array != 0
     scaled = volume.array / max(float(np.percentile(volume.array, 99.5)), 1e-12)
     centre = [(part.start + part.stop - 1) / 2 for part in foreground_box(scaled, volume.spacing)]
@@ -212,11 +215,15 @@ def atlas_volume(pipeline: Any, folder: Path) -> np.ndarray:
     return (total / max(count, 1)).astype(np.float32)
 
 
-def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each metric over volumes and seeds."""
-    values = {metric: np.array([score[metric] for score in scores]) for metric in INPAINTING_METRICS}
+def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation (None of a single number) of each metric over volumes and seeds."""
+    values = {metric: [score[metric] for score in scores] for metric in INPAINTING_METRICS}
     return {
-        metric: {"mean": float(numbers.mean()), "sd": float(numbers.std()), "n": len(numbers)}
+        metric: {
+            "mean": float(np.mean(numbers)),
+            "sd": sample_deviation(numbers) if len(numbers) > 1 else None,
+            "n": len(numbers),
+        }
         for metric, numbers in values.items()
     }
 

@@ -53,11 +53,12 @@ def inpaint_file(
         source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder; its values inside the hole are not used.
         mask: volume on the same grid with whole numbers; voxels other than 0 are the hole.
         output: volume to write; several samples become a 4D NIfTI.
-        std_map: volume to write with the standard deviation over samples; this needs at least two samples.
+        std_map: volume to write with the sample standard deviation over samples; this needs at least two samples.
         overlay: PNG to write: hole and result, and truth and standard deviation if available.
         report: JSON to write, with the same content as the return value.
         samples: number of results.
-        seed: random seed; the same seed gives the same bytes.
+        seed: random seed; the same seed gives the same bytes on one machine with the same number of threads, because
+            sums are rounded in another order with another number.
         steps, temperature, feather, selection: see ``BinaryVQInpaintPipeline``.
         model: short name, folder or Hub id.
         backend: backend of Hamming attention; None leaves the choice to the operator.

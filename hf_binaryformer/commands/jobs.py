@@ -143,36 +143,6 @@ def read_label_names(path: Path) -> dict[int, str]:
         raise ValueError(f'{path} does not hold label names ({error}); expected JSON like {{"1": "cortex"}}') from error
 
 
-def pair_volumes(pred: Path, truth: Path) -> list[tuple[str, Path, Path]]:
-    """(case, prediction, truth): the two given files, or the files of two folders paired by name.
-
-    Raises:
-        FileNotFoundError: a file or folder does not exist.
-        ValueError: a file against a folder, no volumes, or names that only one folder has.
-    """
-    for path in (pred, truth):
-        if not path.exists():
-            raise FileNotFoundError(f"'{path}' does not exist")
-    if pred.is_dir() != truth.is_dir():
-        raise ValueError(f"prediction '{pred}' and truth '{truth}': give two files or two folders")
-    if not pred.is_dir():
-        return [(pred.name, pred, truth)]
-    from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES
-
-    suffixes = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
-    ours, theirs = ({p.name for p in folder.glob("[!.]*") if p.name.endswith(suffixes)} for folder in (pred, truth))
-    if ours != theirs:
-        only = "; ".join(
-            f"{len(names)} only in '{folder}' ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
-            for folder, names in ((pred, ours - theirs), (truth, theirs - ours))
-            if names
-        )
-        raise ValueError(f"every file needs one of the same name in the other folder; {only}")
-    if not ours:
-        raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(suffixes)}")
-    return [(name, pred / name, truth / name) for name in sorted(ours)]
-
-
 def evaluate_files(
     pred: Path,
     truth: Path,
@@ -184,6 +154,8 @@ def evaluate_files(
 ) -> dict[str, Any]:
     """Dice, NSD and HD95 of one prediction, or of a folder of them against a folder of truths with equal file names.
 
+    A label that neither volume has is not counted; one that only one of them has counts as Dice 0 and NSD 0.
+
     Args:
         pred: label volume or folder.
         truth: label volume or folder.
@@ -194,23 +166,26 @@ def evaluate_files(
 
     Returns:
         "cases" (scores of each), "labels" (mean over cases for each label) and "mean" (over labels); null stands for
-        NaN.
+        NaN. "notes" has what was rounded, and which files of a folder are no volumes.
 
     Raises:
-        ValueError, OSError: see :func:`pair_volumes`; unreadable volumes, or grids that differ.
+        ValueError, OSError: see :func:`~hf_binaryformer.commands.pairing.pair_volumes`; unreadable volumes, or grids that differ.
     """
-    pairs = pair_volumes(pred, truth)
+    from hf_binaryformer.commands.pairing import pair_volumes
+
+    pairs, notes = pair_volumes(pred, truth)
     if report is not None:
         check_outputs([(report, (".json",))], [pred, truth])
     names = None if labels is None else read_label_names(labels)
 
-    from hf_binaryformer.pipelines.metrics import score_labels, summarize
+    from hf_binaryformer.pipelines.metrics import ABSENT_LABELS, score_labels, summarize
     from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
 
     cases = []
     for done, (_, pred_path, truth_path) in enumerate(pairs, 1):
         ours, theirs = read_volume(pred_path, labels=True), read_volume(truth_path, labels=True)
         check_same_grid(ours, theirs)
+        notes += [*ours.notes, *theirs.notes]
         try:
             cases.append(score_labels(ours.array, theirs.array, theirs.spacing, label_names=names, tolerance=tolerance))
         except ValueError as error:
@@ -223,6 +198,8 @@ def evaluate_files(
         "prediction": str(pred),
         "truth": str(truth),
         "tolerance_mm": tolerance,
+        "absent_labels": ABSENT_LABELS,
+        "notes": notes,
         "mean": mean.as_json(),
         "labels": [row.as_json() for row in rows],
         "cases": [

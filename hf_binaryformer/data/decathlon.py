@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_binaryformer.data.folder_writer import NewCase, split_groups, write_case, write_dataset
 from hf_binaryformer.data.integrity import pair_problems, raise_problems
+from hf_binaryformer.pipelines.label_values import label_numbers
 
 HIPPOCAMPUS_NAMES = {0: "background", 1: "anterior", 2: "posterior"}
 
@@ -32,7 +33,12 @@ def check_decathlon(source: Path, names: dict[int, str]) -> list[Path]:
     images = sorted(path for path in (source / "imagesTr").glob("*.nii.gz") if not path.name.startswith("."))
     if not images:
         raise ValueError(f"{source} holds no imagesTr/*.nii.gz; expected the Decathlon layout imagesTr/, labelsTr/")
-    problems = []
+    problems = [
+        f"{path.relative_to(source).as_posix()}: expected a name that ends in .nii.gz, directly in its folder"
+        for folder in ("imagesTr", "labelsTr")
+        for path in sorted((source / folder).rglob("[!.]*"))
+        if path.is_file() and not (path.name.endswith(".nii.gz") and path.parent.name == folder)
+    ]
     for path in images:
         label_path = source / "labelsTr" / path.name
         if label_path.is_file():
@@ -58,10 +64,10 @@ def group_of(path: Path, rule: GroupRule) -> str:
 
 
 def build_decathlon(out: Path, case: NewCase) -> dict:
-    """Copy one case to RAS order; voxel values stay as they are."""
+    """Copy one case to RAS order; voxel values stay as they are, except that labels become whole numbers."""
     image_path, label_path = case.inputs
     image, label = (nib.as_closest_canonical(nib.Nifti1Image.from_filename(path)) for path in (image_path, label_path))
-    classes = np.asanyarray(label.dataobj).astype(np.uint8)
+    classes = label_numbers(label_path, np.asanyarray(label.dataobj))[0].astype(np.uint8)
     return write_case(out, case, image, nib.Nifti1Image(classes, image.affine), {})
 
 

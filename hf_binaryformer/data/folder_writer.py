@@ -158,9 +158,12 @@ def run_all(function: Callable[..., Any], *arguments: Sequence[Any], workers: in
 def show_leakage(report: LeakageReport) -> None:
     """Print intensity statistics of each split, warnings, and errors."""
     for split, figures in report.statistics.items():
+        shown = {
+            key: f"{figures[key]:g}" + (f" ± {figures[f'{key}_sd']:g}" if f"{key}_sd" in figures else "")
+            for key in ("mean", "deviation")
+        }
         typer.echo(
-            f"{split}: {figures['volumes']} volumes, foreground mean {figures['mean']:g} ± {figures['mean_sd']:g}, "
-            f"deviation {figures['deviation']:g} ± {figures['deviation_sd']:g}"
+            f"{split}: {figures['volumes']} volumes, foreground mean {shown['mean']}, deviation {shown['deviation']}"
         )
     for warning in report.warnings[:SHOWN_WARNINGS]:
         typer.echo(f"Warning: {warning}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from hf_binaryformer.pipelines import itk, nifti
 from hf_binaryformer.pipelines.grids import SAME_GRID_TOLERANCE, VolumeError, check_shape, grid_distance
+from hf_binaryformer.pipelines.label_values import label_numbers
 from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES
 
 
@@ -20,7 +22,7 @@ def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         VolumeError: not readable, or not one volume.
     """
-    if path.name.endswith(NIFTI_SUFFIXES):
+    if path.name.lower().endswith(NIFTI_SUFFIXES):
         array, affine, _ = nifti.image_values(path, nifti.read_file(path), own_type=True)
     else:
         array, affine = itk.read_file(path)
@@ -29,7 +31,7 @@ def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pair_problems(image_path: Path, label_path: Path | None, known: Collection[int], root: Path) -> list[str]:
-    """Problems of an image and its labels; an empty list if there are none.
+    """Problems of an image and its labels; an empty list if there are none. A warning tells which labels get rounded.
 
     Args:
         image_path, label_path: files below ``root``; without a label only the image is checked.
@@ -56,8 +58,16 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             problems.append(f"{name}: the affine {affine.tolist()} spans no volume")
     if "label" in read:
         classes, label_affine = read["label"]
-        if unexpected := sorted(set(np.unique(classes).tolist()) - set(known)):
-            problems.append(f"{name}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
+        assert label_path is not None
+        try:
+            numbers, notes = label_numbers(label_path.relative_to(root).as_posix(), classes)
+        except VolumeError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+            if unexpected := sorted(set(np.unique(numbers).tolist()) - set(known)):
+                problems.append(f"{name}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
         if "image" in read and voxels.shape != classes.shape:
             problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape}")
         # Written so that a NaN in the label's affine counts as a difference too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_binaryformer.pipelines.metrics import sample_deviation
 from hf_binaryformer.pipelines.volumes import read_volume
 
 # Volumes are compared as GRID³ block means. Different subjects stay below this correlation, even in one
@@ -30,8 +32,9 @@ class LeakageReport:
     Args:
         errors: patients, or files with the same content, that are in two splits.
         warnings: pairs of volumes across splits that are nearly the same.
-        statistics: for each split, the number of volumes, and the mean and standard deviation over these volumes of two
-            quantities: the mean intensity of a volume, and the standard deviation of its intensities.
+        statistics: for each split, the number of volumes, and the mean and the sample standard deviation over these
+            volumes (missing for a single volume) of two quantities: the mean intensity of a volume, and the standard
+            deviation of its intensities.
     """
 
     errors: list[str]
@@ -107,8 +110,9 @@ def summary(statistics: np.ndarray) -> dict[str, float]:
     mean, deviation = statistics[:, 0], statistics[:, 1]
     figures = {
         "mean": mean.mean(),
-        "mean_sd": mean.std(),
+        "mean_sd": sample_deviation(mean),
         "deviation": deviation.mean(),
-        "deviation_sd": deviation.std(),
+        "deviation_sd": sample_deviation(deviation),
     }
-    return {"volumes": len(statistics)} | {name: float(f"{value:.6g}") for name, value in figures.items()}
+    known = {name: float(f"{value:.6g}") for name, value in figures.items() if not math.isnan(value)}
+    return {"volumes": len(statistics)} | known

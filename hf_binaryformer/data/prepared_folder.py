@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,14 @@ class PreparedFolder:
 
 
 def read_labels(case: Case) -> Volume:
-    """The labels of a case.
+    """The labels of a case; a warning tells what had to be rounded.
 
     Raises:
         ValueError: it has none.
     """
     if case.label is None:
         raise ValueError(f"{case.name} has no labels: prepare the data from a source with labels")
-    return read_volume(case.label, labels=True)
+    labels = read_volume(case.label, labels=True)
+    for note in labels.notes:
+        warnings.warn(note, stacklevel=2)
+    return labels

@@ -138,7 +138,10 @@ def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProc
     p, key = augment["intensity_probability"], "image"
     intensity: list[mt.Transform] = [
         mt.RandGaussianSmoothd(key, sigma_x=(0.3, augment["max_blur"]), sigma_y=(0.3, augment["max_blur"]), prob=p),
-        mt.RandSimulateLowResolutiond(key, prob=p / 2, zoom_range=(0.5, 1.0), upsample_mode="bilinear"),
+        # MONAI's own choice, "nearest", moves the image by up to a pixel off its labels.
+        mt.RandSimulateLowResolutiond(
+            key, prob=p / 2, zoom_range=(0.5, 1.0), downsample_mode="area", upsample_mode="bilinear"
+        ),
         mt.RandBiasFieldd(key, degree=2, coeff_range=(0.0, augment["max_bias"]), prob=p),
         mt.RandAdjustContrastd(key, gamma=(1 / augment["max_gamma"], augment["max_gamma"]), prob=p),
         mt.RandScaleIntensityd(key, factors=augment["max_gain"], prob=1.0),

@@ -7,6 +7,7 @@ stripping. All arrays are (I, J, K) in RAS order, 1 mm voxels.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+
+from hf_binaryformer.pipelines.label_values import label_numbers
 
 # Class index -> (name, FreeSurfer values left and right, T1-weighted mean as a fraction of the brightest brain tissue).
 CLASSES: dict[int, tuple[str, tuple[int, ...], float]] = {
@@ -114,10 +117,13 @@ def read_anatomy(path: Path) -> Anatomy:
     """Label map at `path` as RAS, cropped to the head plus 12 voxels.
 
     Raises:
-        ValueError: the voxels are not 1 mm, or the map has no brain label.
+        ValueError: the voxels are not 1 mm, or the map has no brain label, or values that are no labels.
     """
     source = nib.as_closest_canonical(nib.load(path))
-    values = np.asanyarray(source.dataobj).astype(np.int16)
+    numbers, notes = label_numbers(path, np.asanyarray(source.dataobj))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    values = numbers.astype(np.int16)
     spacing = np.array(nib.affines.voxel_sizes(source.affine))
     if not np.allclose(spacing, 1.0, atol=0.01):
         raise ValueError(f"{path}: expected voxels of 1 mm, found {spacing.round(3).tolist()}; resample it first")

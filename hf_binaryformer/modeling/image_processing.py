@@ -169,9 +169,9 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         if segmentation_maps is not None:
             maps = segmentation_maps if isinstance(segmentation_maps, (list, tuple)) else [segmentation_maps]
             tensors = [torch.as_tensor(np.asarray(m), dtype=torch.float32)[None, None] for m in maps]
-            data["labels"] = torch.cat([F.interpolate(t, self.image_size, mode="nearest") for t in tensors])[
-                :, 0
-            ].long()
+            # "nearest" rounds positions down, which moves labels half a pixel off an image that shrinks.
+            resized = [F.interpolate(t, self.image_size, mode="nearest-exact") for t in tensors]
+            data["labels"] = torch.cat(resized)[:, 0].long()
         return BatchFeature(data, tensor_type=return_tensors)
 
     def post_process_semantic_segmentation(

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 METRICS = ("dice", "nsd", "hd95")
+ABSENT_LABELS = (
+    "A label in neither prediction nor truth is not counted (NaN). In only one of them, its Dice and NSD are 0, and its "
+    "HD95 is not counted (NaN)."
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,9 @@ class LabelScore:
     Args:
         label: label number; None in a mean over labels.
         name: its name.
-        dice: 2 |P and T| / (|P| + |T|), 0 to 1; NaN where the truth lacks the label.
+        dice: 2 |P and T| / (|P| + |T|), 0 to 1; 0 where only one of the two has the label, NaN where neither has it.
         nsd: normalised surface Dice, the share of both surfaces' voxels that lie within the tolerance of the other
-            surface, 0 to 1; NaN where the truth lacks the label.
+            surface, 0 to 1; 0 and NaN as for Dice.
         hd95: larger of the two 95th percentiles of surface distances, in mm; NaN where either volume lacks the label.
         nan: how many of the averaged values were NaN and are left out, for each of "dice", "nsd", "hd95".
     """
@@ -43,8 +47,12 @@ class LabelScore:
 
 
 def mask_dice(pred: np.ndarray, truth: np.ndarray) -> float:
-    """Dice of two boolean masks of the same shape; NaN where `truth` is empty."""
+    """Dice of two boolean masks of the same shape; 0 where one of them is empty, NaN where both are."""
     from monai.metrics import compute_dice
+
+    # MONAI's own rule gives NaN wherever the truth is empty, so that an invented structure would cost nothing.
+    if not truth.any():
+        return 0.0 if pred.any() else math.nan
 
     return float(compute_dice(_as_batch(pred), _as_batch(truth)))
 
@@ -64,7 +72,7 @@ def score_labels(
     label_names: Mapping[int, str] | None = None,
     tolerance: float = 1.0,
 ) -> list[LabelScore]:
-    """Dice, NSD and HD95 of every label but 0.
+    """Dice, NSD and HD95 of every label but 0; :class:`LabelScore` says what counts where a label is absent.
 
     A surface is the set of a mask's voxels that have a neighbour (one of six) outside it; its distances run between
     voxel centres.
@@ -101,13 +109,12 @@ def score_labels(
 def _score_mask(
     label: int, name: str, pred: np.ndarray, truth: np.ndarray, spacing: Sequence[float], tolerance: float
 ) -> LabelScore:
-    # Without a true surface, MONAI gives a surface Dice of 0, and a warning for distances. Here a label that the truth
-    # lacks has no score in any metric, and a label that only the prediction lacks has no distance.
+    # Without a true surface, MONAI gives a surface Dice of 0, and a warning for distances; see ABSENT_LABELS.
     dice = nsd = hd95 = math.nan
-    if truth.any():
+    if pred.any() or truth.any():
         pred, truth = _crop_to_union(pred, truth)
         dice, nsd = mask_dice(pred, truth), 0.0
-        if pred.any():
+        if pred.any() and truth.any():
             nsd, hd95 = _surface_scores(pred, truth, spacing, tolerance)
     values = {"dice": dice, "nsd": nsd, "hd95": hd95}
     return LabelScore(label, name, **values, nan={k: int(math.isnan(v)) for k, v in values.items()})
@@ -146,6 +153,15 @@ def mean_score(scores: Iterable[LabelScore], *, label: int | None = None, name: 
         values[metric] = sum(numbers) / len(numbers) if numbers else math.nan
         nan[metric] = sum(row.nan[metric] for row in rows)
     return LabelScore(label, name, **values, nan=nan)
+
+
+def sample_deviation(values: Iterable[float]) -> float:
+    """Standard deviation sqrt(sum((x - mean)²) / (n - 1)) of the n values that are not NaN; NaN of fewer than two.
+
+    Every spread over cases, seeds or samples that this project prints or writes is this one.
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    return float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan
 
 
 def summarize(cases: Sequence[Sequence[LabelScore]]) -> list[LabelScore]:

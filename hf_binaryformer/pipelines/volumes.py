@@ -25,6 +25,7 @@ from hf_binaryformer.pipelines.grids import (
     resample,
     resample_to,
 )
+from hf_binaryformer.pipelines.label_values import label_numbers
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -82,7 +83,7 @@ class Volume:
         array: (I, J, K), RAS order; float32 for images, int32 for labels.
         affine: (4, 4) of ``array``, voxel to mm, RAS+.
         source: where it came from.
-        notes: what the reader had to choose or repair.
+        notes: what the reader had to choose or repair, in sentences to be told to whoever gave the file.
         exact: ``array`` in float64, for an image that was read with ``exact=True`` and that float32 would change.
     """
 
@@ -109,14 +110,16 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False, exact: bo
     Args:
         path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series;
             a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI need the extra ``dicom``.
-        labels: the file holds label numbers: whole numbers of at least 0, which may be all equal.
+        labels: the file holds label numbers, at least 0, which may be all equal; values within 0.01 of whole numbers are
+            rounded, and the volume's notes say so.
         exact: for a result that repeats the file's own values outside a mask: NaN and infinite values are let through,
             and what float32 would change is in ``Volume.exact``, unless the file scales its numbers.
 
     Raises:
         VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
-            colours, complex numbers, NaN or Inf, one intensity only, or has no usable geometry; DICOM slices are missing,
-            doubled, turned against each other, of several sizes or tiled in one image.
+            colours, complex numbers, NaN or Inf, one intensity only, or labels that are no whole numbers; it has no
+            usable geometry; DICOM slices are missing, doubled, turned against each other, of several sizes or tiled in
+            one image.
         ImportError: SimpleITK or pydicom is needed and not installed.
 
     Example:
@@ -287,12 +290,18 @@ def _canonical(
     check_extent(name, array.shape, affine)
     orientation = io_orientation(affine)
     source = VolumeSource(path, kind, array.shape, affine, orientation, header)
-    own = array
-    array = _checked_labels(name, own) if labels else _checked_image(name, own, finite=not exact)
+    own, repaired = (array, ()) if not labels else label_numbers(name, array)
+    array = own if labels else _checked_image(name, own, finite=not exact)
     changed = exact and not np.array_equal(array, own, equal_nan=True)
     ras, precise = (np.ascontiguousarray(apply_orientation(a, orientation)) for a in (array, own))
     affine = affine @ inv_ornt_aff(orientation, array.shape)
-    return Volume(ras, affine, source, tuple(notes), precise.astype(np.float64) if changed else None)
+    return Volume(
+        ras,
+        affine,
+        source,
+        (*(f"{name}: {note}" for note in notes), *repaired),
+        precise.astype(np.float64) if changed else None,
+    )
 
 
 def _checked_image(name: object, array: np.ndarray, *, finite: bool = True) -> np.ndarray:
@@ -313,18 +322,6 @@ def _checked_image(name: object, array: np.ndarray, *, finite: bool = True) -> n
             f"{name} is empty: all {array.size} voxels are {low:g}, expected an image with contrast: export it again"
         )
     return array
-
-
-def _checked_labels(name: object, array: np.ndarray) -> np.ndarray:
-    low, high = float(array.min()), float(array.max())
-    finite = bool(np.isfinite(low) and np.isfinite(high))
-    whole = array.dtype.kind in "iub" or (finite and bool((array == np.rint(array)).all()))
-    if not whole or low < 0 or high > np.iinfo(np.int32).max:
-        raise VolumeError(
-            f"{name} has values from {low:g} to {high:g}, {'all' if whole else 'not all'} whole, expected label numbers "
-            f"of at least 0: give a label map"
-        )
-    return array.astype(np.int32)
 
 
 def _wrong_shape(array: np.ndarray, like: Volume) -> VolumeError:

@@ -36,8 +36,8 @@ class BinaryVQInpaintOutput(BaseOutput):
         images: (B * num_samples, 1, D, H, W) float32, on the input's grid (in RAS order, if it was a file) and in its
             intensities. Outside the hole they equal the input, as float32, bit for bit. None for output type "tokens".
         tokens: (B * num_samples, K, d, h, w) uint8, on the model's grid.
-        std: (B, 1, D, H, W) float32, standard deviation over the samples in each voxel, 0 outside the hole; None for one
-            sample.
+        std: (B, 1, D, H, W) float32, sample standard deviation over the samples in each voxel, 0 outside the hole; None
+            for one sample.
         decoded: like ``images``, but with the decoded tokens in all voxels.
         report: seconds, steps, sizes and settings, in machine-readable form.
         volume: the input, if it was a file or a ``Volume``.
@@ -135,7 +135,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         """
         start = time.perf_counter()
         check_inputs(output_type, num_samples, feather)
-        images, holes, affine, volume = self._read(image, mask_image, spacing)
+        images, holes, affine, volume, mask_notes = self._read(image, mask_image, spacing)
         cases = [self.prepare(one, hole, affine) for one, hole in zip(images, holes, strict=True)]
         notes = list(volume.notes) if volume is not None else []
         if any(case.cut_off for case in cases):
@@ -143,6 +143,7 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         if not holes.any():
             notes.append(EMPTY_MASK)
             warnings.warn(EMPTY_MASK, stacklevel=3)
+        notes += mask_notes
 
         known, masked = self.prepare_latents(cases, num_samples)
         sampling = time.perf_counter()
@@ -188,13 +189,13 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         if num_samples > 1:
             groups = filled.reshape(len(cases), num_samples, *filled.shape[1:])
             holes = np.stack([case.hole for case in cases])
-            std = np.where(holes[:, None], groups.std(1), 0).astype(np.float32)
+            std = np.where(holes[:, None], groups.std(1, ddof=1), 0).astype(np.float32)
         return filled, std, decoded
 
     def _read(
         self, image: Image, mask: Image, spacing: Sequence[float] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None]:
-        """Images (B, I, J, K) float32, holes of that shape, their affine, and the volume if there was a file."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Volume | None, tuple[str, ...]]:
+        """Images (B, I, J, K) float32, holes of that shape, their affine, the volume if it was a file, the mask's notes."""
         volume = read_volume(image, exact=True) if isinstance(image, (str, os.PathLike)) else image
         hole = read_volume(mask, labels=True) if isinstance(mask, (str, os.PathLike)) else mask
         if isinstance(volume, Volume) and isinstance(hole, Volume):
@@ -209,9 +210,10 @@ class BinaryVQInpaintPipeline(VQSamplingPipeline):
         holes = np.broadcast_to(holes != 0, images.shape)
         check_finite("image", np.where(holes, np.float32(0), images), "finite values outside the hole")
         images = np.where(np.isfinite(images), images, np.float32(0))
+        notes = hole.notes if isinstance(hole, Volume) else ()
         if isinstance(volume, Volume):
-            return images, holes, volume.affine, volume
-        return images, holes, np.diag([*(spacing or self.spacing), 1.0]), None
+            return images, holes, volume.affine, volume, notes
+        return images, holes, np.diag([*(spacing or self.spacing), 1.0]), None, notes
 
     def prepare(self, image: np.ndarray, hole: np.ndarray, affine: np.ndarray) -> HoleCase:
         """Bring one image (I, J, K) with its hole to the model's intensities and grid: :meth:`HoleCase.of`."""

@@ -25,13 +25,16 @@ INPAINTING_METRICS = {
 def dice_table(results: dict[str, Any]) -> str:
     """Markdown table of the ``results.json`` of a segmentation, with one row per label and one column per method.
 
-    n/a means that no volume has the label.
+    n/a means that no volume has the label; a single volume has no standard deviation.
     """
     methods = results["rows"]
     lines = ["| label | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
     for label in next(iter(methods.values()))["labels"]:
         cells = [row["labels"][label] for row in methods.values()]
-        shown = ["n/a" if c["mean"] is None else f"{c['mean']:.3f} ± {c['sd']:.3f}" for c in cells]
+        shown = [
+            "n/a" if c["mean"] is None else f"{c['mean']:.3f}" + ("" if c["sd"] is None else f" ± {c['sd']:.3f}")
+            for c in cells
+        ]
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
     means = ["n/a" if row["mean"] is None else f"**{row['mean']:.3f}**" for row in methods.values()]
     lines.append("| **mean** | " + " | ".join(means) + " |")

@@ -3,8 +3,8 @@
 In a clone: ``scripts/train_pixels.py``. Trains a classifier on the published files of MNIST, Fashion-MNIST or CIFAR-10
 (binary version). Its tokens are the single pixels of small images, each with its two coordinates (paper Appendix B,
 Table 2). All defaults are in ``recipes/pixels/<recipe>.yaml`` beside this module; ``--set train.iterations=100``
-overrides one. With ``--resume`` a run continues from its newest checkpoint. It ends with the same weights as a run
-without the interruption.
+overrides one. With ``--resume`` a run continues from its newest checkpoint. On one machine with one number of
+threads, it ends with the same weights as a run without the interruption.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ of :mod:`.encode_tokens` (``train`` and ``validation.safetensors``, each one ten
 saves ``output/transformer`` and ``output/scheduler``; with ``--vqmodel`` also ``output/pipeline``, the whole
 checkpoint. The sections ``transformer``, ``scheduler`` and ``sampler`` of ``recipes/vq/<recipe>.yaml`` beside this
 module hold all defaults; ``--set sampler.batch_size=4`` overrides one. With ``--resume`` a run continues from its
-newest checkpoint. It ends with the same weights as a run without the interruption.
+newest checkpoint. On one machine with one number of threads, it ends with the same weights as a run without the
+interruption.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ whole volumes of a split and prints Dice for each label beside the prior-atlas b
 form of attention; that of the paper is ``--set model.attention_type=hamming --set model.bit_gradient=null --set
 model.learned_logit_scale=false``. A training starts from random weights, from a timm model where the recipe says so
 (``from_timm``), or from a checkpoint that ``model.from_pretrained`` names by its folder, short name or Hub id. With
-``--resume`` a run continues from its own newest checkpoint. It ends with the same weights as a run without the
-interruption.
+``--resume`` a run continues from its own newest checkpoint. On one machine with one number of threads, it
+ends with the same weights as a run without the interruption.
 """
 
 from __future__ import annotations

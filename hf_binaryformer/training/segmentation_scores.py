@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy.ndimage import zoom
 
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
-from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, score_labels, summarize
+from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, sample_deviation, score_labels, summarize
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.volumes import Volume
 
@@ -102,14 +102,14 @@ def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[Labe
 def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
     """Figures of one method.
 
-    ``labels`` has for each label the ``mean`` and ``sd`` of Dice over volumes, the number of NaN values that are left
-    out (``nan``), and the means ``nsd`` and ``hd95`` (mm). Beside it are their means over labels; None if all are NaN.
+    ``labels`` has for each label the ``mean`` and ``sd`` (sample standard deviation) of Dice over volumes, the number of
+    NaN values that are left out (``nan``), and the means ``nsd`` and ``hd95`` (mm). Beside it are their means over
+    labels. None stands for a mean of no value, and for the deviation of fewer than two.
     """
     *rows, whole = summarize(cases)
     labels = {}
     for place, row in enumerate(rows):
-        dice = np.array([case[place].dice for case in cases])
-        shown = {"mean": row.dice, "sd": float(np.nanstd(dice)) if not np.isnan(dice).all() else math.nan}
+        shown = {"mean": row.dice, "sd": sample_deviation(case[place].dice for case in cases)}
         labels[row.name] = rounded(shown | {"nsd": row.nsd, "hd95": row.hd95}) | {"nan": row.nan["dice"]}
     return rounded({"mean": whole.dice, "nsd": whole.nsd, "hd95": whole.hd95}) | {"labels": labels}
 
@@ -124,6 +124,6 @@ def print_table(summary: dict[str, Any], title: str) -> None:
     table = Table("label", *summary, title=title)
     for name in summary["network"]["labels"]:
         cells = [row["labels"][name] for row in summary.values()]
-        table.add_row(name, *(f"{c['mean']} ± {c['sd']}" for c in cells))
+        table.add_row(name, *(str(c["mean"]) + ("" if c["sd"] is None else f" ± {c['sd']}") for c in cells))
     table.add_row("mean", *(str(row["mean"]) for row in summary.values()), style="bold")
     Console().print(table)

@@ -171,6 +171,16 @@ def test_read_anatomy_names_what_is_wrong(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), 515, np.int16), np.eye(4)), tmp_path / "skin.nii.gz")
     with pytest.raises(ValueError, match="no brain label"):
         read_anatomy(tmp_path / "skin.nii.gz")
+    nib.save(nib.Nifti1Image(np.full((8, 8, 8), np.nan, np.float32), np.eye(4)), tmp_path / "nan.nii.gz")
+    with pytest.raises(ValueError, match="512 NaN or infinite voxels"):
+        read_anatomy(tmp_path / "nan.nii.gz")
+
+
+def test_read_anatomy_rounds_nearly_whole_labels(tmp_path: Path) -> None:
+    values = np.full((8, 8, 8), 2.9999, np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "near.nii.gz")
+    with pytest.warns(UserWarning, match=r"near\.nii\.gz has labels up to 0.0001 off"):
+        assert set(np.unique(read_anatomy(tmp_path / "near.nii.gz").values)) == {0, 3}
 
 
 def check_folder(out: Path) -> dict:

@@ -301,6 +301,8 @@ def test_leakage_finds_patients_copies_and_near_copies(tmp_path: Path) -> None:
     assert report.statistics["train"]["volumes"] == 2
     means = [images[name][2][images[name][2] > images[name][2].min()].mean() for name in "ab"]
     assert report.statistics["train"]["mean"] == pytest.approx(np.mean(means), rel=1e-4)
+    assert report.statistics["train"]["mean_sd"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5, rel=1e-3)
+    assert set(report.statistics["test"]) == {"volumes", "mean", "deviation"}, "one volume has no deviation"
 
     gain = 3 * images["a"][2] + rng.normal(0, 5, first.shape) + 40
     mirrored = np.pad(images["b"][2][::-1], 2, constant_values=images["b"][2].min())

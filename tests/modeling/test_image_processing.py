@@ -77,6 +77,23 @@ def test_2d_images_and_label_maps():
     assert torch.equal(batch["labels"][0], torch.from_numpy(np.kron(grey > 40, np.ones((2, 2)))).long())
 
 
+@pytest.mark.parametrize(("side", "wanted"), [(96, 32), (96, 64), (32, 96), (31, 47), (47, 31), (64, 64)])
+def test_label_maps_are_resized_about_the_centres_of_pixels(side, wanted):
+    """Each new pixel has the label of an old pixel whose centre is nearest, where the resized image has its value."""
+    index = np.repeat(np.arange(side)[:, None], side, 1)
+    processor = BinaryFormerImageProcessor(
+        image_size=(wanted, wanted), num_slices=1, percentiles=(0, 100), foreground_only=False
+    )
+    for one in (index, index.T):
+        batch = processor(one.astype(np.float32), segmentation_maps=one)
+        centre = (np.arange(wanted) + 0.5) * side / wanted - 0.5
+        expected = np.broadcast_to(centre[:, None], (wanted, wanted))
+        found = batch["labels"][0].numpy() if one is index else batch["labels"][0].numpy().T
+        assert np.abs(found - expected).max() <= 0.5 + 1e-9
+        pixels = batch["pixel_values"][0, 0].numpy() * (side - 1)
+        assert np.abs(pixels - batch["labels"][0].numpy())[1:-1, 1:-1].max() <= 0.5 + 1e-3
+
+
 def test_post_processing_resizes_logits():
     logits = torch.zeros(1, 2, 4, 4)
     logits[0, 1, :, 2:] = 1.0

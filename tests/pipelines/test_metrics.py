@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
 
-from hf_binaryformer.pipelines.metrics import mask_dice, mean_score, score_labels, summarize
+from hf_binaryformer.pipelines.metrics import mask_dice, mean_score, sample_deviation, score_labels, summarize
 
 SPACING = (0.7, 1.3, 2.5)
 
@@ -75,7 +76,7 @@ def test_spacing_is_in_millimetres_along_the_right_axis():
         assert score.hd95 == pytest.approx(2 * mm, rel=1e-5)
 
 
-def test_absent_labels_are_nan_and_counted():
+def test_a_label_in_one_volume_counts_0_and_in_neither_nothing():
     truth, pred = np.zeros((6, 6, 6), dtype=np.uint8), np.zeros((6, 6, 6), dtype=np.uint8)
     truth[:2, :2, :2] = pred[:2, :2, :2] = 1
     truth[4:, 4:, 4:] = 2  # missed
@@ -83,13 +84,14 @@ def test_absent_labels_are_nan_and_counted():
     names = {0: "background", 1: "right", 2: "missed", 3: "invented", 4: "neither"}
     rows = {s.name: s for s in score_labels(pred, truth, (1, 1, 1), label_names=names)}
     assert set(rows) == set(names.values()) - {"background"}
-    assert (rows["missed"].dice, rows["missed"].nsd) == (0.0, 0.0) and math.isnan(rows["missed"].hd95)
-    for name in ("invented", "neither"):
-        assert rows[name].nan == {"dice": 1, "nsd": 1, "hd95": 1}
-        assert all(math.isnan(v) for v in (rows[name].dice, rows[name].nsd, rows[name].hd95))
+    for name in ("missed", "invented"):
+        assert (rows[name].dice, rows[name].nsd) == (0.0, 0.0) and math.isnan(rows[name].hd95)
+        assert rows[name].nan == {"dice": 0, "nsd": 0, "hd95": 1}
+    assert rows["neither"].nan == {"dice": 1, "nsd": 1, "hd95": 1}
+    assert all(math.isnan(v) for v in (rows["neither"].dice, rows["neither"].nsd, rows["neither"].hd95))
     mean = mean_score(rows.values())
-    assert (mean.dice, mean.nsd, mean.hd95) == (0.5, 0.5, 0.0)
-    assert mean.nan == {"dice": 2, "nsd": 2, "hd95": 3}
+    assert (mean.dice, mean.nsd, mean.hd95) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 0.0)
+    assert mean.nan == {"dice": 1, "nsd": 1, "hd95": 3}
     assert json.loads(json.dumps(rows["neither"].as_json(), allow_nan=False))["hd95"] is None
 
 
@@ -109,11 +111,23 @@ def test_summary_of_nothing_is_nan():
     assert math.isnan(mean.dice) and mean.nan["dice"] == 0
 
 
+@pytest.mark.parametrize("values", [[0.2, 0.9], [1.0, 2.0, 4.0, 8.0], [3.0, 3.0, 3.0]])
+def test_deviation_is_that_of_a_sample(values):
+    assert sample_deviation(values) == pytest.approx(statistics.stdev(values))
+    assert sample_deviation([*values, math.nan]) == pytest.approx(statistics.stdev(values))
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, math.nan], [math.nan, math.nan]])
+def test_fewer_than_two_values_have_no_deviation(values):
+    assert math.isnan(sample_deviation(values))
+
+
 def test_mask_dice():
     a = np.array([True, True, True, False]).reshape(1, 2, 2)
     b = np.array([True, False, False, True]).reshape(1, 2, 2)
     assert mask_dice(a, b) == pytest.approx(2 * 1 / (3 + 2))
-    assert math.isnan(mask_dice(a, np.zeros_like(a)))
+    empty = np.zeros_like(a)
+    assert mask_dice(a, empty) == mask_dice(empty, a) == 0 and math.isnan(mask_dice(empty, empty))
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_samples_and_their_deviation(pipeline):
     result = pipeline(image, hole, num_samples=3, generator=seeded(), **options)
     assert result.images.shape == (3, 1, *SHAPE) and result.decoded.shape == (3, 1, *SHAPE)
     assert not torch.equal(result.images[0], result.images[1])
-    expected = result.images.double().std(0, unbiased=False)[None]
+    expected = result.images.double().std(0, unbiased=True)[None]
     torch.testing.assert_close(result.std.double(), expected, atol=1e-6, rtol=1e-5)
     assert (result.std[0, 0][hole == 0] == 0).all() and result.std.max() > 0
     torch.testing.assert_close(result.images[:, 0, hole == 1], result.decoded[:, 0, hole == 1])

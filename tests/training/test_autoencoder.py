@@ -239,7 +239,7 @@ def test_any_folder_of_nifti_has_a_held_out_share(tmp_path):
     assert [len(part) for part in parts] == [8, 2, 0]
     assert not set(parts[0]) & set(parts[1])
     assert parts == [image_paths(tmp_path, split, 0.2, 0) for split in ("train", "validation", "test")]
-    with pytest.raises(FileNotFoundError, match=r"neither manifest\.json nor \.nii\.gz"):
+    with pytest.raises(FileNotFoundError, match=r"neither manifest\.json nor files that end in \.nii"):
         image_paths(tmp_path / "0" / "t1_0.nii.gz", "train", 0.2, 0)
 
 

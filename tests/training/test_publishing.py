@@ -295,8 +295,14 @@ def test_paths_do_not_get_into_a_card(tmp_path, monkeypatch):
 
 def test_a_label_that_no_volume_has_does_not_break_the_table():
     labels = {"a": {"mean": None, "sd": None, "nan": 1}, "b": {"mean": 0.5, "sd": 0.1, "nan": 0}}
+    labels["c"] = {"mean": 0.25, "sd": None, "nan": 0}
     table = cards.dice_table({"rows": {"network": {"mean": None, "labels": labels}}})
-    assert "| a | n/a |" in table and "| b | 0.500 ± 0.100 |" in table and "| **mean** | n/a |" in table
+    assert (
+        "| a | n/a |" in table
+        and "| b | 0.500 ± 0.100 |" in table
+        and "| c | 0.250 |" in table
+        and "| **mean** | n/a |" in table
+    )
 
 
 def test_every_kind_has_its_words():

@@ -24,7 +24,7 @@ from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
 from hf_binaryformer.training.recipes import load_recipe
 from hf_binaryformer.training.run_log import read_log
-from hf_binaryformer.training.segmentation_scores import PriorAtlas, evaluate_split, figures_of, scores
+from hf_binaryformer.training.segmentation_scores import PriorAtlas, evaluate_split, figures_of, resize_nearest, scores
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(RECIPE_FOLDER.glob("*.yaml"))
@@ -208,9 +208,13 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     found = figures_of([scores(guess, read_labels(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
     cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
     assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
+    # Of two values, the sample standard deviation is their difference over the root of 2.
+    assert cube["sd"] == pytest.approx((1 - 6 / 7) / 2**0.5, abs=1e-4)
     assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0
     assert nothing == {"mean": None, "sd": None, "nsd": None, "hd95": None, "nan": 2}
     assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
+    single = figures_of([scores(truth, read_labels(case), names)])
+    assert single["labels"]["cube"] | {"nsd": 0} == {"mean": 1.0, "sd": None, "nsd": 0, "hd95": 0.0, "nan": 0}
 
 
 def test_prior_atlas_is_the_majority_vote(prepared):
@@ -218,6 +222,13 @@ def test_prior_atlas_is_the_majority_vote(prepared):
     truth = [np.asarray(nib.load(c.label).dataobj) for c in folder.split("train")]
     votes = np.stack([sum((t == label).astype(int) for t in truth) for label in range(3)])
     np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
+def test_the_atlas_is_resized_about_the_centres_of_voxels(size, wanted):
+    found = resize_nearest(np.broadcast_to(np.arange(size)[:, None, None], (size, 3, 3)), np.array([wanted, 3, 3]))
+    centre = (np.arange(wanted) + 0.5) * size / wanted - 0.5
+    assert found.shape == (wanted, 3, 3) and np.abs(found - centre[:, None, None]).max() <= 0.5 + 1e-9
 
 
 def test_samples_depend_on_their_number_alone(recipe, prepared):

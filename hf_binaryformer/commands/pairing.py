@@ -1,0 +1,113 @@
+"""Which prediction belongs to which truth. No file of a folder is left out without a word: scored, told, or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES
+
+SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+# What people's tools leave beside label volumes: text, tables, pictures, probabilities, and the voxels of an .mhd.
+SIDE_SUFFIXES = (
+    *(".json", ".txt", ".md", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf"),
+    *(".png", ".jpg", ".jpeg", ".npz", ".pkl", ".raw", ".zraw"),
+)
+# File names that a message lists before it says "...".
+SHOWN = 3
+
+
+def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """The volumes of two files, or of two folders with all their subfolders, and notes on what is not scored.
+
+    Names below the two folders are compared in full, except that an ending may be in capitals in one of them. Hidden
+    files, whose names start with a dot, are no part of a folder.
+
+    Returns:
+        (case, prediction, truth) for each pair, sorted; case is the prediction's name below its folder.
+
+    Raises:
+        FileNotFoundError: a file or folder does not exist.
+        ValueError: a file against a folder, no volumes, names that only one folder has, one name twice, or a file that
+            may be a volume but is of a kind that is not read here.
+    """
+    for path in (pred, truth):
+        if not path.exists():
+            raise FileNotFoundError(f"'{path}' does not exist")
+    if pred.is_dir() != truth.is_dir():
+        raise ValueError(f"prediction '{pred}' and truth '{truth}': give two files or two folders")
+    if not pred.is_dir():
+        return [(pred.name, pred, truth)], []
+    (ours, our_notes), (theirs, their_notes) = find_volumes(pred), find_volumes(truth)
+    if ours.keys() != theirs.keys():
+        only = "; ".join(
+            f"{len(names)} only in '{folder}' ({shown([below(found[name], folder) for name in names])})"
+            for folder, found, names in (
+                (pred, ours, ours.keys() - theirs.keys()),
+                (truth, theirs, theirs.keys() - ours.keys()),
+            )
+            if names
+        )
+        raise ValueError(f"every file needs one of the same name in the other folder; {only}")
+    if not ours:
+        raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(SUFFIXES)}")
+    pairs = [(below(path, pred), path, theirs[name]) for name, path in sorted(ours.items())]
+    return pairs, list(dict.fromkeys(our_notes + their_notes))
+
+
+def find_volumes(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Volumes below a folder by their name with its ending in lower case, and a note on the files beside them.
+
+    Raises:
+        ValueError: see :func:`pair_volumes`.
+    """
+    found: dict[str, Path] = {}
+    beside: list[str] = []
+    unknown: list[str] = []
+    for path in files_below(folder):
+        name = below(path, folder)
+        suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), None)
+        if suffix is not None and not path.is_dir():
+            key = name[: -len(suffix)] + suffix
+            if key in found:
+                raise ValueError(f"'{found[key]}' and '{path}' have one name, expected one file: remove one of them")
+            found[key] = path
+        else:
+            (beside if name.lower().endswith(SIDE_SUFFIXES) else unknown).append(name)
+    if unknown:
+        raise ValueError(
+            f"{count(unknown)} in '{folder}' not scored ({shown(unknown)}), expected {', '.join(SUFFIXES)}: convert "
+            f"what is a volume, give the folder that a link leads to, and move the rest elsewhere"
+        )
+    return found, [f"{count(beside)} in '{folder}' are not scored ({shown(beside)})"] if beside else []
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, and links to folders, which are not followed; without hidden ones."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths = []
+    # Without `onerror`, a subfolder that cannot be read would count as empty.
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        paths += [Path(place, name) for name in [*names, *links] if not name.startswith(".")]
+    return paths
+
+
+def below(path: Path, folder: Path) -> str:
+    """A file's name below a folder."""
+    return path.relative_to(folder).as_posix()
+
+
+def count(names: Sequence[str]) -> str:
+    """How many files, in words."""
+    return f"{len(names)} file{'s' if len(names) != 1 else ''}"
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names, sorted."""
+    return ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -1,0 +1,63 @@
+"""Decathlon folders as people have them: no file is passed over, and labels that are nearly whole are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from hf_binaryformer.data.decathlon import HIPPOCAMPUS_NAMES, build_decathlon, check_decathlon
+from hf_binaryformer.data.folder_writer import NewCase
+from hf_binaryformer.data.patches import image_paths
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """One case."""
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+        array = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / "case_001.nii.gz")
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+@pytest.mark.parametrize("name", ["case_002.nii", "CASE_002.NII.GZ", "case_002.mha", "sub/case_002.nii.gz"])
+def test_a_file_of_another_name_is_a_problem(source: Path, folder: str, name: str) -> None:
+    (source / folder / name).parent.mkdir(exist_ok=True)
+    (source / folder / name).touch()
+    (source / folder / ".DS_Store").touch()
+    with pytest.raises(ValueError, match=r"1 problem in") as refusal:
+        check_decathlon(source, HIPPOCAMPUS_NAMES)
+    assert f"{folder}/{name}: expected a name that ends in .nii.gz" in str(refusal.value)
+
+
+def test_nearly_whole_labels_are_kept(source: Path) -> None:
+    path = source / "labelsTr" / "case_001.nii.gz"
+    truth = np.asanyarray(nib.load(path).dataobj)
+    nib.save(nib.Nifti1Image((truth * 0.9999).astype(np.float32), np.eye(4)), path)
+    with pytest.warns(UserWarning, match=r"labelsTr/case_001\.nii\.gz has labels up to 0.0002 off"):
+        (image,) = check_decathlon(source, HIPPOCAMPUS_NAMES)
+    (source / "images").mkdir()
+    (source / "labels").mkdir()
+    row = build_decathlon(source, NewCase("case_001", "g", "train", (image, path)))
+    np.testing.assert_array_equal(np.asanyarray(nib.load(source / row["label"]).dataobj), truth)
+
+
+def test_interpolated_labels_are_a_problem_with_a_remedy(source: Path) -> None:
+    path = source / "labelsTr" / "case_001.nii.gz"
+    nib.save(nib.Nifti1Image(np.full((4, 5, 6), 0.4, np.float32), np.eye(4)), path)
+    with pytest.raises(ValueError, match="up to 0.4 off.*nearest neighbour"):
+        check_decathlon(source, HIPPOCAMPUS_NAMES)
+
+
+def test_a_folder_without_manifest_gives_all_its_volumes(tmp_path: Path) -> None:
+    """The autoencoder reads any folder: capitals and the other formats count, hidden files and text do not."""
+    names = ["a.nii.gz", "B.NII.GZ", "c.nii", "d.mha", "sub/e.nrrd", "sub/F.MHA"]
+    for name in (*names, "notes.txt", "._a.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = image_paths(tmp_path, "train", 0.0, 0)
+    assert {path.relative_to(tmp_path).as_posix() for path in found} == set(names)
