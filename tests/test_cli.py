@@ -166,7 +166,7 @@ def test_what_the_reader_chose_is_told_on_stderr_and_in_the_report(scan, out, ch
     image.to_filename(scan)
     result = run("segment", scan, "-o", out / "labels.nii.gz", "--report", out / "report.json", "--model", checkpoint)
     assert result.exit_code == 0, result.output
-    note = "sform and qform lie up to 7 mm apart; the sform is used"
+    note = f"{scan}: sform and qform lie up to 7 mm apart; the sform is used"
     assert f"note: {note}" in result.stderr.splitlines()
     assert json.loads((out / "report.json").read_text())["notes"] == [note]
 

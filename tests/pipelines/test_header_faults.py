@@ -65,7 +65,7 @@ def test_sform_and_qform_that_disagree_are_told(tmp_path):
     qform, sform = np.diag([1.0, 1.0, 2.0, 1.0]), np.diag([1.0, 1.0, 2.0, 1.0])
     sform[0, 3] = 12
     volume = read_volume(forms(tmp_path / "in.nii", qform, sform))
-    assert volume.notes == ("sform and qform lie up to 12 mm apart; the sform is used",)
+    assert volume.notes == (f"{volume.name}: sform and qform lie up to 12 mm apart; the sform is used",)
     np.testing.assert_allclose(volume.affine, sform)
 
 
@@ -79,7 +79,7 @@ def test_an_identity_sform_gives_way_to_the_qform(tmp_path):
     far = max(np.linalg.norm([-10, -12, -20 + 1.5 * k]) for k in (0, 17))
     assert (
         note
-        == f"sform and qform lie up to {far:.3g} mm apart; the qform is used, as the sform is only the identity matrix"
+        == f"{volume.name}: sform and qform lie up to {far:.3g} mm apart; the qform is used, as the sform is only the identity matrix"
     )
 
 
