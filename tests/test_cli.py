@@ -158,19 +158,6 @@ def test_progress_is_told(scan, out, checkpoint):
     assert len(told) > 1 and told[-1][0] == told[-1][1] and told == sorted(told)
 
 
-def test_what_the_reader_chose_is_told_on_stderr_and_in_the_report(scan, out, checkpoint):
-    image = nib.load(scan)
-    moved = image.affine.copy()
-    moved[0, 3] += 7
-    image.set_sform(moved, 1)
-    image.to_filename(scan)
-    result = run("segment", scan, "-o", out / "labels.nii.gz", "--report", out / "report.json", "--model", checkpoint)
-    assert result.exit_code == 0, result.output
-    note = f"{scan}: sform and qform lie up to 7 mm apart; the sform is used"
-    assert f"note: {note}" in result.stderr.splitlines()
-    assert json.loads((out / "report.json").read_text())["notes"] == [note]
-
-
 def test_formats_of_the_output(scan, out, checkpoint):
     pytest.importorskip("SimpleITK")
     for name in ("x.mha", "X.NII"):

@@ -1,0 +1,27 @@
+"""Notes on a result are told on stderr, so that no choice of a reader stays unseen."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_binaryformer import cli
+from hf_binaryformer.commands import generation_jobs, jobs
+
+NOTE = "scan.nii.gz: sform and qform lie up to 7 mm apart; the sform is used [sic]"
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "job"),
+    [
+        (["segment", "scan.nii.gz"], jobs, "segment_file"),
+        (["inpaint", "scan.nii.gz", "--mask", "m.nii.gz"], generation_jobs, "inpaint_file"),
+    ],
+)
+def test_notes_are_told_word_for_word(command, module, job, monkeypatch):
+    content = {"notes": [NOTE], "labels": [], "model": "m", "seconds": 1.0, "sampling_seconds": 1.0, "samples": 1}
+    content |= {"hole_ml": [1.0], "token_grid": [1, 1, 1], "steps": 1, "tokens_masked": [1]}
+    monkeypatch.setattr(module, job, lambda *arguments, **options: content)
+    result = CliRunner().invoke(cli.app, [*command, "-o", "out.nii.gz"])
+    assert result.exit_code == 0, result.output
+    assert f"note: {NOTE}" in result.stderr.splitlines()
