@@ -19,8 +19,8 @@ NOTE = "scan.nii.gz: sform and qform lie up to 7 mm apart; the sform is used [si
     ],
 )
 def test_notes_are_told_word_for_word(command, module, job, monkeypatch):
-    content = {"notes": [NOTE], "labels": [], "model": "m", "seconds": 1.0, "sampling_seconds": 1.0, "samples": 1}
-    content |= {"hole_ml": [1.0], "token_grid": [1, 1, 1], "steps": 1, "tokens_masked": [1]}
+    content = {"notes": [NOTE], "labels": [], "model": "m", "seconds": 1.0, "samples": 1}
+    content |= {"hole_ml": [1.0], "steps": 1, "generated": "g", "notice": "n"}
     monkeypatch.setattr(module, job, lambda *arguments, **options: content)
     result = CliRunner().invoke(cli.app, [*command, "-o", "out.nii.gz"])
     assert result.exit_code == 0, result.output

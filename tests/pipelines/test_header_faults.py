@@ -77,10 +77,8 @@ def test_an_identity_sform_gives_way_to_the_qform(tmp_path):
     (note,) = volume.notes
     # The far corner of the last axis: 17 x 1.5 mm along k, less the origin; the others lie at most that far apart.
     far = max(np.linalg.norm([-10, -12, -20 + 1.5 * k]) for k in (0, 17))
-    assert (
-        note
-        == f"{volume.name}: sform and qform lie up to {far:.3g} mm apart; the qform is used, as the sform is only the identity matrix"
-    )
+    told = f"sform and qform lie up to {far:.3g} mm apart; the qform is used, as the sform is only the identity matrix"
+    assert note == f"{volume.name}: {told}"
 
 
 @pytest.mark.parametrize("only", ["qform", "sform"])
