@@ -26,7 +26,7 @@ BATCH = 250
 ADDRESS_BYTES = 3 * 2**30
 # Traces of failures that a summary keeps.
 KEPT_FAILURES = 60
-MEMORY_SIGNS = ("allocate", "bad_alloc", "out of memory", "not enough memory", "unable to allocate")
+MEMORY_SIGNS = ("allocate memory", "bad_alloc", "out of memory", "unable to allocate")
 
 
 @dataclass
