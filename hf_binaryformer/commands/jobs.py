@@ -139,7 +139,7 @@ def read_label_names(path: Path) -> dict[int, str]:
         if isinstance(names, list):
             names = {row["label"]: row["name"] for row in names}
         return {int(number): str(name) for number, name in names.items()}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f'{path} does not hold label names ({error}); expected JSON like {{"1": "cortex"}}') from error
 
 

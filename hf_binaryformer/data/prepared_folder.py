@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hf_binaryformer.pipelines.volumes import Volume, read_volume
 
+# What every case states as text, besides its group.
+TEXTS = ("case", "split", "image")
 SPLITS = ("train", "validation", "test")
 
 
@@ -24,18 +28,44 @@ class Case:
     label: Path | None
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The content of a manifest.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON; its label names are not texts by whole number; or one of its cases lacks a name, a group,
+            a split or an image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no manifest.json: write it with `binaryformer prepare`")
+    remedy = "expected what `binaryformer prepare` wrote: prepare the data anew"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}), {remedy}") from error
+    names = manifest.get("label_names") if isinstance(manifest, dict) else None
+    cases = manifest.get("cases") if isinstance(manifest, dict) else None
+    if not isinstance(names, dict) or not isinstance(cases, list):
+        raise ValueError(f"{path} has no label_names by number or no list of cases, {remedy}")
+    if wrong := [k for k, v in names.items() if not re.fullmatch(r"[0-9]{1,9}", k) or not isinstance(v, str)]:
+        raise ValueError(f"{path} has label_names for {wrong[:5]}, which are no texts by whole number, {remedy}")
+    for number, case in enumerate(cases):
+        texts = [case.get(key, "") for key in (*TEXTS, "label")] if isinstance(case, dict) else []
+        if not texts or not all(isinstance(text, str) for text in texts) or not {*TEXTS, "group"} <= case.keys():
+            raise ValueError(f"{path}: case {number} lacks one of {', '.join(TEXTS)} and group as text, {remedy}")
+    return manifest
+
+
 class PreparedFolder:
     """What ``binaryformer prepare`` wrote: the manifest's cases and label names.
 
     Raises:
         FileNotFoundError: the folder has no manifest.
+        ValueError: the manifest is damaged, or another kind of file.
     """
 
     def __init__(self, folder: Path) -> None:
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise FileNotFoundError(f"{folder} has no manifest.json: write it with `binaryformer prepare`")
-        self.manifest = json.loads(manifest.read_text())
+        self.manifest = read_manifest(folder / "manifest.json")
         self.label_names = {int(k): str(v) for k, v in self.manifest["label_names"].items()}
         self.cases = [
             Case(

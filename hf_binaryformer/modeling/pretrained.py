@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from hf_binaryformer.modeling.checkpoint_files import CheckpointError, check_sizes, read_json, using
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMixin",
+    "CheckpointNotFoundError",
+    "DiffusersCheckpointMixin",
+    "known_checkpoints",
+    "read_json",
+    "resolve_checkpoint",
+]
 
 PACKAGED = Path(__file__).parent.parent / "checkpoints"
 # In a checkout: weights whose licence or size keeps them out of the package.
@@ -27,10 +38,6 @@ MODEL_CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
 
 class CheckpointNotFoundError(FileNotFoundError):
     """No weights have this name. The message says what was tried, which names are known, and how to train them."""
-
-
-class CheckpointError(ValueError):
-    """Weights were found but cannot be used: they are damaged, of another kind, or do not fit their configuration."""
 
 
 def known_checkpoints() -> list[str]:
@@ -96,20 +103,6 @@ def _local_checkpoint(name: str) -> Path | None:
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file.
-
-    Raises:
-        CheckpointError: it is missing, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; expected a folder made by save_pretrained") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch the checkpoint again") from error
-
-
 def _require_safetensors(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt")))
@@ -140,20 +133,17 @@ class CheckpointMixin:
             CheckpointError: a pickle instead of safetensors, a damaged file, or tensors that do not fit the configuration
                 (unless ``ignore_mismatched_sizes=True``).
         """
-        from safetensors import SafetensorError
-
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
         _require_safetensors(folder)
-        read_json(folder / MODEL_CONFIG)
+        config = read_json(folder / MODEL_CONFIG)
         lenient = options.get("ignore_mismatched_sizes", False)
         report_wanted = options.pop("output_loading_info", False)
-        try:
+        with using(folder):
+            check_sizes(folder, config, lambda: cls(cls.config_class.from_dict(config)))  # type: ignore[attr-defined]
             model, report = super().from_pretrained(  # type: ignore[misc]
                 folder, *args, use_safetensors=True, output_loading_info=True, **options
             )
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"the weights in {folder} cannot be used with its config.json: {error}") from error
         if not lenient:
             _require_all_keys(folder, report)
         return (model, report) if report_wanted else model
@@ -182,7 +172,6 @@ class DiffusersCheckpointMixin:
             CheckpointError: a pickle instead of safetensors, a damaged file, the configuration of another class, or
                 tensors that do not fit the configuration.
         """
-        from safetensors import SafetensorError
         from torch import nn
 
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
@@ -196,14 +185,14 @@ class DiffusersCheckpointMixin:
         if (saved_from := config.get("_class_name")) != cls.__name__:
             raise CheckpointError(f"{folder} holds a '{saved_from}', expected a '{cls.__name__}': load it as that")
         if not is_model:
-            return super().from_pretrained(folder, **options)  # type: ignore[misc]
+            with using(folder):
+                return super().from_pretrained(folder, **options)  # type: ignore[misc]
         _require_safetensors(folder)
         report_wanted = options.pop("output_loading_info", False)
-        try:
+        with using(folder):
+            check_sizes(folder, config, lambda: cls.from_config(config))  # type: ignore[attr-defined]
             model, report = super().from_pretrained(  # type: ignore[misc]
                 folder, **{**options, "use_safetensors": True, "output_loading_info": True}
             )
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"the weights in {folder} cannot be used with its config.json: {error}") from error
         _require_all_keys(folder, report)
         return (model, report) if report_wanted else model

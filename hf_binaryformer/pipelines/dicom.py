@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_binaryformer.pipelines.dicom_frames import read_frames, reading
+from hf_binaryformer.pipelines.dicom_frames import read_dataset, read_frames, reading
 from hf_binaryformer.pipelines.dicom_pixels import frame_values
 from hf_binaryformer.pipelines.dicom_stack import sorted_stack
 from hf_binaryformer.pipelines.grids import VolumeError
-from hf_binaryformer.pipelines.itk import require
 
 
 class Header(NamedTuple):
@@ -81,8 +80,7 @@ def _volume_files(path: Path) -> list[Path]:
 def _header(file: Path) -> Header:
     keywords = ["Rows", "SeriesInstanceUID", "SeriesDescription", "NumberOfFrames", "ConcatenationUID"]
     with reading(file):
-        pydicom = require("pydicom")
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=keywords)
+        dataset = read_dataset(file, stop_before_pixels=True, specific_tags=keywords)
         return Header(
             is_image="Rows" in dataset,
             series=str(dataset.get("SeriesInstanceUID") or ""),

@@ -6,6 +6,8 @@ its frames in functional groups: one group for each frame, and one for what all 
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -99,7 +101,7 @@ def read_frames(file: Path) -> list[Frame]:
             frames have no functional groups; or one of them does not say where it lies.
     """
     with reading(file):
-        dataset = require("pydicom").dcmread(file, stop_before_pixels=True, force=True)
+        dataset = read_dataset(file, stop_before_pixels=True)
         _check_kind(file, dataset)
         shared = _macros(dataset.get("SharedFunctionalGroupsSequence"))
         groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -109,6 +111,22 @@ def read_frames(file: Path) -> list[Frame]:
             _frame(file, f"frame {index + 1} of ", index, [*_macros([group]), *shared, dataset])
             for index, group in enumerate(groups)
         ]
+
+
+class _BoundedFile(io.BufferedReader):
+    """A file that takes no memory for more bytes than it has left, whatever length an element states."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As for any file."""
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(-1 if size is None or size < 0 else max(0, min(size, left)))
+
+
+def read_dataset(file: Path, **options: Any) -> Dataset:
+    """What pydicom's ``dcmread`` reads from a file, which may lack preamble and mark; call it within :func:`reading`."""
+    with _BoundedFile(io.FileIO(file)) as opened:
+        dataset: Dataset = require("pydicom").dcmread(opened, force=True, **options)
+    return dataset
 
 
 @contextmanager

@@ -5,6 +5,7 @@ All arrays are (I, J, K) and all affines map the *centres* of voxels to mm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,9 @@ SPECK_SHARE = 0.01
 # Beyond these, the units are wrong: metres or micrometres taken for mm, or the reverse.
 MIN_EXTENT_MM, MAX_EXTENT_MM = 1.0, 3000.0
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.01, 100.0
+MAX_VOXELS = 2**31
+# Deflate does not compress by more than this.
+MAX_COMPRESSION = 1032
 # The voxels of a box, a slice for each axis.
 Box = tuple[slice, slice, slice]
 
@@ -46,6 +50,28 @@ def check_shape(name: object, shape: Sequence[int]) -> None:
         raise VolumeError(
             f"{name} is a series of {int(np.prod(shape[3:]))} volumes, shape {tuple(shape)}, expected one 3D volume: "
             f"take one out of it, with nibabel.four_to_three for example"
+        )
+
+
+def check_claim(name: object, shape: Sequence[int], bytes_of_voxel: float, available: float) -> None:
+    """Refuse, before any memory is taken, a header that asks for more voxels than its file can hold.
+
+    Args:
+        name: of the file, for the message.
+        shape: of all axes.
+        bytes_of_voxel: memory of one voxel.
+        available: the most bytes that the file can hold, unpacked.
+
+    Raises:
+        VolumeError: it asks for more than ``available`` bytes or 2³¹ voxels, or an axis has a negative length.
+    """
+    voxels = math.prod(int(n) for n in shape)
+    if min(shape, default=0) < 0 or voxels > MAX_VOXELS:
+        raise VolumeError(f"{name} has shape {tuple(shape)}, expected at most {MAX_VOXELS} voxels: export it again")
+    if voxels * bytes_of_voxel > available:
+        raise VolumeError(
+            f"{name} is truncated, damaged or not of this kind: its header asks for {voxels * bytes_of_voxel:.0f} bytes of voxels, the file "
+            f"has at most {available:.0f}, expected a complete file: fetch or export it again"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing
+from hf_binaryformer.pipelines.itk_header import check_header
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Largest difference of direction cosines from right angles.
@@ -41,8 +42,13 @@ def unreadable(path: Path, error: Exception) -> VolumeError:
 
 
 def read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Array (I, J, K) and affine of an ITK file."""
+    """Array (I, J, K) and affine of an ITK file.
+
+    Raises:
+        VolumeError: the file is damaged, or does not hold one real number for each voxel.
+    """
     sitk = require("SimpleITK")
+    check_header(path)
     try:
         return _array_and_affine(path, sitk.ReadImage(str(path)))
     except RuntimeError as error:

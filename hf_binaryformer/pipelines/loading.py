@@ -40,7 +40,8 @@ def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
     config = read_json(folder / (PIPELINE_CONFIG if is_pipeline else MODEL_CONFIG))
     # transformers writes "architectures", diffusers "_class_name".
     from_transformers = not is_pipeline and "architectures" in config
-    saved_from = str((config["architectures"] or ["(none)"])[0] if from_transformers else config.get("_class_name"))
+    named = config["architectures"] if from_transformers else config.get("_class_name")
+    saved_from = str(named[0] if isinstance(named, list) and named else named)
     classes = {kind.__name__: kind for kind in own_classes(is_pipeline, from_transformers)}
     if saved_from not in classes:
         raise CheckpointError(f"{folder} holds a '{saved_from}', expected one of this package's own classes")

@@ -5,14 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from hf_binaryformer.pipelines.grids import VolumeError, affine_spacing, check_shape, grid_distance
+from hf_binaryformer.pipelines.grids import (
+    MAX_COMPRESSION,
+    MAX_VOXELS,
+    VolumeError,
+    affine_spacing,
+    check_shape,
+    grid_distance,
+)
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -21,9 +28,6 @@ MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 # The descrip field holds 80 bytes, the last of them 0.
 DESCRIPTION_BYTES = 79
 GZIP_MAGIC = b"\x1f\x8b"
-# Deflate does not compress by more than this.
-MAX_COMPRESSION = 1032
-MAX_VOXELS = 2**31
 # Quaternions that round to more than a unit length by no more than this are taken as of unit length.
 QUATERNION_TOLERANCE = 1e-5
 QUATERNION_ROUNDING = 1e-7
@@ -39,10 +43,7 @@ def read_file(path: Path) -> Nifti1Image:
     Raises:
         VolumeError: the file is not NIfTI, damaged, shorter than its header says, or too large.
     """
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    try:
+    with parsing(path):
         with path.open("rb") as file:
             compressed = file.read(2) == GZIP_MAGIC
         opener: Any = gzip.open if compressed else open
@@ -62,11 +63,23 @@ def read_file(path: Path) -> Nifti1Image:
         if len(content) < claimed:
             raise EOFError(f"its header asks for {claimed} bytes, the file has {len(content)}")
         image: Nifti1Image = image_class.from_bytes(content)
-    except VolumeError:
-        raise
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise damaged(path, error) from error
     return image
+
+
+@contextmanager
+def parsing(name: object) -> Iterator[None]:
+    """Turns whatever nibabel and gzip raise over a damaged file into one message.
+
+    Raises:
+        VolumeError: the file is damaged, or the block raised it.
+    """
+    try:
+        yield
+    except (VolumeError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # nibabel converts a field when it is asked for: an unknown code is a KeyError, a NaN a ValueError, and so on.
+        raise damaged(name, error) from error
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[type[Nifti1Image], Nifti1Header]:
@@ -136,13 +149,11 @@ def image_values(name: object, image: Nifti1Image, *, own_type: bool) -> tuple[n
         kind = "complex numbers" if dtype.kind == "c" else "colours"
         raise VolumeError(f"{name} holds {kind} ({dtype}), expected one real number for each voxel: make it grey first")
     check_shape(name, image.shape)
-    try:
+    with parsing(name):
         # What float32 cannot hold becomes Inf, which the caller refuses.
         with np.errstate(over="ignore"):
             array = np.asanyarray(image.dataobj) if own_type else np.asanyarray(image.dataobj, dtype=np.float32)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise damaged(name, error) from error
-    affine, notes = header_affine(image.header, image.shape)
+        affine, notes = header_affine(image.header, image.shape)
     return array, affine, notes
 
 

@@ -87,13 +87,15 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
             that exist.
     """
     path = find_recipe(name, folder, part)
-    recipe = read_recipe(path)
-    if "like" in recipe:
-        base = load_recipe(recipe.pop("like"), [], path.parent)
-        recipe = {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
+    recipe, files = read_recipe(path), [path]
+    while "like" in recipe:
+        files.append(find_recipe(recipe.pop("like"), files[-1].parent))
+        if files[-1] in files[:-1]:
+            raise typer.BadParameter(f"{path} is like itself ({' → '.join(map(str, files))}): remove one line 'like'")
+        base = read_recipe(files[-1])
+        like = {"like": base.pop("like")} if "like" in base else {}
+        recipe = like | {section: base.get(section, {}) | recipe.get(section, {}) for section in (*base, *recipe)}
     for section, fields in recipe.items():
-        if not isinstance(fields, dict):
-            raise typer.BadParameter(f"{path}: {section} is no section: expected names and values below it")
         if unknown := fields.keys() - known_fields(section, fields):
             raise typer.BadParameter(f"{path}: {section} has no setting {', '.join(sorted(unknown))}")
     for override in overrides:
@@ -110,13 +112,38 @@ def load_recipe(name: str, overrides: list[str], folder: Path = RECIPES, part: s
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The content of a recipe's file, with the current names of settings."""
-    sections: dict[str, Any] = yaml.safe_load(path.read_text())
+    """The content of a recipe's file, with the current names of settings.
+
+    Raises:
+        typer.BadParameter: it is not YAML, or holds anything but sections of names and values, and the name of a recipe
+            behind "like".
+    """
+    try:
+        sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        # Besides its own errors PyYAML lets through what int(), float() and datetime raise over a value.
+        reason = " ".join(str(error).split())
+        raise typer.BadParameter(
+            f"{path} is not valid YAML ({reason}), expected a recipe: correct that place"
+        ) from error
+    if not isinstance(sections, dict):
+        raise typer.BadParameter(f"{path} holds {_kind(sections)}, expected sections of names and values")
+    for section, fields in sections.items():
+        if section == "like" and not isinstance(fields, str):
+            raise typer.BadParameter(f"{path}: like is {_kind(fields)}, expected the name of a recipe")
+        if section != "like" and not (
+            isinstance(fields, dict) and all(isinstance(name, str) for name in (section, *fields))
+        ):
+            raise typer.BadParameter(f"{path}: {section} is no section: expected names and values below it")
     for (section, old), new in RENAMED.items():
         fields = sections.get(section)
         if isinstance(fields, dict) and old in fields:
             fields[new] = fields.pop(old)
     return sections
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def find_recipe(name: str, folder: Path, part: str = "") -> Path:
@@ -126,9 +153,9 @@ def find_recipe(name: str, folder: Path, part: str = "") -> Path:
         typer.BadParameter: there is none; the message lists those that exist.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not path.is_file() and part:
+    if not os.path.isfile(path) and part:
         path = folder / f"{name.removesuffix(f'-{part}')}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise typer.BadParameter(f"no recipe '{name}'; known are {known}, or give the path of a .yaml file")
     return path
