@@ -117,6 +117,45 @@ def test_kmeans_with_fewer_vectors_than_centres():
     torch.testing.assert_close(centres, torch.ones(2, SIZE, DIM))
 
 
+def test_the_start_counts_every_entry_as_if_all_had_equal_shares():
+    made = ProductQuantizer(BOOKS, SIZE, DIM)
+    x = torch.randn(3, BOOKS * DIM, 4, 3, 2)
+    made._start(x)
+    # 3 samples of 24 positions, shared by 8 entries.
+    assert bool(made.initialized) and torch.equal(made.cluster_size, torch.full((BOOKS, SIZE), 72 / 8))
+    torch.testing.assert_close(made.cluster_sum, made.codebook * 9)
+    before = made.codebook.clone()
+    made._start(x + 5)
+    assert torch.equal(made.codebook, before), "only the first batch starts the codebooks"
+
+
+def test_revived_entries_are_drawn_in_proportion_to_their_squared_error():
+    """All but the first two of many entries are dead; a tenth of the error is at 1, the rest at -3, none at 0."""
+    size = 4000
+    made = ProductQuantizer(1, size, 1)
+    made.codebook.fill_(100.0)
+    made.codebook[0, :2] = torch.tensor([[0.0], [0.0]])
+    made.cluster_size.zero_()
+    made.cluster_size[0, :2] = 50.0
+    vectors = torch.tensor([0.0] * 500 + [1.0] * 5 + [-3.0] * 5)[None, :, None]
+    made._revive(vectors, 1)
+    revived = made.codebook[0, 2:, 0]
+    shares = {value: float((revived == value).float().mean()) for value in (0.0, 1.0, -3.0)}
+    assert shares[0.0] == 0 and shares[1.0] == pytest.approx(0.1, abs=0.02) and sum(shares.values()) == pytest.approx(1)
+    fair = 100 / size
+    assert torch.equal(made.cluster_size[0, 2:], torch.full((size - 2,), fair))
+    torch.testing.assert_close(made.cluster_sum[0, 2:, 0], revived * fair)
+    assert made.codebook[0, :2].eq(0).all() and made.cluster_size[0, :2].eq(50).all()
+
+
+def test_entries_are_revived_where_no_latent_has_an_error():
+    made = ProductQuantizer(1, 3, 1)
+    made.codebook.copy_(torch.tensor([[[0.0], [7.0], [8.0]]]))
+    made.cluster_size.copy_(torch.tensor([[9.0, 0.0, 0.0]]))
+    made._revive(torch.zeros(1, 4, 1), 1)
+    assert made.codebook.eq(0).all() and made.cluster_size.eq(torch.tensor([[9.0, 3.0, 3.0]])).all()
+
+
 def test_dead_entries_come_back_with_fresh_statistics():
     q, x = quantizer(revival_threshold=0.1), clustered(64)
     q.codebook[:, 1:] = 1e3  # one entry near the data, all others out of reach and as good as unused

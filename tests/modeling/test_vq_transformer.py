@@ -88,6 +88,29 @@ def test_start_tells_all_positions_apart_and_neighbours_are_alike():
     assert (place[0, 0, 0] - place[0, 0, 1]).norm() < (place[0, 0, 0] - place[1, 2, 3]).norm()
 
 
+def test_axial_start_is_sines_and_cosines_from_two_positions_to_four_grids():
+    grid, dim = (3, 5, 4), 20
+    model = build(grid_size=grid, num_codebooks=1, embedding_dim=dim, position_embedding="axial")
+    for axis, (side, low, high) in enumerate(zip(grid, (0, 6, 13), (6, 13, 20), strict=True)):
+        table = model.pos_embed[axis].detach().movedim(2 + axis, 2).flatten(2)[0]
+        count = math.ceil((high - low) / 2)
+        lengths = [2 * (4 * side / 2) ** (n / (count - 1)) for n in range(count)]
+        waves = [[f(2 * math.pi * x / length) for x in range(side)] for f in (math.sin, math.cos) for length in lengths]
+        expected = torch.zeros(dim, side)
+        expected[low:high] = torch.tensor(waves)[: high - low]
+        torch.testing.assert_close(table, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_that_of_the_blocks_two_outputs():
+    block = build(dropout=0.3).blocks[0]
+    assert (block.attn.proj_drop.p, block.mlp.drop1.p, block.mlp.drop2.p) == (0.3, 0.3, 0.3)
+    assert block.attn.attn_drop == 0.0 or block.attn.attn_drop.p == 0.0
+    model, tokens = build(dropout=0.3), torch.zeros(1, 3, 2, 3, 4, dtype=torch.long)
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+    model.eval()
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize("position_embedding", ["learned", "axial"])
 def test_other_grids_resize_the_position_embedding(position_embedding):
     model = build(position_embedding=position_embedding).eval()

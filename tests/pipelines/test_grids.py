@@ -140,6 +140,44 @@ def test_wrong_requests_are_named() -> None:
             resample(array, TURNED, spacing, order=1)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("row", "column"), [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)])
+def test_axes_may_drift_by_a_tenth_of_a_voxel_over_the_grid(row: int, column: int, sign: int) -> None:
+    """A target of 3 x 5 x 11 voxels reaches 2, 4 and 10 steps: that far an axis may run 0.1 voxels astray, in all."""
+    array, shape = np.zeros((3, 5, 11), dtype=np.float32), (3, 5, 11)
+    steps = shape[column] - 1
+    for off, refused in ((0.097, False), (0.103, True)):
+        target = np.eye(4)
+        target[row, column] = sign * off / steps
+        if refused:
+            with pytest.raises(VolumeError, match="turned against each other"):
+                resample_to(array, np.eye(4), shape, target, order=0)
+        else:
+            resample_to(array, np.eye(4), shape, target, order=0)
+    # Two axes that drift along the same one add up, even in opposite directions.
+    target, other = np.eye(4), 3 - row - column
+    target[row, column], target[row, other] = sign * 0.06 / steps, -sign * 0.06 / (shape[other] - 1)
+    with pytest.raises(VolumeError, match=r"off by 0\.12 voxels"):
+        resample_to(array, np.eye(4), shape, target, order=0)
+
+
+def test_foreground_is_brighter_than_a_tenth_and_specks_are_under_a_hundredth() -> None:
+    scaled = np.zeros((30, 20, 20), dtype=np.float32)
+    scaled[2:12, 2:12, 2:12] = 0.2
+    scaled[5, 5, 5] = 0.1  # not brighter
+    # Of 999 voxels, a hundredth is 9.99.
+    scaled[20:30, 0, 0] = 1.0
+    scaled[20:29, 10, 10] = 1.0
+    # Corners do not connect.
+    scaled[12, 12, 12] = 1.0
+    mask = foreground_mask(scaled)
+    assert mask.sum() == 999 + 10 and mask[20:30, 0, 0].all() and not mask[5, 5, 5] and not mask[12, 12, 12]
+    assert foreground_mask(scaled, 0.5).sum() == 10 + 9 + 1, "of ten voxels, one is no speck"
+    single = np.zeros((4, 4, 4), dtype=np.float32)
+    single[1, 1, 1] = 1
+    assert foreground_mask(single).sum() == 1 and not foreground_mask(single * 0).any()
+
+
 def test_spacings_count_as_equal_within_one_per_cent() -> None:
     assert same_spacing((1.0, 0.5, 3.0), (1.009, 0.5, 2.971))
     assert not same_spacing((1.0, 0.5, 3.0), (1.0, 0.5, 3.05))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import hf_binaryformer as bf
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.data.slices import SliceSamples
-from hf_binaryformer.training import segmentation
+from hf_binaryformer.training import segmentation, segmentation_scores
 from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
 from hf_binaryformer.training.recipes import load_recipe
@@ -222,6 +223,28 @@ def test_prior_atlas_is_the_majority_vote(prepared):
     truth = [np.asarray(nib.load(c.label).dataobj) for c in folder.split("train")]
     votes = np.stack([sum((t == label).astype(int) for t in truth) for label in range(3)])
     np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
+    """Label 1 is on one side in training and on the other in the split that is scored."""
+    cases = []
+    for name, of, side in (("a", "train", 0), ("b", "train", 0), ("c", "validation", 1), ("d", "test", 1)):
+        label = np.zeros((6, 6, 6), np.uint8)
+        label[3 * side : 3 * side + 3] = 1
+        nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / f"{name}.nii.gz")
+        cases.append({"case": name, "group": name, "split": of, "image": f"{name}.nii.gz", "label": f"{name}.nii.gz"})
+    names = {"0": "background", "1": "side"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
+    config = SimpleNamespace(attention_type="sign", resolved_bit_gradient="none")
+    network = SimpleNamespace(model=SimpleNamespace(config=config))
+    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder: network)
+    monkeypatch.setattr(
+        segmentation_scores, "network_scores", lambda pipeline, case, truth, names: scores(truth.array, truth, names)
+    )
+    found = evaluate_split(tmp_path, PreparedFolder(tmp_path), split, baseline=True)
+    assert found["rows"]["network"]["mean"] == 1.0 and found["rows"]["prior atlas"]["mean"] == 0.0
+    assert found["volumes"] == 1 and list(found["cases"]) == ["c" if split == "validation" else "d"]
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
