@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def frame_values(frames: Sequence[Frame]) -> np.ndarray:
     of_file: dict[Path, list[int]] = {}
     for k, frame in enumerate(frames):
         of_file.setdefault(frame.file, []).append(k)
-    values = measured = np.empty(0)
+    values, measured = np.empty(0), np.empty(0, dtype=bool)
     for file, ks in of_file.items():
         stored, inside = _stored_values(file)
         if not values.size:
@@ -106,7 +106,7 @@ def _measured(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
     return (stored < low) | (stored > high)
 
 
-def _encoding(dataset: Dataset) -> str:
+def _encoding(dataset: Dataset) -> Any:
     uid = require("pydicom").uid
     implicit, little = dataset.original_encoding
     if implicit:

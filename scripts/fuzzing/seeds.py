@@ -91,8 +91,9 @@ def _dicom(uid: str, sop_class: str) -> Any:
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, uid
-    dataset.file_meta.MediaStorageSOPClassUID, dataset.file_meta.MediaStorageSOPInstanceUID = sop_class, uid
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.UID(sop_class), pydicom.uid.UID(uid)
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.Modality = "1.2.3.4", "1.2.3", "MR"
     dataset.ImageType = ["ORIGINAL", "PRIMARY"]
     dataset.Rows, dataset.Columns = SHAPE[1], SHAPE[0]
