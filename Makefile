@@ -1,4 +1,4 @@
-# make install | demo | test | slow | sanitize | style | types | clean
+# make install | demo | test | slow | mutants | sanitize | style | types | clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: install demo test slow sanitize style types clean
+.PHONY: install demo test slow mutants sanitize style types clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3000
+
+# Plants faults into copies of the package; tests must see every one of them.
+mutants: install
+	$(BIN)/python tests/mutants.py
 
 # The C++ test of the kernel, built with the compiler's address and undefined-behaviour sanitizers.
 sanitize: install

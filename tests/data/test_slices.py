@@ -80,6 +80,7 @@ def test_resampled_labels_lie_where_the_image_is_and_are_not_mixed(mm: float, tm
     clear = (image - 0.75).abs() > 0.1
     clear[0] = False
     assert torch.equal(found[clear], (image > 0.75)[clear]) and clear.float().mean() > 0.7
+    assert ((image > 0.55) & (image < 0.95)).any(), "intensities are mixed, labels are not"
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1.0, 1.0), (0.8, 0.8 + 0.2 * 0.1), (0.0, 0.1)])
@@ -95,7 +96,9 @@ def test_the_stated_share_of_samples_is_labelled(fraction: float, expected: floa
 @pytest.mark.parametrize("augment", [{"max_gain": 0.4}, {"max_rotation": 0.5}, {"max_zoom": 0.3}, {"max_shear": 0.4}])
 def test_every_sample_draws_its_own_augmentation(augment: dict[str, float], tmp_path: Path) -> None:
     label = lopsided()
-    pixels = [s["pixel_values"] for s in samples_of(tmp_path, bright(label), label, count=8, **augment)[1]]
+    samples, found = samples_of(tmp_path, bright(label), label, count=8, **augment)
+    pixels = [sample["pixel_values"] for sample in found]
+    assert all(torch.equal(samples[number]["pixel_values"], pixels[number]) for number in (5, 2))
     apart = [(a - b).abs().max() for n, a in enumerate(pixels) for b in pixels[:n]]
     assert min(apart) > 1e-5
 

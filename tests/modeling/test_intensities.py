@@ -129,6 +129,26 @@ def test_unknown_voxels_have_no_influence():
     assert expected.low == 0 and abs(expected.high - np.percentile(HEAD[known & INSIDE], 99.5)) < 1e-3
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_background_at_either_end_of_an_axis_is_found(axis, end):
+    """Tissue without a mode fills all but one end of one axis, whose layers are half of a flat block's border."""
+    shape = [40, 40, 40]
+    shape[axis] = 4
+    array = np.random.default_rng(0).uniform(100, 200, shape)
+    assert find_background(array) is None
+    np.moveaxis(array, axis, 0)[end] = 7.0
+    assert find_background(array) == 7.0
+
+
+def test_unknown_voxels_of_the_border_are_no_background():
+    array, known = HEAD.copy(), np.ones_like(INSIDE)
+    known[:, :26] = False
+    array[~known] = 555.0
+    assert find_background(array) == 555.0 and find_background(array, known) == 0.0
+    assert find_background(array, np.zeros_like(known)) is None
+
+
 @pytest.mark.parametrize(
     "array",
     [
@@ -146,7 +166,9 @@ def test_two_or_three_values(array):
 
 
 def test_percentiles_of_everything_if_asked():
-    low, high = np.percentile(HEAD, [30, 98])
+    # Three quarters are air, so the lower percentile is one of tissue.
+    low, high = np.percentile(HEAD, [80, 98])
+    assert low > 300
     expected = np.clip((HEAD - low) / (high - low), 0, CEILING)
-    result = IntensityScale.of(HEAD, (30, 98), CEILING, foreground_only=False).apply(HEAD)
+    result = IntensityScale.of(HEAD, (80, 98), CEILING, foreground_only=False).apply(HEAD)
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
