@@ -23,7 +23,7 @@ ENHANCED_CLASSES = {
 }
 
 
-def position_of(k: int, step: Sequence[float] = UPWARDS) -> np.ndarray:
+def position_of(k: float, step: Sequence[float] = UPWARDS) -> np.ndarray:
     """ImagePositionPatient of slice k."""
     return np.round(FIRST + k * np.asarray(step), 6)
 
@@ -146,6 +146,6 @@ def write_multiframe(
     return path
 
 
-def placed(k: int, **attributes: object) -> dict[str, object]:
+def placed(k: float, **attributes: object) -> dict[str, object]:
     """The functional groups of a frame that lies where slice k does."""
     return {"ImagePositionPatient": position_of(k).tolist(), **attributes}

@@ -52,17 +52,19 @@ def scheduler_of(**fields: object) -> AbsorbingScheduler:
 
 
 @pytest.mark.parametrize(
-    ("eta", "again"),
+    ("eta", "draws", "again"),
     [
         # Before step 4 of 8, four of eight units are drawn and three are to stay masked: the share is at most 3 / 4.
-        (1.0, [0.0, 0.3, 0.74]),
+        (1.0, [0.0, 0.74, 0.76, 0.3], [0.0, 0.3, 0.74]),
+        (1.0, [0.0, 0.80, 0.76, 0.3], [0.0, 0.3]),
         # A smaller eta is the limit itself.
-        (0.5, [0.0, 0.3]),
-        (0.2, [0.0]),
+        (0.5, [0.0, 0.74, 0.76, 0.3], [0.0, 0.3]),
+        (0.2, [0.0, 0.74, 0.76, 0.3], [0.0]),
     ],
 )
-def test_a_drawn_unit_is_masked_again_with_the_smaller_of_share_and_eta(eta: float, again: list[float]) -> None:
-    draws = [0.0, 0.74, 0.76, 0.3]
+def test_a_drawn_unit_is_masked_again_with_the_smaller_of_share_and_eta(
+    eta: float, draws: list[float], again: list[float]
+) -> None:
     # Units 4 to 7 are still masked; their numbers would be small enough.
     run = state(8, 8, order=torch.arange(8.0)[None], remask=torch.tensor([[*draws, 0.01, 0.02, 0.03, 0.04]]))
     masked = torch.tensor([[False] * 4 + [True] * 4])

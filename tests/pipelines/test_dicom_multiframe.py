@@ -95,6 +95,18 @@ def test_missing_frames_are_named(tmp_path: Path) -> None:
         read_volume(path)
 
 
+def test_steps_may_differ_by_a_twentieth(tmp_path: Path) -> None:
+    """Scanners round positions; a step that is longer by more is a gap."""
+    for number, (longer, accepted) in enumerate(((0.04, True), (0.06, False), (-0.04, True), (-0.06, False))):
+        places = [*range(10), *(k + longer for k in range(10, 20))]
+        path = write_multiframe(tmp_path / f"{number}.dcm", slices(20), [placed(k) for k in places])
+        if accepted:
+            assert read_volume(path).spacing[2] == pytest.approx(2 * (19 + longer) / 19, rel=1e-4)
+        else:
+            with pytest.raises(VolumeError, match="slices are missing"):
+                read_volume(path)
+
+
 def at_each_position(name: str, values: tuple[object, ...]) -> list[dict[str, object]]:
     return [placed(k, **{name: value}) for value in values for k in range(30)]
 
