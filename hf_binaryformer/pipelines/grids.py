@@ -70,8 +70,8 @@ def check_claim(name: object, shape: Sequence[int], bytes_of_voxel: float, avail
         raise VolumeError(f"{name} has shape {tuple(shape)}, expected at most {MAX_VOXELS} voxels: export it again")
     if voxels * bytes_of_voxel > available:
         raise VolumeError(
-            f"{name} is truncated, damaged or not of this kind: its header asks for {voxels * bytes_of_voxel:.0f} bytes of voxels, the file "
-            f"has at most {available:.0f}, expected a complete file: fetch or export it again"
+            f"{name} is truncated, damaged or not of this kind: its header asks for {voxels * bytes_of_voxel:.0f} bytes of "
+            f"voxels, the file has at most {available:.0f}, expected a complete file: fetch or export it again"
         )
 
 

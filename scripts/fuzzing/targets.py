@@ -118,10 +118,10 @@ def nifti_fields(data: bytes) -> dict[str, tuple[int, str]]:
 
     second = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
     order = ">" if data[:4] in (struct.pack(">i", 348), struct.pack(">i", 540)) else "<"
-    template = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype
-    fields = {}
-    for name in template.names or ():
-        dtype, offset = (template.fields or {})[name][:2]
+    template: Any = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype
+    fields: dict[str, tuple[int, str]] = {}
+    for name in template.names:
+        dtype, offset = template.fields[name][:2]
         code = dtype.base.char
         if code in "bBhHiIqQfd":
             for n in range(int(np.prod(dtype.shape))):
@@ -188,7 +188,7 @@ def multiframe_files(folder: Path) -> dict[str, bytes]:
 
 def checkpoint_samples(folder: Path, suffixes: tuple[str, ...]) -> list[Sample]:
     """Files of these suffixes in copies of the packaged checkpoints; each copy links to what is not damaged."""
-    made = []
+    made: list[Sample] = []
     for config in sorted(PACKAGED.rglob("*config.json")):
         content = json.loads(config.read_text())
         saved_from = (content.get("architectures") or [content.get("_class_name")])[0]

@@ -161,8 +161,9 @@ def run_batch(target: Target, numbers: Sequence[int], seed: int, limits: Limits,
                     os._exit(code)
             _, status = os.waitpid(pid, 0)
             code = os.waitstatus_to_exitcode(status)
-            lines = [json.loads(line) for line in outcomes.seek(0) or outcomes.read().splitlines()]
-            seen = trace.seek(0) or trace.read()
+            outcomes.seek(0)
+            trace.seek(0)
+            lines, seen = [json.loads(line) for line in outcomes], trace.read()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for line in lines:
