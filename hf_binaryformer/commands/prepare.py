@@ -9,7 +9,6 @@ Parquet shards of a folder that was prepared elsewhere, by their folder or Hub i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from hf_binaryformer.data.decathlon import GroupRule, prepare_decathlon
 from hf_binaryformer.data.folder_writer import fail, new_folder, show_leakage, write_manifest
 from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.data.leakage import check_leakage
+from hf_binaryformer.data.prepared_folder import read_manifest
 from hf_binaryformer.data.public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from hf_binaryformer.data.shards import fetch_shards, read_shards
 from hf_binaryformer.data.synth_dataset import Contrast, Skull, prepare_synth_brain, read_settings
@@ -137,9 +137,10 @@ for described in sorted(DATA_SETS.glob("*.yaml")):
 def check_folder(folder: Annotated[Path, typer.Argument(help="Prepared folder.")]) -> None:
     """Look for leaks between the splits of a prepared folder, and for files that differ from the manifest."""
     described = folder / "manifest.json"
-    if not described.is_file():
-        fail(f"{folder} has no manifest.json: write it with `binaryformer prepare`")
-    rows = json.loads(described.read_text())["cases"]
+    try:
+        rows = read_manifest(described)["cases"]
+    except (OSError, ValueError) as error:
+        fail(str(error))
     files = [(folder / row[kind], row[f"{kind}_sha256"]) for row in rows for kind in ("image", "label") if kind in row]
     if missing := [path.name for path, _ in files if not path.is_file()]:
         fail(f"{folder} lacks {', '.join(missing[:8])} ({len(missing)} files): prepare the data anew")

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_binaryformer.data.prepared_folder import SPLITS
+from hf_binaryformer.data.prepared_folder import SPLITS, read_manifest
 
 
 def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:
@@ -81,7 +81,7 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
 
     if not (shards / "manifest.json").is_file():
         raise ValueError(f"{shards} has no manifest.json: give shards that `binaryformer prepare` wrote")
-    manifest: dict[str, Any] = json.loads((shards / "manifest.json").read_text())
+    manifest = read_manifest(shards / "manifest.json")
     rows = {(row["split"], row["case"]): row for row in manifest["cases"]}
     kinds = [kind for kind in ("image", "label") if any(kind in row for row in rows.values())]
     for kind in kinds:

@@ -140,7 +140,7 @@ class CheckpointMixin:
         lenient = options.get("ignore_mismatched_sizes", False)
         report_wanted = options.pop("output_loading_info", False)
         with using(folder):
-            check_sizes(folder, config, lambda: cls(cls.config_class.from_dict(config)))  # type: ignore[attr-defined, call-arg]
+            check_sizes(folder, config, lambda: cls(cls.config_class.from_dict(config)))  # type: ignore[attr-defined,call-arg]
             model, report = super().from_pretrained(  # type: ignore[misc]
                 folder, *args, use_safetensors=True, output_loading_info=True, **options
             )

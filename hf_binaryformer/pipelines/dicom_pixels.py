@@ -58,7 +58,7 @@ def frame_values(frames: Sequence[Frame]) -> np.ndarray:
     of_file: dict[Path, list[int]] = {}
     for k, frame in enumerate(frames):
         of_file.setdefault(frame.file, []).append(k)
-    values, measured = np.empty(0), np.empty(0, dtype=bool)
+    values, measured = np.empty(0, dtype=exact), np.empty(0, dtype=bool)
     for file, ks in of_file.items():
         stored, inside = _stored_values(file)
         if not values.size:
@@ -79,7 +79,7 @@ def frame_values(frames: Sequence[Frame]) -> np.ndarray:
 def _stored_values(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Stored numbers of all frames, (frames, rows, columns), and where they are no padding."""
     with reading(file):
-        dataset = read_dataset(file)
+        dataset: Any = read_dataset(file)
         if not any(name in dataset for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise unreadable(file, ValueError("it has no pixel data"))
         if "TransferSyntaxUID" not in dataset.file_meta:

@@ -1,7 +1,8 @@
 """Checks the text headers of .mha, .mhd and .nrrd files before ITK reads them.
 
 ITK takes memory for all that a header asks for, whatever the file holds. Where a MetaImage header states another number of
-axes than 1 to 10, ITK writes beyond its arrays, which ends the process. Both are refused here.
+axes than 1 to 10, ITK writes beyond its arrays, which ends the process, and its decomposition of directions does not end
+where a cosine is huge. All of these are refused here.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from hf_binaryformer.pipelines.grids import MAX_COMPRESSION, VolumeError, check_
 MAX_HEADER_BYTES = 2**20
 MAX_AXES = 10
 MAX_CHANNELS = 1024
+# Of cosines, spacings and positions, mm.
+LARGEST_NUMBER = 1e9
+META_GEOMETRY = (
+    r"TransformMatrix|Rotation|Orientation|Offset|Position|Origin|CenterOfRotation|ElementSpacing|ElementSize"
+)
+NRRD_GEOMETRY = (
+    r"space directions|space origin|spacings|thicknesses|axis mins|axis maxs|axismins|axismaxs|measurement frame"
+)
 META_BYTES = {"CHAR": 1, "SHORT": 2, "INT": 4, "LONG": 4, "LONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
 # By the last word of a type's name, such as "unsigned short int", "uint16_t" or "long long".
 NRRD_BYTES = {
@@ -36,7 +45,8 @@ def check_header(path: Path) -> None:
 
     Raises:
         VolumeError: the file cannot be opened; its header has no end; a number of axes, channels or voxels is missing, is
-            no number or out of range; its data file is missing; or it asks for more voxels than the file can hold.
+            no number, is stated twice or is out of range; its geometry holds a huge number; its data file is missing; or it
+            asks for more voxels than the file can hold.
     """
     try:
         with path.open("rb") as file:
@@ -62,6 +72,7 @@ def _check_meta(path: Path, header: str, data: str) -> None:
     kind = (re.findall(r"^\s*ElementType\s*[=:]\s*MET_(\w+)", header, re.MULTILINE) or ["missing"])[-1]
     if kind.removeprefix("U") not in META_BYTES or not 1 <= channels[0] <= MAX_CHANNELS:
         raise _refusal(path, f"ElementType {kind} with {channels[0]} channels, and not numbers")
+    _check_geometry(path, header, META_GEOMETRY)
     stored = _bytes_of_data(path, "" if data.upper() == "LOCAL" else data)
     packed = _numbers(path, header, "CompressedDataSize", 1) or [0]
     if not 0 <= packed[0] <= stored:
@@ -75,6 +86,7 @@ def _check_nrrd(path: Path, header: str) -> None:
     fields = {name.strip().lower(): value.strip() for name, _, value in (x.partition(":") for x in header.splitlines())}
     if not re.fullmatch(r"\d{1,18}(\s+\d{1,18})*", fields.get("sizes", "")):
         raise _refusal(path, f"the sizes '{fields.get('sizes', '')[:80]}', and not whole numbers")
+    _check_geometry(path, header, NRRD_GEOMETRY)
     kind = re.sub(r"_t$|\bint$", "", fields.get("type", "")).strip() or "int"
     voxel = NRRD_BYTES.get(kind.split()[-1].removeprefix("u"), 1)
     stored = _bytes_of_data(path, fields.get("data file", fields.get("datafile", "")))
@@ -83,7 +95,7 @@ def _check_nrrd(path: Path, header: str) -> None:
 
 
 def _numbers(path: Path, header: str, name: str, count: int) -> list[int]:
-    """The whole numbers of a field, [] if it is missing; of several lines the last counts, but all must be valid."""
+    """The whole numbers of a field, [] if it is missing."""
     found: list[int] = []
     for line in re.findall(rf"^\s*{name}\b(.*)$", header, re.MULTILINE):
         if (
@@ -91,8 +103,18 @@ def _numbers(path: Path, header: str, name: str, count: int) -> list[int]:
             or len(re.findall(r"-?\d+", line)) != count
         ):
             raise _refusal(path, f"{name} '{line.strip()[:80]}', and not {count} whole numbers")
+        if found and found != [int(n) for n in re.findall(r"-?\d+", line)]:
+            # ITK takes memory for the first number of axes, and fills it for the last.
+            raise _refusal(path, f"several lines {name}, which differ")
         found = [int(n) for n in re.findall(r"-?\d+", line)]
     return found
+
+
+def _check_geometry(path: Path, header: str, names: str) -> None:
+    for name, text in re.findall(rf"^\s*({names})\s*[=:](.*)$", header, re.MULTILINE | re.IGNORECASE):
+        for number in re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\binf", text):
+            if not abs(float(number)) <= LARGEST_NUMBER:
+                raise _refusal(path, f"{name} with {number[:20]}, and not numbers up to {LARGEST_NUMBER:g}")
 
 
 def _bytes_of_data(path: Path, data: str) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ FREE = {
     "checkpoints_kept",
 }
 KEPT = "recipe.yaml"
+# PyYAML's time grows with the square of the depth.
+MAX_NESTING = 100
 # Renamed settings: recipes and runs with the old name still load.
 RENAMED = {("data", "flip_axis"): "mirror_axis"}
 
@@ -119,7 +122,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
             behind "like".
     """
     try:
-        sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if max(accumulate((sign in "[{") - (sign in "]}") for sign in text), default=0) > MAX_NESTING:
+            raise ValueError(f"brackets are nested more than {MAX_NESTING} deep")
+        sections: dict[str, Any] = yaml.safe_load(text)
     except Exception as error:
         # Besides its own errors PyYAML lets through what int(), float() and datetime raise over a value.
         reason = " ".join(str(error).split())

@@ -88,7 +88,7 @@ def itk_files(suffix: str, folder: Path) -> dict[str, bytes]:
 def _dicom(uid: str, sop_class: str) -> Any:
     import pydicom
 
-    dataset = pydicom.Dataset()
+    dataset: Any = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.UID(sop_class), pydicom.uid.UID(uid)

@@ -118,10 +118,10 @@ def nifti_fields(data: bytes) -> dict[str, tuple[int, str]]:
 
     second = data[:4] in (struct.pack("<i", 540), struct.pack(">i", 540))
     order = ">" if data[:4] in (struct.pack(">i", 348), struct.pack(">i", 540)) else "<"
-    template = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype
+    template: Any = (nib.Nifti2Header if second else nib.Nifti1Header).template_dtype
     fields: dict[str, tuple[int, str]] = {}
-    for name in template.names or ():
-        dtype, offset = dict(template.fields or {})[name][:2]
+    for name in template.names:
+        dtype, offset = template.fields[name][:2]
         code = dtype.base.char
         if code in "bBhHiIqQfd":
             for n in range(int(np.prod(dtype.shape))):

@@ -163,7 +163,7 @@ def run_batch(target: Target, numbers: Sequence[int], seed: int, limits: Limits,
             code = os.waitstatus_to_exitcode(status)
             outcomes.seek(0)
             trace.seek(0)
-            lines, seen = [json.loads(line) for line in outcomes.read().splitlines()], trace.read()
+            lines, seen = [json.loads(line) for line in outcomes], trace.read()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for line in lines:

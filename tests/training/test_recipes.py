@@ -74,6 +74,56 @@ def test_a_section_without_settings_is_named(content, tmp_path):
         load_recipe(str(tmp_path / "own.yaml"), [])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"train: [",
+        b"train: {batch_size: 2\n",
+        b"\xff\xfe\x00",
+        b"train: \x00",
+        b"train: {a: !!timestamp x}",
+        b"train: {a: !!int ''}",
+        b"train: {a: !!bool x}",
+        b"train: {a: 2020-99-99}",
+        b"train: {a: " + b"1" * 5000 + b"}",
+        b"train: !!python/object:os.system {}",
+        b"train: *unknown",
+        b"? [a]\n: b",
+        b"[" * 100_000,
+        b"a: " + b"{a: " * 101 + b"0" + b"}" * 101,
+        b"",
+        b"3",
+        b"[train]",
+        b"1: {a: 2}",
+        b"train: {1: 2}",
+        b"train: 3",
+        b"like: 3",
+        b"like: [tiny-brain]",
+        b"like: {a: 1}",
+        b"like: nothing",
+        b"like: '" + b"9" * 400 + b"'",
+        b'like: "\\0"',
+        b"like: own",
+        b"like: other",
+    ],
+)
+def test_damaged_files_are_refused_with_their_name(content, tmp_path):
+    (tmp_path / "own.yaml").write_bytes(content)
+    (tmp_path / "other.yaml").write_text("like: own\n")
+    with pytest.raises(typer.BadParameter, match=r"own\.yaml|known are other, own"):
+        load_recipe(str(tmp_path / "own.yaml"), [])
+
+
+def test_a_recipe_takes_the_settings_of_all_that_it_is_like(tmp_path):
+    (tmp_path / "a.yaml").write_text("like: b\ntrain: {x: 1}\n")
+    (tmp_path / "b.yaml").write_text("like: c\ntrain: {x: 2, y: 2}\nnotes: {n: 2}\n")
+    (tmp_path / "c.yaml").write_text("train: {x: 3, y: 3, z: 3}\ndata: {d: 3}\nnotes: {n: 3, m: 3}\n")
+    recipe = load_recipe("a", [], tmp_path)
+    assert {name: recipe["train"][name] for name in "xyz"} == {"x": 1, "y": 2, "z": 3}
+    assert recipe["notes"] == {"n": 2, "m": 3} and recipe["data"] == {"d": 3}
+    assert "like" not in recipe and recipe["train"]["ema_decay"] == 0
+
+
 @pytest.mark.parametrize("section", ["transformer", "vqmodel", "scheduler"])
 def test_a_file_with_a_wrong_setting_names_it(section, tmp_path):
     recipe = yaml.safe_load((VQ_RECIPES / "brain-small.yaml").read_text())
