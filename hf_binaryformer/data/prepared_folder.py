@@ -43,7 +43,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}), {remedy}") from error
-    names = manifest.get("label_names") if isinstance(manifest, dict) else None
+    names = manifest.get("label_names", {}) if isinstance(manifest, dict) else None
     cases = manifest.get("cases") if isinstance(manifest, dict) else None
     if not isinstance(names, dict) or not isinstance(cases, list):
         raise ValueError(f"{path} has no label_names by number or no list of cases, {remedy}")
@@ -66,6 +66,8 @@ class PreparedFolder:
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder / "manifest.json")
+        if "label_names" not in self.manifest:
+            raise ValueError(f"{folder} has no label_names in its manifest.json: prepare the data anew")
         self.label_names = {int(k): str(v) for k, v in self.manifest["label_names"].items()}
         self.cases = [
             Case(
