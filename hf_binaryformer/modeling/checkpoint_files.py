@@ -54,7 +54,7 @@ def using(folder: Path) -> Iterator[None]:
     except Exception as error:
         # A value of another type fails wherever a library first uses it, and so in any way.
         raise CheckpointError(
-            f"the weights in {folder} cannot be used with its config.json ({type(error).__name__}): {error}"
+            f"the weights in {folder} cannot be used with its config.json: {error} ({type(error).__name__})"
         ) from error
 
 

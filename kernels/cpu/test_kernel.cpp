@@ -3,286 +3,9 @@
 // Every output lies between guard bands, with a gap after each of its rows; gaps of the inputs hold NaN, so that what is read
 // from them shows in the results. Each call runs on a thread of its own, whose scratch memory is new and thus holds whatever
 // the allocator was told to fill it with.
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <algorithm>
-#include <functional>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "hamming.h"
+#include "test_support.h"
 
 namespace {
-
-constexpr double kNan = NAN;
-constexpr float kSentinel = -12345.0f; // no result is this; as 16-bit halves no result either
-constexpr int64_t kBand = 64, kGap = 3;
-
-int failures = 0;
-std::string context;
-
-template <class... Args> void expect(bool good, const char *format, Args... args) {
-    if (good) return;
-    fprintf(stderr, "FAILED %s: ", context.c_str());
-    fprintf(stderr, format, args...);
-    fprintf(stderr, "\n");
-    if (++failures > 50) exit(1);
-}
-
-// ------------------------------------------------------------------------------------------------------ numbers
-
-uint16_t upper_half(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)(bits >> 16);
-}
-
-double decode(uint16_t x, int64_t type) {
-    const int exponent_bits = type == HF_BFLOAT16 ? 8 : 5, mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
-    const int exponent = x >> mantissa_bits & ((1 << exponent_bits) - 1), mantissa = x & ((1 << mantissa_bits) - 1);
-    const double sign = x >> 15 ? -1 : 1;
-    if (exponent == (1 << exponent_bits) - 1) return mantissa ? kNan : sign * INFINITY;
-    if (exponent == 0) return sign * ldexp(mantissa, 1 - bias - mantissa_bits);
-    return sign * ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-}
-
-// One number in memory, of any of the three types.
-struct Number {
-    char *at;
-    int64_t type;
-    double get() const {
-        if (type != HF_FLOAT32) return decode(*(uint16_t *)at, type);
-        return *(float *)at;
-    }
-    // For the 16-bit types a random number with few digits: quarters up to 8, which both represent.
-    void set(double x) const {
-        if (type == HF_FLOAT32) *(float *)at = (float)x;
-        else if (type == HF_BFLOAT16) *(uint16_t *)at = isnan(x) ? 0x7fff : upper_half((float)(nearbyint(4 * x) / 4));
-        else if (isnan(x)) *(uint16_t *)at = 0x7fff;
-        else {
-            int exponent;
-            const double quarters = nearbyint(4 * x) / 4, fraction = frexp(fabs(quarters), &exponent);
-            *(uint16_t *)at = quarters == 0 ? 0 : (uint16_t)((quarters < 0) << 15 | (exponent + 14) << 10 | ((int)(fraction * 2048) & 1023));
-        }
-    }
-};
-
-// ------------------------------------------------------------------------------------------------------- memory
-
-// (B, H, N, channels) with the heads of a token side by side, a gap after every row and a band at both ends.
-struct Rows {
-    std::vector<char> memory;
-    int64_t batch, heads, rows, channels, type, width, stride;
-    bool contiguous;
-    Rows(int64_t b, int64_t h, int64_t n, int64_t c, int64_t type, bool contiguous)
-        : batch(b), heads(h), rows(n), channels(c), type(type), width(type == HF_FLOAT32 ? 4 : 2), stride(contiguous ? c : c + kGap),
-          contiguous(contiguous) {
-        memory.resize((2 * kBand + b * h * n * stride) * width);
-    }
-    int64_t offset(int64_t head, int64_t row) const {
-        const int64_t b = head / heads, h = head % heads;
-        return kBand + (contiguous ? (head * rows + row) * stride : ((b * rows + row) * heads + h) * stride);
-    }
-    Number at(int64_t head, int64_t row, int64_t c) { return {memory.data() + (offset(head, row) + c) * width, type}; }
-    void fill_bytes_of(float x) {
-        const uint16_t half = upper_half(x);
-        for (size_t i = 0; i < memory.size(); i += width) {
-            if (width == 4) memcpy(&memory[i], &x, 4);
-            else memcpy(&memory[i], &half, 2);
-        }
-    }
-    hf_rows face() {
-        const int64_t row = contiguous ? stride : heads * stride;
-        return {memory.data() + kBand * width, heads * rows * stride, contiguous ? rows * stride : stride, row};
-    }
-    std::vector<double> values() {
-        std::vector<double> all;
-        for (int64_t head = 0; head < batch * heads; head++)
-            for (int64_t n = 0; n < rows; n++)
-                for (int64_t c = 0; c < channels; c++) all.push_back(at(head, n, c).get());
-        return all;
-    }
-    // Whether the sentinel still stands everywhere but in the rows; those then hold it too.
-    bool guards_stand() {
-        Rows untouched = *this;
-        untouched.fill_bytes_of(kSentinel);
-        for (int64_t head = 0; head < batch * heads; head++)
-            for (int64_t n = 0; n < rows; n++) {
-                const size_t from = offset(head, n) * width;
-                std::copy_n(memory.begin() + from, channels * width, untouched.memory.begin() + from);
-            }
-        return memory == untouched.memory;
-    }
-};
-
-struct Shape {
-    int64_t batch, heads, queries, keys, head_dim, value_dim, planes;
-    int64_t words() const { return (head_dim + 63) / 64; }
-    int64_t groups() const { return batch * heads; }
-};
-
-struct Inputs {
-    Shape s;
-    int64_t type;
-    double scale;
-    std::vector<uint64_t> query_bits, key_bits;
-    std::vector<float> query_weight, key_weight, grad_logsumexp;
-    Rows value, grad_output;
-
-    // `largest` is that of abs(w_q) and abs(w_k); some weights are 0.
-    Inputs(const Shape &s, int64_t type, bool contiguous, double largest, unsigned seed)
-        : s(s), type(type), scale(1 / sqrt((double)s.head_dim)), value(s.batch, s.heads, s.keys, s.value_dim, type, contiguous),
-          grad_output(s.batch, s.heads, s.queries, s.value_dim, type, contiguous) {
-        std::mt19937_64 random(seed);
-        std::uniform_real_distribution<double> uniform(-1, 1);
-        auto bits = [&](int64_t rows) {
-            std::vector<uint64_t> b(rows * s.planes * s.words());
-            for (size_t i = 0; i < b.size(); i++) {
-                const int64_t left = s.head_dim - (int64_t)(i % s.words()) * 64;
-                b[i] = random() & (left >= 64 ? ~0ull : (1ull << left) - 1);
-            }
-            return b;
-        };
-        auto weights = [&](int64_t rows) {
-            std::vector<float> w(rows * s.planes);
-            for (float &x : w) x = random() % 8 ? (float)(largest * uniform(random)) : 0;
-            return w;
-        };
-        query_bits = bits(s.groups() * s.queries), key_bits = bits(s.groups() * s.keys);
-        query_weight = weights(s.groups() * s.queries), key_weight = weights(s.groups() * s.keys);
-        for (Rows *r : {&value, &grad_output}) {
-            r->fill_bytes_of((float)kNan);
-            for (int64_t head = 0; head < s.groups(); head++)
-                for (int64_t n = 0; n < r->rows; n++)
-                    for (int64_t c = 0; c < s.value_dim; c++) r->at(head, n, c).set(4 * uniform(random));
-        }
-    }
-};
-
-struct Outputs {
-    Shape s;
-    Rows output, logsumexp, d_value, d_query_weight, d_key_weight, d_query, d_key;
-    Outputs(const Shape &s, int64_t type, bool contiguous)
-        : s(s), output(s.batch, s.heads, s.queries, s.value_dim, type, contiguous), logsumexp(row(s.queries, 1)),
-          d_value(s.batch, s.heads, s.keys, s.value_dim, type, contiguous), d_query_weight(row(s.queries, s.planes)),
-          d_key_weight(row(s.keys, s.planes)), d_query(row(s.queries, s.head_dim)), d_key(row(s.keys, s.head_dim)) {
-        for (Rows *r : all()) r->fill_bytes_of(kSentinel);
-    }
-    Rows row(int64_t n, int64_t c) const { return Rows(s.batch, s.heads, n, c, HF_FLOAT32, true); }
-    std::vector<Rows *> all() { return {&output, &logsumexp, &d_value, &d_query_weight, &d_key_weight, &d_query, &d_key}; }
-    static const char *name(size_t i) {
-        static const char *names[] = {"output", "logsumexp", "grad_value", "grad_query_weight", "grad_key_weight", "grad_query", "grad_key"};
-        return names[i];
-    }
-};
-
-float *floats(Rows &r) { return (float *)r.face().data; }
-
-hf_attention call_of(Inputs &in, Outputs &out, int64_t threads) {
-    const Shape &s = in.s;
-    hf_attention a{};
-    a.batch = s.batch, a.heads = s.heads, a.queries = s.queries, a.keys = s.keys;
-    a.head_dim = s.head_dim, a.value_dim = s.value_dim, a.planes = s.planes;
-    a.threads = threads, a.type = in.type, a.scale = in.scale;
-    a.query_bits = in.query_bits.data(), a.key_bits = in.key_bits.data();
-    a.query_weight = in.query_weight.data(), a.key_weight = in.key_weight.data();
-    a.value = in.value.face(), a.output = out.output.face(), a.logsumexp = floats(out.logsumexp);
-    a.grad_output = in.grad_output.face(), a.grad_logsumexp = in.grad_logsumexp.empty() ? nullptr : in.grad_logsumexp.data();
-    a.grad_query_weight = floats(out.d_query_weight), a.grad_key_weight = floats(out.d_key_weight);
-    a.grad_value = out.d_value.face();
-    return a;
-}
-
-void on_a_new_thread(const std::function<void()> &f) { std::thread(f).join(); }
-
-int forward(const hf_attention &a) {
-    int status = 1;
-    on_a_new_thread([&] { status = hf_forward(&a); });
-    return status;
-}
-
-int backward(const hf_attention &a) {
-    int status = 1;
-    on_a_new_thread([&] { status = hf_backward(&a); });
-    return status;
-}
-
-// -------------------------------------------------------------------------------------------------- brute force
-
-struct Expected {
-    std::vector<double> output, logsumexp, d_value, d_query_weight, d_key_weight, d_scores;
-    std::vector<double> query_terms, key_terms; // what the gradients of the weights are made of, without signs
-    double largest_score = 0;
-};
-
-double dot_of_signs(const uint64_t *a, const uint64_t *b, const Shape &s) {
-    int64_t sum = 0;
-    for (int64_t c = 0; c < s.head_dim; c++) sum += ((a[c / 64] ^ b[c / 64]) >> c % 64 & 1) ? -1 : 1;
-    return (double)sum;
-}
-
-Expected brute_force(Inputs &in) {
-    const Shape &s = in.s;
-    const int64_t P = s.planes, W = s.words(), nq = s.queries, nk = s.keys, dv = s.value_dim;
-    Expected e;
-    e.output.assign(s.groups() * nq * dv, 0), e.d_value.assign(s.groups() * nk * dv, 0);
-    e.d_query_weight.assign(s.groups() * nq * P, 0), e.d_key_weight.assign(s.groups() * nk * P, 0);
-    e.query_terms = e.d_query_weight, e.key_terms = e.d_key_weight;
-    for (int64_t head = 0; head < s.groups(); head++)
-        for (int64_t i = 0; i < nq; i++) {
-            const int64_t row = head * nq + i;
-            std::vector<double> score(nk), dots(nk * P * P), p(nk), dp(nk);
-            for (int64_t j = 0; j < nk; j++)
-                for (int64_t m = 0; m < P; m++)
-                    for (int64_t n = 0; n < P; n++) {
-                        const int64_t q = row * P + m, k = (head * nk + j) * P + n;
-                        const double dot = in.scale * dot_of_signs(&in.query_bits[q * W], &in.key_bits[k * W], s);
-                        dots[(j * P + m) * P + n] = dot;
-                        score[j] += dot * in.query_weight[q] * in.key_weight[k];
-                    }
-            const double largest = *std::max_element(score.begin(), score.end());
-            for (double x : score) e.largest_score = std::max(e.largest_score, fabs(x));
-            double total = 0, delta = 0;
-            for (int64_t j = 0; j < nk; j++) total += p[j] = exp(score[j] - largest);
-            e.logsumexp.push_back(largest + log(total));
-            for (int64_t j = 0; j < nk; j++) {
-                p[j] /= total;
-                for (int64_t c = 0; c < dv; c++) {
-                    const double v = in.value.at(head, j, c).get(), g = in.grad_output.at(head, i, c).get();
-                    e.output[row * dv + c] += p[j] * v;
-                    e.d_value[(head * nk + j) * dv + c] += p[j] * g;
-                    dp[j] += g * v;
-                }
-                delta += p[j] * dp[j];
-            }
-            for (int64_t j = 0; j < nk; j++) {
-                const double ds = p[j] * (dp[j] - delta), terms = p[j] * (fabs(dp[j]) + fabs(delta));
-                e.d_scores.push_back(ds);
-                for (int64_t m = 0; m < P; m++)
-                    for (int64_t n = 0; n < P; n++) {
-                        const int64_t q = row * P + m, k = (head * nk + j) * P + n;
-                        const double dot = dots[(j * P + m) * P + n];
-                        e.d_query_weight[q] += ds * dot * in.key_weight[k];
-                        e.d_key_weight[k] += ds * dot * in.query_weight[q];
-                        e.query_terms[q] += terms * fabs(dot * in.key_weight[k]);
-                        e.key_terms[k] += terms * fabs(dot * in.query_weight[q]);
-                    }
-            }
-        }
-    return e;
-}
-
-// norm(got - wanted) / norm(terms)
-double distance(const std::vector<double> &got, const std::vector<double> &wanted, const std::vector<double> &terms) {
-    double error = 0, norm = 0;
-    for (size_t i = 0; i < wanted.size(); i++) error += (got[i] - wanted[i]) * (got[i] - wanted[i]), norm += terms[i] * terms[i];
-    return norm > 0 ? sqrt(error / norm) : sqrt(error);
-}
 
 // --------------------------------------------------------------------------------------------------- the checks
 
@@ -290,9 +13,10 @@ void check_guards(Outputs &out) {
     for (size_t n = 0; n < out.all().size(); n++) expect(out.all()[n]->guards_stand(), "%s: written outside its rows", Outputs::name(n));
 }
 
-void check_against_brute_force(const Shape &s, int64_t type, bool contiguous, double largest) {
-    Inputs in(s, type, contiguous, largest, 7);
-    Outputs one(s, type, contiguous), three(s, type, contiguous);
+void check_against_brute_force(Inputs in, const Layout &l) {
+    const Shape &s = in.s;
+    const int64_t type = in.type;
+    Outputs one(s, type, l), three(s, type, l);
     const Expected e = brute_force(in);
     const bool backwards = s.groups() * s.queries > 0; // else the caller fills in zeros
     for (Outputs *out : {&one, &three}) {
@@ -447,80 +171,86 @@ void check_packing(int64_t type) {
         }
 }
 
+void check_saturation(std::mt19937_64 &random, int64_t type, int64_t rows, int64_t gap, int64_t dim, int64_t threads) {
+    const int64_t width = type == HF_FLOAT32 ? 4 : 2;
+    const double allowed = type == HF_FLOAT32 ? 1e-6 : 8e-3;
+    std::vector<char> x((rows ? (rows - 1) * (dim + gap) + dim : 0) * width), tanh(rows * dim * width), sign(tanh.size());
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t c = 0; c < dim; c++) Number{x.data() + (n * (dim + gap) + c) * width, type}.set((float)((int64_t)(random() % 2001) - 1000) / 100);
+    on_a_new_thread([&] { expect(hf_saturate(x.data(), type, rows, dim + gap, dim, 0.5, threads, tanh.data(), sign.data()) == 0, "saturate refused"); });
+    for (int64_t n = 0; n < rows * dim; n++) {
+        const double value = Number{x.data() + (n / dim * (dim + gap) + n % dim) * width, type}.get();
+        const double t = Number{tanh.data() + n * width, type}.get(), s = Number{sign.data() + n * width, type}.get();
+        expect(fabs(t - std::tanh(0.5 * value)) <= allowed && s == (value >= 0 ? 1 : -1), "saturate %g: %g, %g", value, t, s);
+    }
+}
+
 void check_saturation(int64_t type) {
     std::mt19937_64 random(6);
-    const int64_t rows = 131, gap = 3, width = type == HF_FLOAT32 ? 4 : 2;
-    const double allowed = type == HF_FLOAT32 ? 1e-6 : 8e-3;
     for (int64_t dim : {1, 64, 100, 384})
-        for (int64_t threads : {1, 3}) {
-            std::vector<char> x(((rows - 1) * (dim + gap) + dim) * width), tanh(rows * dim * width), sign(tanh.size());
-            for (int64_t n = 0; n < rows; n++)
-                for (int64_t c = 0; c < dim; c++) Number{x.data() + (n * (dim + gap) + c) * width, type}.set((float)((int64_t)(random() % 2001) - 1000) / 100);
-            on_a_new_thread([&] { expect(hf_saturate(x.data(), type, rows, dim + gap, dim, 0.5, threads, tanh.data(), sign.data()) == 0, "saturate refused"); });
-            for (int64_t n = 0; n < rows * dim; n++) {
-                const double value = Number{x.data() + (n / dim * (dim + gap) + n % dim) * width, type}.get();
-                const double t = Number{tanh.data() + n * width, type}.get(), s = Number{sign.data() + n * width, type}.get();
-                expect(fabs(t - std::tanh(0.5 * value)) <= allowed && s == (value >= 0 ? 1 : -1), "saturate %g: %g, %g", value, t, s);
-            }
-        }
+        for (int64_t threads : {1, 3}) check_saturation(random, type, 131, 3, dim, threads);
 }
 
 // Forward and backward of balanced bits against the formulas in double, on rows that lie apart.
+void check_balance(std::mt19937_64 &random, int64_t type, int64_t batch, int64_t heads, int64_t tokens, int64_t dim, int64_t gap, int choice, int64_t threads) {
+    const double allowed = type == HF_FLOAT32 ? 2e-5 : 3e-2;
+    const int64_t width = type == HF_FLOAT32 ? 4 : 2;
+    const int64_t row = heads * dim + gap, words = (dim + 63) / 64, rows = batch * tokens, all = batch * heads * tokens;
+    std::vector<char> x(((rows - 1) * row + heads * dim) * width), y(x.size()), grad(x.size()), grad_x(x.size());
+    std::vector<float> factors(all);
+    std::vector<uint64_t> bits(all * words);
+    const auto at = [&](std::vector<char> &of, int64_t b, int64_t h, int64_t n, int64_t c) {
+        return Number{of.data() + ((b * tokens + n) * row + h * dim + c) * width, type};
+    };
+    const auto rows_of = [&](std::vector<char> &of) { return hf_rows{of.data(), tokens * row, dim, row}; };
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t n = 0; n < tokens; n++)
+            for (int64_t c = 0; c < heads * dim; c++) {
+                at(x, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 700) / 500);
+                at(grad, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 1000) / 1000);
+            }
+    hf_balance call{};
+    call.batch = batch, call.heads = heads, call.tokens = tokens, call.dim = dim, call.threads = threads, call.type = type;
+    call.centering = choice & 1, call.norm = choice >> 1, call.epsilon = 1e-6, call.window = 1;
+    call.x = rows_of(x), call.y = rows_of(y), call.grad = rows_of(grad), call.grad_x = rows_of(grad_x);
+    call.inverse_rms = factors.data(), call.bits = bits.data();
+    on_a_new_thread([&] { expect(hf_balance_forward(&call) == 0 && hf_balance_backward(&call) == 0, "balance refused"); });
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t h = 0; h < heads; h++) {
+            std::vector<double> mean(dim), share(dim), g(tokens * dim);
+            double largest = 1; // factor of the head: errors of 16-bit numbers grow with it
+            for (int64_t n = 0; n < tokens && call.centering; n++)
+                for (int64_t c = 0; c < dim; c++) mean[c] += at(x, b, h, n, c).get() / (double)tokens;
+            for (int64_t n = 0; n < tokens; n++) {
+                double square = 0, along = 0;
+                for (int64_t c = 0; c < dim; c++) square += pow(at(x, b, h, n, c).get() - mean[c], 2) / (double)dim;
+                const double factor = call.norm ? 1 / sqrt(square + 1e-6) : 1;
+                largest = std::max(largest, factor);
+                for (int64_t c = 0; c < dim; c++) {
+                    const double wanted = (at(x, b, h, n, c).get() - mean[c]) * factor, got = at(y, b, h, n, c).get();
+                    expect(fabs(got - wanted) <= allowed * std::max({1.0, fabs(wanted), factor * 1e-2}), "balance of %lld tokens: %g, %g", (long long)tokens, got, wanted);
+                    expect(((bits[((b * heads + h) * tokens + n) * words + c / 64] >> c % 64) & 1) == (got >= 0), "bit of %g", got);
+                    g[n * dim + c] = fabs(got) <= 1 ? at(grad, b, h, n, c).get() : 0;
+                    along += g[n * dim + c] * got / (double)dim;
+                }
+                for (int64_t c = 0; c < dim; c++) {
+                    if (call.norm) g[n * dim + c] = (g[n * dim + c] - along * at(y, b, h, n, c).get()) * factor;
+                    share[c] += g[n * dim + c] / (double)tokens;
+                }
+            }
+            for (int64_t n = 0; n < tokens; n++)
+                for (int64_t c = 0; c < dim; c++) {
+                    const double wanted = g[n * dim + c] - (call.centering ? share[c] : 0), got = at(grad_x, b, h, n, c).get();
+                    expect(fabs(got - wanted) <= allowed * std::max(largest, fabs(wanted)), "gradient of balance: %g, %g", got, wanted);
+                }
+        }
+}
+
 void check_balance(int64_t type) {
     std::mt19937_64 random(7);
-    const double allowed = type == HF_FLOAT32 ? 2e-5 : 3e-2;
-    const int64_t width = type == HF_FLOAT32 ? 4 : 2, batch = 2, heads = 3;
     for (int64_t tokens : {1, 2, 131})
         for (int64_t dim : {1, 24, 100})
-            for (int choice = 0; choice < 4; choice++) {
-                const int64_t row = heads * dim + 5, words = (dim + 63) / 64, rows = batch * tokens, all = batch * heads * tokens;
-                std::vector<char> x(((rows - 1) * row + heads * dim) * width), y(x.size()), grad(x.size()), grad_x(x.size());
-                std::vector<float> factors(all);
-                std::vector<uint64_t> bits(all * words);
-                const auto at = [&](std::vector<char> &of, int64_t b, int64_t h, int64_t n, int64_t c) {
-                    return Number{of.data() + ((b * tokens + n) * row + h * dim + c) * width, type};
-                };
-                const auto rows_of = [&](std::vector<char> &of) { return hf_rows{of.data(), tokens * row, dim, row}; };
-                for (int64_t b = 0; b < batch; b++)
-                    for (int64_t n = 0; n < tokens; n++)
-                        for (int64_t c = 0; c < heads * dim; c++) {
-                            at(x, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 700) / 500);
-                            at(grad, b, 0, n, c).set((float)((int64_t)(random() % 2001) - 1000) / 1000);
-                        }
-                hf_balance call{};
-                call.batch = batch, call.heads = heads, call.tokens = tokens, call.dim = dim, call.threads = 3, call.type = type;
-                call.centering = choice & 1, call.norm = choice >> 1, call.epsilon = 1e-6, call.window = 1;
-                call.x = rows_of(x), call.y = rows_of(y), call.grad = rows_of(grad), call.grad_x = rows_of(grad_x);
-                call.inverse_rms = factors.data(), call.bits = bits.data();
-                on_a_new_thread([&] { expect(hf_balance_forward(&call) == 0 && hf_balance_backward(&call) == 0, "balance refused"); });
-                for (int64_t b = 0; b < batch; b++)
-                    for (int64_t h = 0; h < heads; h++) {
-                        std::vector<double> mean(dim), share(dim), g(tokens * dim);
-                        for (int64_t n = 0; n < tokens && call.centering; n++)
-                            for (int64_t c = 0; c < dim; c++) mean[c] += at(x, b, h, n, c).get() / (double)tokens;
-                        for (int64_t n = 0; n < tokens; n++) {
-                            double square = 0, along = 0;
-                            for (int64_t c = 0; c < dim; c++) square += pow(at(x, b, h, n, c).get() - mean[c], 2) / (double)dim;
-                            const double factor = call.norm ? 1 / sqrt(square + 1e-6) : 1;
-                            for (int64_t c = 0; c < dim; c++) {
-                                const double wanted = (at(x, b, h, n, c).get() - mean[c]) * factor, got = at(y, b, h, n, c).get();
-                                expect(fabs(got - wanted) <= allowed * std::max(1.0, factor * 1e-2), "balance of %lld tokens: %g, %g", (long long)tokens, got, wanted);
-                                expect(((bits[((b * heads + h) * tokens + n) * words + c / 64] >> c % 64) & 1) == (got >= 0), "bit of %g", got);
-                                g[n * dim + c] = fabs(got) <= 1 ? at(grad, b, h, n, c).get() : 0;
-                                along += g[n * dim + c] * got / (double)dim;
-                            }
-                            for (int64_t c = 0; c < dim; c++) {
-                                if (call.norm) g[n * dim + c] = (g[n * dim + c] - along * at(y, b, h, n, c).get()) * factor;
-                                share[c] += g[n * dim + c] / (double)tokens;
-                            }
-                        }
-                        for (int64_t n = 0; n < tokens; n++)
-                            for (int64_t c = 0; c < dim; c++) {
-                                const double wanted = g[n * dim + c] - (call.centering ? share[c] : 0), got = at(grad_x, b, h, n, c).get();
-                                expect(fabs(got - wanted) <= allowed * std::max(1.0, fabs(wanted) + (dim == 1 ? 1e3 : 0)), "gradient of balance: %g, %g", got, wanted);
-                            }
-                    }
-            }
+            for (int choice = 0; choice < 4; choice++) check_balance(random, type, 2, 3, tokens, dim, 5, choice, 3);
 }
 
 // Two calls at once, of other shapes and types, give bit for bit what each gives alone.
@@ -585,7 +315,7 @@ void check_instruction_set(const std::string &name) {
                              (long long)s.batch, (long long)s.heads, (long long)s.queries, (long long)s.keys, (long long)s.head_dim,
                              (long long)s.value_dim, (long long)s.planes, contiguous ? "contiguous" : "strided", largest);
                     context = text;
-                    check_against_brute_force(s, type, contiguous, largest);
+                    check_against_brute_force(Inputs(s, type, contiguous, largest, 7), layout(contiguous));
                 }
         context = name + " " + types[type];
         check_gradients_left_out(type);
@@ -599,6 +329,8 @@ void check_instruction_set(const std::string &name) {
     check_two_calls_at_once();
 }
 
+#include "test_random.h"
+
 // A team that never has more than two threads, as one inside another parallel region.
 void small_team(void (*body)(void *), void *data, unsigned, unsigned) {
     std::thread other(body, data);
@@ -608,7 +340,11 @@ void small_team(void (*body)(void *), void *data, unsigned, unsigned) {
 
 } // namespace
 
-int main() {
+// test_kernel [random calls] [seed]
+int main(int count, char **words) {
+    const int64_t random_calls = count > 1 ? atoll(words[1]) : 10000;
+    const uint64_t seed = count > 2 ? strtoull(words[2], nullptr, 10) : 0;
+    int64_t done = 0, sets = 0;
     check_refusals();
     std::string all = hf_instruction_sets();
     for (size_t from = 0, to; from < all.size(); from = to + 1) {
@@ -623,8 +359,13 @@ int main() {
         check_instruction_set(name);
         hf_set_team(small_team);
         check_two_calls_at_once();
-        printf("%s: done\n", name.c_str());
+        sets++;
+        hf_set_team(nullptr);
+        const int64_t made = check_random_calls(name, random_calls, seed);
+        done += made;
+        printf("%s: done, %lld random calls\n", name.c_str(), (long long)made);
     }
+    printf("random calls: %lld in %lld instruction sets, seed %llu\n", (long long)done, (long long)sets, (unsigned long long)seed);
     if (failures) fprintf(stderr, "%d failures\n", failures);
     return failures != 0;
 }
