@@ -18,7 +18,7 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.data.patches import image_paths
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
@@ -27,6 +27,7 @@ from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, check_same_grid, read_volume, volume_from_image
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
+from hf_binaryformer.pipelines.whole_files import all_or_nothing
 from hf_binaryformer.training.cards import INPAINTING_METRICS, inpainting_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
