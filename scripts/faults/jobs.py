@@ -140,9 +140,11 @@ def set_up_prepare(folder: Path) -> None:
 
 def prepare(inputs: Path, out: Path, again: bool) -> None:
     """`binaryformer prepare hippocampus`."""
-    options = {"test_fraction": 0.3, "validation_fraction": 0.3, "group_rule": GroupRule.none, "seed": 0, "qc_every": 3}
-    if not is_complete(out):
-        decathlon.prepare_decathlon(inputs, out, **options)
+    if is_complete(out):
+        return
+    decathlon.prepare_decathlon(
+        inputs, out, test_fraction=0.3, validation_fraction=0.3, group_rule=GroupRule.none, seed=0, qc_every=3
+    )
 
 
 def is_complete(out: Path) -> bool:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
 from jobs import JOBS, Job, faults, results
 from records import write_record
 
