@@ -1,10 +1,10 @@
-"""python scripts/evaluate.py inpainting --model binaryvq-tiny-brain --data mni152 --report inpainting.json
+"""python scripts/evaluate.py segmentation --model binaryformer-tiny-brain --data data/brain --report results.json
 
-Scores a checkpoint at filling holes and compares it with simpler fills. The program is
-:mod:`hf_binaryformer.commands.evaluate_inpainting`.
+Scores a checkpoint at segmenting a split of a prepared folder, or (``inpainting``) at filling holes, beside simpler ways.
+The program is :mod:`hf_binaryformer.commands.evaluate`.
 """
 
-from hf_binaryformer.commands.evaluate_inpainting import app
+from hf_binaryformer.commands.evaluate import app
 
 if __name__ == "__main__":
     app()

@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_binaryformer.commands import generation_jobs, jobs, outputs
 from hf_binaryformer.pipelines.provenance import NOTICE
+from hf_binaryformer.pipelines.whole_files import whole_file
 
 # Labels of binaryformer-tiny-brain that make up each tissue of the template's probability maps.
 TISSUES: dict[str, tuple[int, ...]] = {
@@ -42,8 +43,8 @@ def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
     import nibabel as nib
 
     path = folder / "mni152.nii.gz"
-    with outputs.all_or_nothing([path]) as temporary:
-        nib.save(datasets.load_mni152_template(resolution=1), temporary[path])
+    with whole_file(path) as temporary:
+        nib.save(datasets.load_mni152_template(resolution=1), temporary)
     maps = {
         "white matter": datasets.load_mni152_wm_template(resolution=1),
         "grey matter": datasets.load_mni152_gm_template(resolution=1),
@@ -147,6 +148,6 @@ def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[st
             "report.json",
         ],
     }
-    with outputs.all_or_nothing([report]) as temporary:
-        outputs.write_json(temporary[report], content)
+    with whole_file(report) as temporary:
+        outputs.write_json(temporary, content)
     return content

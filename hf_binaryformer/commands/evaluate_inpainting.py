@@ -1,6 +1,6 @@
-"""python -m hf_binaryformer.commands.evaluate_inpainting inpainting --data mni152 --report inpainting.json
+"""`scripts/evaluate.py inpainting`: how well a pipeline fills holes.
 
-In a clone: ``scripts/evaluate.py``. Fills a hole in known volumes with several random seeds. The result is compared
+Fills a hole in known volumes with several random seeds. The result is compared
 with simpler fills: the paper's random tokens, zero, the mean, the mirrored other side, and an atlas. It is also
 compared with the true tokens, which no transformer can beat. The scores are PSNR, SSIM and MAE, in the hole and in the
 whole object, against the volume itself and against its reconstruction by the autoencoder.
@@ -18,7 +18,7 @@ import torch
 import typer
 from tqdm.auto import tqdm
 
-from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.data.patches import image_paths
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
@@ -28,20 +28,14 @@ from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.volumes import Volume, check_same_grid, read_volume, volume_from_image
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
+from hf_binaryformer.pipelines.whole_files import all_or_nothing
 from hf_binaryformer.training.cards import INPAINTING_METRICS, inpainting_table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
 REFERENCES = ("original", "reconstruction")
 # Scores of each fill, one for each volume and seed.
 Rows = dict[str, list[dict[str, float]]]
 
 
-@app.callback()
-def main() -> None:
-    """Scores of trained checkpoints."""
-
-
-@app.command()
 def inpainting(
     data: Annotated[str, typer.Option(help="'mni152' (needs nilearn), a volume, or a folder of volumes.")] = "mni152",
     model: Annotated[str, typer.Option(help="Short name, folder or Hub id.")] = "binaryvq-tiny-brain",
@@ -226,7 +220,3 @@ def summarise(scores: list[dict[str, float]]) -> dict[str, dict[str, float | Non
         }
         for metric, numbers in values.items()
     }
-
-
-if __name__ == "__main__":
-    app()

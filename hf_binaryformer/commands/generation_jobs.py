@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_binaryformer.commands.jobs import Progress, usable_device
-from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
+from hf_binaryformer.pipelines.whole_files import all_or_nothing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_binaryformer.commands.outputs import all_or_nothing, check_outputs, write_json
+from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
+from hf_binaryformer.pipelines.whole_files import all_or_nothing
 
 if TYPE_CHECKING:
     import numpy as np

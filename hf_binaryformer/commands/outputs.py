@@ -1,13 +1,10 @@
-"""Output files: checked before the work, written under temporary names, and put in place all together or not at all."""
+"""Output files: checked before the work; :mod:`hf_binaryformer.pipelines.whole_files` puts them in place."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +53,6 @@ def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: S
                 f"folder '{folder}' cannot be written to ({error.strerror}): choose another"
             ) from error
     return paths
-
-
-@contextmanager
-def all_or_nothing(targets: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Temporary names beside the targets; put in place together when the block succeeds, deleted when it does not."""
-    temporary = {target: target.with_name(f".{uuid.uuid4().hex[:8]}-{target.name}") for target in targets}
-    try:
-        yield temporary
-        for target, path in temporary.items():
-            os.replace(path, target)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

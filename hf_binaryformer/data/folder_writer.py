@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +25,7 @@ import numpy as np
 import typer
 from rich.progress import track
 
+from hf_binaryformer.data.claims import claimed_folder, remove, remove_left_behind
 from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.data.leakage import LeakageReport, check_leakage
 from hf_binaryformer.data.prepared_folder import SPLITS
@@ -34,6 +35,7 @@ from hf_binaryformer.pipelines.volumes import read_volume
 
 # Number of warnings that are printed; the manifest has all of them.
 SHOWN_WARNINGS = 10
+PARTS, MANIFEST = ("images", "labels", "qc", "shards"), "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,27 +63,37 @@ def write_case(out: Path, case: NewCase, image: nib.Nifti1Image, labels: nib.Nif
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose content moves to ``out`` at the end, or is deleted after an error.
+    """Yield a hidden folder that becomes ``out`` at the end, or is deleted after an error.
 
-    The temporary folder is in ``out`` if that exists (it may be a mount), otherwise beside it.
+    It is beside ``out``, and one rename puts it in place. If ``out`` is a mount, which cannot be replaced, it is inside,
+    and its content moves up. What killed runs have left there is deleted first.
 
     Raises:
-        typer.Exit: ``out`` holds files.
+        typer.Exit: ``out`` holds files, at the start or, from another run, at the end.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        fail(f"{out} is not empty; give --out a new folder, so that no old case stays in it")
     whole = Path(os.path.abspath(out))
-    name = f".{whole.name}-{os.getpid()}"
-    temporary = whole / name if whole.exists() else whole.with_name(name)
-    temporary.mkdir(parents=True)
-    try:
+    inside = whole.is_dir() and os.path.ismount(whole)
+    place = whole if inside else whole.parent
+    place.mkdir(parents=True, exist_ok=True)
+    if remove_left_behind(place, f".{whole.name}-") and inside:
+        # A run was killed while its folders moved up; before, there was nothing here.
+        for name in (*PARTS, MANIFEST):
+            remove(whole / name)
+    if whole.exists() and (not whole.is_dir() or any(whole.iterdir())):
+        fail(f"{out} is not empty; give --out a new folder, so that no old case stays in it")
+    with claimed_folder(place, f".{whole.name}-") as temporary:
         yield temporary
-        whole.mkdir(exist_ok=True)
-        # The manifest comes last: a folder that has it is complete.
-        for child in sorted(temporary.iterdir(), key=lambda path: path.name == "manifest.json"):
-            child.rename(whole / child.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            if not inside:
+                os.rename(temporary, whole)
+                return
+            # The manifest comes last: a folder that has it is complete.
+            for child in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+                child.rename(whole / child.name)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            fail(f"{out} was filled by another run meanwhile, which is left as it is; give --out a new folder")
 
 
 def write_dataset(
@@ -139,7 +151,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     is_command = script.endswith(("binaryformer", "hf_binaryformer/__main__.py"))
     program = ["binaryformer"] if is_command else ["python", script]
     whole = {"command": shlex.join([*program, *words])} | manifest
-    (folder / "manifest.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def run_all(function: Callable[..., Any], *arguments: Sequence[Any], workers: int, description: str) -> list[Any]:

@@ -26,6 +26,7 @@ from hf_binaryformer.pipelines.grids import (
     resample_to,
 )
 from hf_binaryformer.pipelines.label_values import label_numbers
+from hf_binaryformer.pipelines.whole_files import ChangedError, unchanged, whole_file
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header, Nifti1Image
@@ -116,10 +117,10 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False, exact: bo
             and what float32 would change is in ``Volume.exact``, unless the file scales its numbers.
 
     Raises:
-        VolumeError: the file is missing, of another kind, truncated or damaged; it holds no or more than one volume,
-            colours, complex numbers, NaN or Inf, one intensity only, or labels that are no whole numbers; it has no
-            usable geometry; DICOM slices are missing, doubled, turned against each other, of several sizes or tiled in
-            one image.
+        VolumeError: the file is missing, of another kind, truncated, damaged or written to meanwhile; it holds no or more
+            than one volume, colours, complex numbers, NaN or Inf, one intensity only, or labels that are no whole numbers;
+            it has no usable geometry; DICOM slices are missing, doubled, turned against each other, of several sizes or
+            tiled in one image.
         ImportError: SimpleITK or pydicom is needed and not installed.
 
     Example:
@@ -128,9 +129,17 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False, exact: bo
         ((176, 256, 256), (1.0, 1.0, 1.0))
     """
     path = Path(path)
-    suffix = _suffix(path)
     if not path.exists():
         raise VolumeError(f"{path} does not exist, expected a volume file or a DICOM folder: check the name")
+    try:
+        with unchanged(path):
+            return _read(path, labels=labels, exact=exact)
+    except ChangedError as error:
+        raise VolumeError(str(error)) from error
+
+
+def _read(path: Path, *, labels: bool, exact: bool) -> Volume:
+    suffix = _suffix(path)
     if path.is_dir() or suffix in DICOM_SUFFIXES:
         array, affine = dicom.read_dicom(path)
         return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="dicom")
@@ -345,15 +354,9 @@ def _write(
     back = ornt_transform(axcodes2ornt("RAS"), like.source.orientation)
     own = apply_orientation(ras if ras.ndim == 3 else np.moveaxis(ras, 0, -1), back)
 
-    # The file is finished under another name and then moved, so that no part of it is ever seen. The writers choose
-    # the format by the suffix, so the temporary name keeps it.
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as temporary:
         if as_nifti:
             nifti.write_file(temporary, own, like.source.affine, like.source.header, dtype=dtype, **nifti_options)
         else:
             itk.write_file(temporary, own.astype(dtype), like.source.affine)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

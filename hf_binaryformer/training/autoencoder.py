@@ -24,6 +24,8 @@ from hf_binaryformer.data.patches import NestedDropout, PatchSamples, image_path
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_losses import PerceptualLoss, SliceLoss, reconstruction_loss
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
+from hf_binaryformer.pipelines.whole_files import whole_folder, write_text
+from hf_binaryformer.training.checkpoints import only_run_in
 from hf_binaryformer.training.dry_run import rehearse
 from hf_binaryformer.training.loop import Task, load_batches, run, start
 from hf_binaryformer.training.optimization import build_optimizer
@@ -171,20 +173,22 @@ def main(
     accelerator = start(settings["vqae"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private, stop_after)
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    held_out = load_sources(settings, data[:1], "validation", show=False)[0] if accelerator.is_main_process else []
-    task = build_task(settings, data, held_out, accelerator)
-    run(task, settings["vqae"], accelerator, output, resume, stop_after)
-    if not accelerator.is_main_process:
-        return
-    # Half-precision files still load as float32. The codebooks are float32 even in these files.
-    model = nn.Module.to(task.model, getattr(torch, settings["vqae"]["save_dtype"]))
-    model.save_pretrained(output / "vqmodel")
-    write_summary(settings, "vqae", output, accelerator.device)
-    saved = BinaryVQModel.from_pretrained(output / "vqmodel").to(accelerator.device)
-    results = evaluate(saved, held_out, settings)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results))
+    with only_run_in(output, accelerator.is_main_process):
+        keep_recipe(settings, output, resume, accelerator.is_main_process)
+        held_out = load_sources(settings, data[:1], "validation", show=False)[0] if accelerator.is_main_process else []
+        task = build_task(settings, data, held_out, accelerator)
+        run(task, settings["vqae"], accelerator, output, resume, stop_after)
+        if not accelerator.is_main_process:
+            return
+        # Half-precision files still load as float32. The codebooks are float32 even in these files.
+        model = nn.Module.to(task.model, getattr(torch, settings["vqae"]["save_dtype"]))
+        with whole_folder(output / "vqmodel") as place:
+            model.save_pretrained(place)
+        write_summary(settings, "vqae", output, accelerator.device)
+        saved = BinaryVQModel.from_pretrained(output / "vqmodel").to(accelerator.device)
+        results = evaluate(saved, held_out, settings)
+        write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+        print(json.dumps(results))
     if push_to_hub:
         publish("autoencoder", output / "vqmodel", push_to_hub, output, recipe, data, results)
 

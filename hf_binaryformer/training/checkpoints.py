@@ -8,13 +8,17 @@ import secrets
 import shutil
 import signal
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import typer
 from accelerate import Accelerator
 
+from hf_binaryformer.data.claims import claim
 from hf_binaryformer.data.hashing import file_hash
 
 # Written last: lists every file of a checkpoint with its hash.
@@ -23,6 +27,12 @@ PARTIAL = ".partial"
 # The weights of the best validation, beside the checkpoints, and the key of its figures in their metadata.
 BEST_WEIGHTS, VALIDATION = "best.safetensors", "validation"
 FOLDER = "checkpoints"
+
+
+# Of the objects that Accelerate does not know: the progress, the learning-rate schedule, the averages of the weights.
+STATE = "state_{}.pt"
+# Accelerate's own name for them, under which it loads pickles that may run any code.
+UNSAFE = "custom_checkpoint_*"
 
 
 class Progress:
@@ -59,13 +69,15 @@ class Checkpoints:
     therefore leaves no incomplete checkpoint.
 
     Args:
-        accelerator: its state is saved: network, optimizer, random-number state, and everything registered with it.
+        accelerator: its state is saved: network, optimizer and random-number state.
         output: folder of the run.
         kept: number of checkpoints to keep; older ones are deleted.
+        others: further objects with ``state_dict`` and ``load_state_dict``. They are not registered with Accelerate, which
+            would load them as pickles that may run any code.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path, kept: int) -> None:
-        self._accelerator, self._output, self._kept = accelerator, output, kept
+    def __init__(self, accelerator: Accelerator, output: Path, kept: int, others: Sequence[Any] = ()) -> None:
+        self._accelerator, self._output, self._kept, self._others = accelerator, output, kept, others
         self._folder = output / FOLDER
 
     def save(self, step: int) -> None:
@@ -74,20 +86,24 @@ class Checkpoints:
         partial = place.with_suffix(PARTIAL)
         main = self._accelerator.is_main_process
         if main:
-            shutil.rmtree(partial, ignore_errors=True)
+            # Also what killed runs have left.
+            for left in self._folder.glob(f"step_*{PARTIAL}"):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
         self._accelerator.wait_for_everyone()
         self._accelerator.save_state(str(partial))
         self._accelerator.wait_for_everyone()
         if main:
+            for number, other in enumerate(self._others):
+                torch.save(other.state_dict(), partial / STATE.format(number))
             hashes = {str(p.relative_to(partial)): file_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             (partial / MANIFEST).write_text(json.dumps(hashes, indent=2))
-            shutil.rmtree(place, ignore_errors=True)
+            remove_whole(place)
             os.replace(partial, place)
             there = checkpoints_of(self._output)
             damaged = [old for old in there if old.name > place.name]  # skipped by `restore`
             for old in damaged + there[len(damaged) + self._kept :]:
-                shutil.rmtree(old)
+                remove_whole(old)
         self._accelerator.wait_for_everyone()
 
     def restore(self) -> None:
@@ -95,12 +111,20 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none; the message names the damaged ones.
+            typer.BadParameter: it holds pickles that could run any code.
         """
         passed = checkpoints_of(self._output)
         for checkpoint in passed:
             damage = find_damage(checkpoint)
             if not damage:
+                if any(checkpoint.glob(UNSAFE)):
+                    raise typer.BadParameter(
+                        f"{checkpoint} holds {UNSAFE}, pickles of an earlier version, which could run any code; expected "
+                        f"{STATE.format(0)}: go on with the version that began the run, or start again"
+                    )
                 self._accelerator.load_state(str(checkpoint))
+                for number, other in enumerate(self._others):
+                    other.load_state_dict(torch.load(checkpoint / STATE.format(number), "cpu", weights_only=True))
                 return
             if self._accelerator.is_main_process:
                 warnings.warn(f"{checkpoint} is damaged ({damage}): taking the one before it", stacklevel=2)
@@ -110,6 +134,36 @@ class Checkpoints:
                 f"all checkpoints of {self._folder} are damaged ({names}): remove it and start again"
             )
         raise FileNotFoundError(f"{self._folder} has no checkpoint to go on from: start without --resume")
+
+
+def remove_whole(checkpoint: Path) -> None:
+    """Delete a checkpoint, if it is there; a process that is killed meanwhile leaves no part of it under its name."""
+    if checkpoint.is_dir():
+        partial = checkpoint.with_suffix(f".old{PARTIAL}")
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(checkpoint, partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def only_run_in(output: Path, writes: bool) -> Iterator[None]:
+    """Hold the run's folder for the length of the block, so that no second run writes into it.
+
+    Args:
+        output: the run's folder.
+        writes: whether this process is the main one, which writes; others hold nothing.
+
+    Raises:
+        typer.BadParameter: another process holds it.
+    """
+    if not writes:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with claim(output) as state:
+        if state is False:
+            raise typer.BadParameter(f"another training writes to {output}: wait for its end, or give another folder")
+        yield
 
 
 def refuse_other_run(output: Path) -> None:

@@ -25,6 +25,8 @@ from transformers import ViTImageProcessor
 from hf_binaryformer.data.pixels import PixelSamples, load_splits, scale
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.networks import BinaryFormerForImageClassification
+from hf_binaryformer.pipelines.whole_files import whole_folder, write_text
+from hf_binaryformer.training.checkpoints import only_run_in
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
 from hf_binaryformer.training.loop import Task, load_batches, run, start
 from hf_binaryformer.training.optimization import build_optimizer
@@ -126,21 +128,23 @@ def main(
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private, stop_after)
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    task = build_task(settings, splits, accelerator)
-    run(task, settings["train"], accelerator, output, resume, stop_after)
-    if not accelerator.is_main_process:
-        return
-    model = task.model.eval()
-    save_model(model, output / "model", settings["train"]["save_dtype"])
-    build_processor(settings["data"], model.config.num_channels).save_pretrained(output / "model")
-    write_summary(settings, "train", output, accelerator.device)
-    results = None
-    if evaluate != "none":
-        figure = accuracy(model, *splits[evaluate], settings, accelerator)
-        results = {"split": evaluate, "images": len(splits[evaluate][0]), "accuracy": round(figure, 4)}
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(json.dumps(results))
+    with only_run_in(output, accelerator.is_main_process):
+        keep_recipe(settings, output, resume, accelerator.is_main_process)
+        task = build_task(settings, splits, accelerator)
+        run(task, settings["train"], accelerator, output, resume, stop_after)
+        if not accelerator.is_main_process:
+            return
+        model = task.model.eval()
+        with whole_folder(output / "model") as place:
+            save_model(model, place, settings["train"]["save_dtype"])
+            build_processor(settings["data"], model.config.num_channels).save_pretrained(place)
+        write_summary(settings, "train", output, accelerator.device)
+        results = None
+        if evaluate != "none":
+            figure = accuracy(model, *splits[evaluate], settings, accelerator)
+            results = {"split": evaluate, "images": len(splits[evaluate][0]), "accuracy": round(figure, 4)}
+            write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+            print(json.dumps(results))
     if push_to_hub:
         publish("classification", output / "model", push_to_hub, output, recipe, [data], results)
 

@@ -9,7 +9,6 @@ inference; the others are mirrored, shifted and scaled in brightness at random.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +23,7 @@ from hf_binaryformer.data.patches import image_paths, load_scaled
 from hf_binaryformer.data.prepared_folder import SPLITS
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.pipelines.vq_sampling import place_on_grid
+from hf_binaryformer.pipelines.whole_files import all_or_nothing, write_text
 from hf_binaryformer.training.options import Overrides
 from hf_binaryformer.training.recipes import VQ_RECIPES, load_recipe
 
@@ -70,26 +70,22 @@ def main(
     settings["vqmodel"] = {key: model.config[key] for key in ("spacing", "percentiles", "intensity_ceiling")}
     seed, fraction = settings["vqae"]["seed"], settings["data"]["validation_fraction"]
     output.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for split in SPLITS:
-        paths = image_paths(data, split, fraction, seed)
-        if not paths:
-            continue
-        copies = settings["data"]["token_copies"] if split == "train" else 1
-        shown = tqdm(paths, desc=split)
-        tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
-        written[split] = output / f"{split}.safetensors.partial"
-        save_file({"tokens": torch.cat(tokens)}, written[split])
-    # All files are replaced together at the end, so that splits of different autoencoders are never mixed.
-    for split in SPLITS:
-        (output / f"{split}.safetensors").unlink(missing_ok=True)
-    for split, partial in written.items():
-        os.replace(partial, output / f"{split}.safetensors")
+    targets = {split: output / f"{split}.safetensors" for split in SPLITS}
+    found = {split: image_paths(data, split, fraction, seed) for split in SPLITS}
+    with all_or_nothing([targets[split] for split in SPLITS if found[split]]) as temporary:
+        for split in filter(found.get, SPLITS):
+            copies = settings["data"]["token_copies"] if split == "train" else 1
+            shown = tqdm(found[split], desc=split)
+            tokens = [encode(model, path, settings, copies, [seed, number]) for number, path in enumerate(shown)]
+            save_file({"tokens": torch.cat(tokens)}, temporary[targets[split]])
+        # All files are replaced together at the end, so that splits of different autoencoders are never mixed.
+        for target in targets.values():
+            target.unlink(missing_ok=True)
     if (data / "manifest.json").is_file():
         # The cards of networks trained on these tokens have to name this source.
         stated = json.loads((data / "manifest.json").read_text())
         source = {key: stated[key] for key in ("name", "source", "licence") if key in stated}
-        (output / "manifest.json").write_text(json.dumps(source, indent=1) + "\n")
+        write_text(output / "manifest.json", json.dumps(source, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from hf_binaryformer.pipelines.whole_files import whole_file
 from hf_binaryformer.training.checkpoints import (
     BEST_WEIGHTS,
     VALIDATION,
@@ -261,11 +261,11 @@ def prepare(task: Task, train: dict[str, Any], accelerator: Accelerator, output:
         average = EMAModel(task.model.parameters(), train["ema_decay"], use_ema_warmup=True, power=3 / 4)
     progress = Progress()
     whole = copy.deepcopy(task.model) if accelerator.distributed_type == DistributedType.FSDP else None
-    accelerator.register_for_checkpointing(progress, schedule, *([average] if average else []))
     model, optimizer = accelerator.prepare(task.model, task.optimizer)
     if train["compile"]:
         model = torch.compile(model)
-    checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"])
+    others = (progress, schedule, *([average] if average else []))
+    checkpoints = Checkpoints(accelerator, output, train["checkpoints_kept"], others)
     if resume:
         checkpoints.restore()
     else:
@@ -386,10 +386,9 @@ def validate(
             value = figures[train["best_by"].lstrip("-")] * (-1 if train["best_by"].startswith("-") else 1)
             if math.isfinite(value) and (progress.best is None or value > progress.best):
                 progress.best = value
-                partial = output / f"{BEST_WEIGHTS}.partial"
                 about = figures | {"weights_of_iteration": progress.step}
-                save_model(task.model, str(partial), {VALIDATION: to_json(about)})
-                os.replace(partial, output / BEST_WEIGHTS)
+                with whole_file(output / BEST_WEIGHTS) as temporary:
+                    save_model(task.model, str(temporary), {VALIDATION: to_json(about)})
         if average:
             average.restore(task.model.parameters())
     accelerator.wait_for_everyone()

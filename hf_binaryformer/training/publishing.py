@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_binaryformer import __version__
+from hf_binaryformer.pipelines.whole_files import write_text
 from hf_binaryformer.training.cards import TEMPLATES, render_card
 from hf_binaryformer.training.recipes import KEPT
 
@@ -140,7 +141,7 @@ def publish(
         typer.Exit: the card or the upload failed; a message says where the checkpoint is and how to push it.
     """
     try:
-        (folder / "README.md").write_text(card_text(kind, folder, repo_id, output, recipe, data, results))
+        write_text(folder / "README.md", card_text(kind, folder, repo_id, output, recipe, data, results))
         url = push(folder, repo_id)
     # All errors are caught: after hours of training, the user must learn where the result is.
     except Exception as error:

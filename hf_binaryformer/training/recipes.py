@@ -18,6 +18,7 @@ from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
+from hf_binaryformer.pipelines.whole_files import write_text
 from hf_binaryformer.training.checkpoints import refuse_other_run
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -245,9 +246,7 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
             raise typer.BadParameter(f"--resume goes on as {path} says, but this differs: {', '.join(changed)}")
     if writes and not (resume and path.is_file()):
         output.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        os.replace(partial, path)
+        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:

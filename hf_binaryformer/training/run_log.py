@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
+from hf_binaryformer.pipelines.whole_files import write_text
 from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, VALIDATION, Progress
 
 
@@ -29,9 +29,7 @@ class Log:
             # checkpoint. A run that was stopped between two records has logged losses that its next record repeats.
             known = read_log(self._path) if self._path.is_file() and first else []
             end = first - 1 if progress.parts else first
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in known if record["step"] <= end))
-            os.replace(partial, self._path)
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in known if record["step"] <= end))
 
     def seconds(self) -> float:
         """Seconds of training so far, including earlier starts up to their checkpoints."""
@@ -82,4 +80,4 @@ def write_summary(recipe: dict[str, Any], section: str, output: Path, device: to
     chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
     where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     summary = {"iterations": last.pop("step"), **last, **chosen, **where, "torch": torch.__version__}
-    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(output / "training.json", json.dumps(summary, indent=2) + "\n")

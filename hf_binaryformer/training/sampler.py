@@ -26,6 +26,8 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.pipelines.vq_inpainting import BinaryVQInpaintPipeline
+from hf_binaryformer.pipelines.whole_files import whole_folder
+from hf_binaryformer.training.checkpoints import only_run_in
 from hf_binaryformer.training.dry_run import rehearse
 from hf_binaryformer.training.loop import SEED_STRIDE, Task, run, start
 from hf_binaryformer.training.optimization import build_optimizer
@@ -216,24 +218,27 @@ def train(
     accelerator = start(settings["sampler"], output)
     if before is not None and accelerator.is_main_process:
         before()
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    task, scheduler = build_task(settings, tokens, accelerator)
-    if change is not None:
-        task = change(task, scheduler)
-    autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)
-    run(task, settings["sampler"], accelerator, output, resume, stop_after)
-    if not accelerator.is_main_process:
-        return False
-    # Half-precision files still load as float32: the number format of computation is chosen when a network is loaded.
-    dtype = getattr(torch, settings["sampler"]["save_dtype"])
-    transformer = nn.Module.to(task.model, dtype)
-    transformer.save_pretrained(output / "transformer")
-    scheduler.save_pretrained(output / "scheduler")
-    if autoencoder is not None:
-        BinaryVQInpaintPipeline(nn.Module.to(autoencoder, dtype), transformer, scheduler).save_pretrained(
-            output / "pipeline"
-        )
-    write_summary(settings, "sampler", output, accelerator.device)
+    with only_run_in(output, accelerator.is_main_process):
+        keep_recipe(settings, output, resume, accelerator.is_main_process)
+        task, scheduler = build_task(settings, tokens, accelerator)
+        if change is not None:
+            task = change(task, scheduler)
+        autoencoder = None if vqmodel is None else load_autoencoder(vqmodel, task.model)
+        run(task, settings["sampler"], accelerator, output, resume, stop_after)
+        if not accelerator.is_main_process:
+            return False
+        # Half-precision files still load as float32: the number format of computation is chosen when a network is loaded.
+        dtype = getattr(torch, settings["sampler"]["save_dtype"])
+        transformer = nn.Module.to(task.model, dtype)
+        with whole_folder(output / "transformer") as place:
+            transformer.save_pretrained(place)
+        with whole_folder(output / "scheduler") as place:
+            scheduler.save_pretrained(place)
+        if autoencoder is not None:
+            pipeline = BinaryVQInpaintPipeline(nn.Module.to(autoencoder, dtype), transformer, scheduler)
+            with whole_folder(output / "pipeline") as place:
+                pipeline.save_pretrained(place)
+        write_summary(settings, "sampler", output, accelerator.device)
     return True
 
 

@@ -31,6 +31,8 @@ from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 from hf_binaryformer.pipelines.metrics import METRICS
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+from hf_binaryformer.pipelines.whole_files import whole_folder, write_text
+from hf_binaryformer.training.checkpoints import only_run_in
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
 from hf_binaryformer.training.loop import Task, load_batches, run, start
 from hf_binaryformer.training.optimization import build_optimizer
@@ -170,19 +172,21 @@ def main(
     accelerator = start(settings["train"], output)
     if accelerator.is_main_process:
         check_target(push_to_hub, private, stop_after)
-    keep_recipe(settings, output, resume, accelerator.is_main_process)
-    task, processor = build_task(settings, folder, accelerator)
-    run(task, settings["train"], accelerator, output, resume, stop_after)
-    if not accelerator.is_main_process:
-        return
-    model = task.model.eval()
-    save_model(model, output / "model", settings["train"]["save_dtype"])
-    processor.save_pretrained(output / "model")
-    write_summary(settings, "train", output, accelerator.device)
-    results = None
-    if evaluate != "none":
-        results = evaluate_split(output / "model", folder, evaluate, baseline=True)
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with only_run_in(output, accelerator.is_main_process):
+        keep_recipe(settings, output, resume, accelerator.is_main_process)
+        task, processor = build_task(settings, folder, accelerator)
+        run(task, settings["train"], accelerator, output, resume, stop_after)
+        if not accelerator.is_main_process:
+            return
+        model = task.model.eval()
+        with whole_folder(output / "model") as place:
+            save_model(model, place, settings["train"]["save_dtype"])
+            processor.save_pretrained(place)
+        write_summary(settings, "train", output, accelerator.device)
+        results = None
+        if evaluate != "none":
+            results = evaluate_split(output / "model", folder, evaluate, baseline=True)
+            write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     if push_to_hub:
         publish("segmentation", output / "model", push_to_hub, output, recipe, [data], results)
 

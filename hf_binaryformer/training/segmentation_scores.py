@@ -44,14 +44,20 @@ def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return zoom(labels, np.array(shape) / labels.shape, order=0, grid_mode=True, mode="nearest")
 
 
-def evaluate_split(model_folder: Path, folder: PreparedFolder, split: str, *, baseline: bool) -> dict[str, Any]:
+def evaluate_split(model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool) -> dict[str, Any]:
     """Segment every volume of a split, print a table, and return the figures.
+
+    Args:
+        model: short name, folder or Hub id.
+        folder: prepared data.
+        split: whose volumes are segmented.
+        baseline: whether the prior atlas, made from the split ``train``, is scored too.
 
     Returns:
         ``split`` and ``volumes``; ``rows`` has the :func:`figures_of` the network (and the prior atlas); ``cases`` has
         the network's Dice of each label of each volume.
     """
-    pipeline = VolumeSegmentationPipeline.from_pretrained(str(model_folder))
+    pipeline = VolumeSegmentationPipeline.from_pretrained(str(model))
     labels = sorted(label for label in folder.label_names if label != 0)
     atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
     rows: dict[str, list[list[LabelScore]]] = {"network": []}

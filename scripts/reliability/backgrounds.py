@@ -1,4 +1,4 @@
-"""python scripts/reliability/backgrounds.py --record backgrounds.json: labels of images whose background tools have changed
+"""python scripts/reliability/backgrounds.py: labels of images whose background tools have changed
 
 Segments the MNI152 template as it is and with each change, and compares the labels: Dice, mean over labels. Coronal slices
 are 4 mm apart, to be quick.
@@ -6,7 +6,6 @@ are 4 mm apart, to be quick.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ import typer
 from scipy.ndimage import zoom
 
 from hf_binaryformer.commands.demo import load_mni152
-from hf_binaryformer.pipelines.provenance import versions
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.volumes import Volume, volume_from_image
+from records import write_record
 
 MODEL = "binaryformer-tiny-brain"
 THICKNESS = 4
@@ -82,12 +81,12 @@ def measure() -> dict[str, Any]:
         found = pipeline(volume(changed))
         rows[name] = {"dice": dice(found.labels, clean), "intensities": found.report["intensities"]}
         print(f"{rows[name]['dice']:.4f}  {name}")
-    return {"model": MODEL, "seed": SEED, "changes": rows, "versions": versions()}
+    return {"command": "python scripts/reliability/backgrounds.py", "model": MODEL, "changes": rows}
 
 
-def main(record: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
+def main(record: Annotated[Path | None, typer.Option(help="Figures to write: .json.")] = None) -> None:
     """Measure."""
-    record.write_text(json.dumps(measure(), indent=2) + "\n")
+    write_record(record, SEED, measure())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 from vq_cases import save_checkpoint
 
-from hf_binaryformer.commands import evaluate_inpainting
+from hf_binaryformer.commands import evaluate, evaluate_inpainting
 
 SHAPE = (32, 40, 26)
 AFFINE = np.diag([1.2, 1.1, 1.0, 1.0])
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(*arguments) -> str:
-    result = CliRunner().invoke(evaluate_inpainting.app, ["inpainting", *map(str, arguments)])
+    result = CliRunner().invoke(evaluate.app, ["inpainting", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -107,5 +107,5 @@ def test_atlas_is_the_mean_of_the_training_volumes(checkpoint, folder):
 
 def test_split_without_volumes(checkpoint, folder):
     options = ["--data", str(folder), "--model", str(checkpoint), "--split", "validation"]
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(evaluate_inpainting.app, ["inpainting", *options])
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(evaluate.app, ["inpainting", *options])
     assert result.exit_code == 2 and "no volumes in the split 'validation'" in result.output

@@ -1,6 +1,6 @@
 """A damaged manifest, or file of label names, gives one error that names it and says what to do.
 
-Each case is one that `scripts/fuzz.py` found.
+Each case is one that `scripts/reliability/fuzz.py` found.
 """
 
 from __future__ import annotations

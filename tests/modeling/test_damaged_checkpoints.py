@@ -1,6 +1,6 @@
 """A damaged checkpoint gives a CheckpointError, before memory is taken for what its configuration asks.
 
-Each case is one that `scripts/fuzz.py` found.
+Each case is one that `scripts/reliability/fuzz.py` found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Headers that ask for more than a file holds, or that the libraries below us do not survive: refused, and at once.
 
-Each case is one that `scripts/fuzz.py` found.
+Each case is one that `scripts/reliability/fuzz.py` found.
 """
 
 from __future__ import annotations

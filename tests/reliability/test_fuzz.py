@@ -63,14 +63,18 @@ for name, fault in faults.items():
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts/reliability'}",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=3000)
 
 
 def check_formats(tmp_path: Path, inputs: int) -> None:
     pytest.importorskip("SimpleITK")
     record = tmp_path / "fuzz.json"
-    done = run(str(ROOT / "scripts" / "fuzz.py"), "--inputs", str(inputs), "--record", str(record))
+    done = run(str(ROOT / "scripts" / "reliability" / "fuzz.py"), "--inputs", str(inputs), "--record", str(record))
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(record.read_text())
     assert tuple(content["formats"]) == FORMATS
@@ -103,7 +107,7 @@ def test_an_input_is_made_again_from_its_number(tmp_path):
     for name in ("a", "b"):
         keep = tmp_path / name
         options = ("--format", "nifti", "--only", "7", "--keep", str(keep))
-        done = run(str(ROOT / "scripts" / "fuzz.py"), *options)
+        done = run(str(ROOT / "scripts" / "reliability" / "fuzz.py"), *options)
         assert done.returncode == 0 and done.stdout.startswith("nifti 7: "), done.stderr
         made.append(keep.read_bytes())
     assert made[0] == made[1]

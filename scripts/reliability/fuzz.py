@@ -1,4 +1,4 @@
-"""python scripts/fuzz.py --record model_cards/evidence/reliability/fuzz.json
+"""python scripts/reliability/fuzz.py --record model_cards/evidence/reliability/fuzz.json
 
 Gives damaged files to every reader of the package: NIfTI (plain and gzip), .mha, .nrrd, DICOM (series and multi-frame),
 config.json and weights of checkpoints, recipes, manifests and label names. An input is made from a small valid file by one
@@ -13,9 +13,7 @@ Exit code 1: at least one failure.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -26,18 +24,10 @@ os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import typer
+
 from fuzzing.targets import TARGETS, Target
 from fuzzing.workers import Limits, make_input, run_format, run_input
-
-
-def processor() -> str:
-    """The processor's name, as Linux states it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+from records import write_record
 
 
 def run_one(target: Target, seed: int, number: int, keep: Path | None) -> None:
@@ -63,8 +53,6 @@ def main(
     record: Annotated[Path | None, typer.Option(help="All figures to write: .json.")] = None,
 ) -> None:
     """Give damaged files to every reader, and count what happens."""
-    from hf_binaryformer.pipelines.provenance import versions
-
     if unknown := {*(formats or [])} - {*TARGETS}:
         raise typer.BadParameter(f"no format {', '.join(sorted(unknown))}; known are {', '.join(TARGETS)}")
     chosen = [TARGETS[name] for name in formats or TARGETS]
@@ -87,17 +75,8 @@ def main(
         for kind, count in sorted(summary.kinds.items()):
             numbers = [e["number"] for e in summary.examples if e["outcome"] == kind]
             typer.echo(f"    {count} x {kind}, for example {', '.join(map(str, numbers)) or 'not kept'}")
-    if record is not None:
-        content = {
-            "command": f"python scripts/fuzz.py --inputs {inputs} --first {first} --seed {seed}",
-            "seed": seed,
-            "limits": asdict(limits),
-            "formats": figures,
-            "versions": versions(),
-            "processor": processor(),
-        }
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(content, indent=1) + "\n")
+    command = f"python scripts/reliability/fuzz.py --inputs {inputs} --first {first} --seed {seed}"
+    write_record(record, seed, {"command": command, "limits": asdict(limits), "formats": figures})
     raise typer.Exit(failures > 0)
 
 

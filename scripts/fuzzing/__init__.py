@@ -1,1 +1,0 @@
-"""Parts of ``scripts/fuzz.py``: how inputs are made, what reads them, and the worker processes that watch the readers."""
