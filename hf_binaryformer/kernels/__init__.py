@@ -2,10 +2,11 @@
 
 :mod:`.hamming` has the formulas, schema, fake and autograd. :mod:`.checks` has what arguments must fulfil,
 :mod:`.differentiation` what ``torch.func`` needs. :mod:`.reference` has the readable code that every backend is tested
-against. :mod:`.backends` is the registry that backends add themselves to. This subpackage imports only torch.
+against. :mod:`.backends` is the registry that backends add themselves to. This subpackage imports only torch,
+and triton where it can run.
 """
 
-from hf_binaryformer.kernels import cpu  # noqa: F401 (registers itself)
+from hf_binaryformer.kernels import cpu, triton  # noqa: F401 (register themselves)
 from hf_binaryformer.kernels.backends import (
     Backend,
     BackendUnavailableError,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Backend:
         balance: (x, centering, norm) -> (y, bits, factors), see :func:`hf_binaryformer.kernels.balance.reference_balance`.
         balance_backward: (y, grad, factors, centering, norm, window) -> gradient of x.
         device_types: torch device types that it serves; empty means all.
+        problem: why it cannot run on the devices that are there and how to fix it, or None if it can. It is asked when the
+            backend is looked at, because looking at a GPU starts its driver.
         priority: of the backends that serve a device, the one with the highest priority is used if none is requested.
         description: one line for ``binaryformer info``.
 
@@ -47,6 +49,7 @@ class Backend:
     balance: Callable[[Tensor, bool, bool], tuple[Tensor, Tensor, Tensor] | None] | None = None
     balance_backward: Callable[[Tensor, Tensor, Tensor, bool, bool, float], Tensor | None] | None = None
     device_types: tuple[str, ...] = ()
+    problem: Callable[[], str | None] = lambda: None
     priority: int = 0
     description: str = ""
 
@@ -56,10 +59,7 @@ class Backend:
 
 
 _registered: dict[str, Backend] = {}
-_missing = {
-    name: f"not part of this release; use backend='reference' or backend=None instead of '{name}'"
-    for name in ("triton", "metal")
-}
+_missing = {"metal": "not part of this release; use backend='reference' or backend=None instead of 'metal'"}
 
 
 def register_backend(backend: Backend) -> None:
@@ -75,14 +75,23 @@ def register_missing(name: str, reason: str) -> None:
 
 def available_backends() -> list[str]:
     """Names of the backends that can run here, the preferred ones first."""
-    return [backend.name for backend in sorted(_registered.values(), key=lambda one: -one.priority)]
+    return [backend.name for backend in _preferred() if backend.problem() is None]
+
+
+def _preferred(device_type: str | None = None) -> Iterator[Backend]:
+    """Registered backends, the preferred ones first; with a device type those that serve it and can run."""
+    for backend in sorted(_registered.values(), key=lambda one: -one.priority):
+        if device_type is None or (backend.serves(device_type) and backend.problem() is None):
+            yield backend
 
 
 def backend_report() -> dict[str, str]:
     """One line for every known backend: what it is, or why it is missing and how to fix that."""
-    return {name: f"missing: {reason}" for name, reason in _missing.items()} | {
-        name: f"available: {_registered[name].description}" for name in available_backends()
-    }
+    report = {name: f"missing: {reason}" for name, reason in _missing.items()}
+    for backend in _preferred():
+        problem = backend.problem()
+        report[backend.name] = f"available: {backend.description}" if problem is None else f"missing: {problem}"
+    return report
 
 
 def get_backend(name: str) -> Backend:
@@ -91,10 +100,11 @@ def get_backend(name: str) -> Backend:
     Raises:
         BackendUnavailableError: it is unknown or missing.
     """
-    if name in _registered:
+    problem = _registered[name].problem() if name in _registered else None
+    if name in _registered and problem is None:
         return _registered[name]
-    known = ", ".join([*_missing, *available_backends()])
-    reason = _missing.get(name, f"no backend has that name; known are {known}")
+    known = ", ".join([*_missing, *_registered])
+    reason = problem or _missing.get(name, f"no backend has that name; known are {known}")
     raise BackendUnavailableError(
         f"Hamming attention backend '{name}' is not available: {reason}. Available here: {', '.join(available_backends())}."
     )
@@ -107,7 +117,7 @@ def select_backend(name: str | None, device_type: str) -> Backend:
         BackendUnavailableError: ``name`` is unknown, missing, or does not serve the device type.
     """
     if name is None:
-        name = next(n for n in available_backends() if _registered[n].serves(device_type))
+        return next(_preferred(device_type))
     backend = get_backend(name)
     if not backend.serves(device_type):
         raise BackendUnavailableError(
@@ -125,9 +135,8 @@ def first_result(function: str, x: Tensor, *arguments: Any) -> Any:
         x: that tensor; its device decides which backends can compute the result.
         arguments: the function's other arguments.
     """
-    for name in available_backends():
-        backend = _registered[name]
+    for backend in _preferred(x.device.type):
         compute = getattr(backend, function)
-        if compute and backend.serves(x.device.type) and (result := compute(x, *arguments)) is not None:
+        if compute and (result := compute(x, *arguments)) is not None:
             return result
     return None

@@ -36,13 +36,17 @@ def uniform(seed: Tensor, group: slice, rows: slice, keys: int, device: torch.de
     ``number = mix'(row + 0x9E3779B9 * j)``. The result is ``((number >> 10) + 1/2) / 2^22``. This leaves one bit of a
     float32 unused, so that 1 + draw stays below 2.
     """
-    seed = seed.to(device)
     head = torch.arange(group.start, group.stop, dtype=torch.int32, device=device)[:, None, None]
     i = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)[None, :, None]
     j = torch.arange(keys, dtype=torch.int32, device=device)
-    row = _mix32(_mix32(_mix32(_mix32(_low32(seed)) + _low32(seed >> 32)) + head) + i)
+    row = _mix32(_mix32(seed_hash(seed.to(device)) + head) + i)
     number = _multiply32(row + j * -1640531527)
     return number.bitwise_right_shift_(10).bitwise_and_(2**DRAW_BITS - 1).float().add_(0.5).mul_(2.0**-DRAW_BITS)
+
+
+def seed_hash(seed: Tensor) -> Tensor:
+    """``mix(mix(seed_low) + seed_high)`` as a 0-d int32 tensor: what all draws of a seed have in common."""
+    return _mix32(_mix32(_low32(seed)) + _low32(seed >> 32))
 
 
 def _low32(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from cpu_cases import (
     LARGEST_BOUND,
     LIBRARY,
     RUNNABLE,
+    SHAPES,
+    assert_near,
     distance,
     each_instruction_set,
     row_bounds,
@@ -32,19 +34,6 @@ if LIBRARY is None:
 instruction_set = pytest.fixture(params=RUNNABLE)(each_instruction_set)
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
-# queries, keys, head_dim, value_dim, planes: tiles of 4 to 16 lanes, blocks of 64, 128, 256 and 512, one word and more.
-SHAPES = [
-    (33, 20, 7, 1, None),
-    (17, 15, 65, 17, None),
-    (16, 16, 32, 16, None),
-    (33, 130, 31, 40, None),
-    (65, 63, 100, 33, None),
-    (515, 40, 64, 16, None),
-    (20, 1101, 64, 16, None),
-    (9, 7, 7, 16, 2),
-    (31, 65, 65, 33, 2),
-    (20, 300, 100, 5, 2),
-]
 DTYPES = [torch.float32, *HALVES]
 
 
@@ -64,22 +53,6 @@ def both_in_a_tile(case: Case) -> Case:
     return with_bounds(bounded(case), LARGEST_BOUND + 1, LARGEST_BOUND + 5, slice(0, None, 7))
 
 
-def assert_near(case: Case, dtype: torch.dtype) -> Results:
-    """Errors as allowed, or three times the reference's: of peaked rows little is left but the rounding of the output.
-
-    In the gradient of the query weights, terms of a peaked row cancel; four roundings of each term are allowed.
-    """
-    results, reference, expected = case.run(backend="cpu"), case.run(backend="reference"), case.expected()
-    for name, result in results.items():
-        error, theirs = (distance(tensor, getattr(expected, name)) for tensor in (result, reference[name]))
-        allowed = max(ALLOWED[dtype][name != "output"], 3 * theirs)
-        if name == "query_weight":
-            cancelled = expected.query_weight_terms / np.linalg.norm(expected.query_weight)
-            allowed = max(allowed, 4 * torch.finfo(torch.float32).eps * float(cancelled))
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails too
-    return results
-
-
 def assert_same(results: Results, expected: Results) -> None:
     for name, result in expected.items():
         assert torch.equal(results[name], result), name
@@ -91,7 +64,7 @@ def assert_same(results: Results, expected: Results) -> None:
 def test_accuracy(queries, keys, head_dim, value_dim, planes, dtype, weights) -> None:
     """Scores up to 17, weights of both signs; catches wrong tails of tiles and blocks, and digits lost on either way."""
     case = weights(make_case(queries, keys, head_dim, value_dim, batch=1, heads=2, planes=planes, dtype=dtype))
-    assert_near(case, dtype)
+    assert_near(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +72,7 @@ def test_accuracy(queries, keys, head_dim, value_dim, planes, dtype, weights) ->
 def test_a_single_channel(planes, dtype) -> None:
     """All scores are plus or minus one number: 63 padding bits that were counted would show in every one."""
     case = with_bounds(make_case(33, 20, 1, 16, batch=1, planes=planes, dtype=dtype), 1, 10)
-    assert_near(case, dtype)
+    assert_near(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +92,7 @@ def test_weights_that_are_zero(dtype) -> None:
     case.query_weight[:, :, ::3] = 0
     case.key_weight[:, 0, ::4] = -0.0
     case.key_weight[:, 1] = 0
-    results = assert_near(case, dtype)
+    results = assert_near(case, dtype, "cpu")
     assert results["query_weight"][:, 0].all() and not results["query_weight"][:, 1].any()
 
 

@@ -1,0 +1,420 @@
+"""The backend "triton": Hamming attention on GPUs, forward and backward in O(N) memory (kernels: ``triton_kernels.py``).
+
+With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the same kernels on the CPU, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_binaryformer.kernels import self_check
+from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
+from hf_binaryformer.kernels.bits import words_for
+from hf_binaryformer.kernels.draws import BLOCK, seed_hash
+from hf_binaryformer.kernels.layout import token_major
+
+MINIMUM_VERSION = (3, 6)
+# int8 products on matrix units: NVIDIA's Ampere.
+MINIMUM_CAPABILITY = (8, 0)
+MAXIMUM_HEAD_DIM, MAXIMUM_VALUE_DIM = 512, 256
+# Weights exp2(score - bound) lie between 2^(-2 bound) and 1, and must not be lost in the type they are rounded to.
+BOUND_LIMITS = {torch.float32: 50.0, torch.bfloat16: 50.0, torch.float16: 5.0}
+# Names of GPUs (torch.cuda.get_device_name) that have a record in model_cards/evidence/kernels. On others, each kind of
+# problem is first compared with the reference.
+MEASURED: frozenset[str] = frozenset()
+CHECK_VARIABLE = "HF_BINARYFORMER_SELF_CHECK"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+CHECKS = not INTERPRETED and os.environ.get(CHECK_VARIABLE) != "0"
+
+
+class Tiles(NamedTuple):
+    """Sizes of a kernel's tiles, M queries and N keys, its warps, and the stages of its pipeline."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a kernel is compiled for.
+
+    Args:
+        head_dim, value_dim: channels.
+        planes: 1, or 2 for two Bernoulli samples.
+        dtype: of the values.
+        bit_gradient: "none", "ste" or "ternary".
+        weight_gradient: whether the backward pass returns gradients of the weights.
+        warp_groups: whether products run on groups of four warps with operands in shared memory (NVIDIA's Hopper and
+            data-centre Blackwell); otherwise operands take registers, and tiles must be smaller.
+        exact: how float32 numbers are multiplied: "tf32x3" (three products on NVIDIA's matrix units) or "ieee".
+    """
+
+    head_dim: int
+    value_dim: int
+    planes: int
+    dtype: torch.dtype
+    bit_gradient: str = "none"
+    weight_gradient: bool = True
+    warp_groups: bool = True
+    exact: str = "tf32x3"
+
+    @property
+    def d(self) -> int:
+        """Padded channels of signs."""
+        return padded(self.head_dim, 32)
+
+    @property
+    def v(self) -> int:
+        """Padded channels of values."""
+        return padded(self.value_dim, 16)
+
+    def forward_tiles(self) -> Tiles:
+        """Tiles of :func:`.triton_kernels.attend`."""
+        wide = max(self.d, self.v * self.dtype.itemsize)
+        if wide <= 128:
+            return Tiles(128, 64, 8, 3)
+        return Tiles(64, 64, 4, 2) if wide <= 256 else Tiles(64, 32, 8, 2)
+
+    def key_tiles(self) -> Tiles:
+        """Tiles of :func:`.triton_kernels.backward_of_keys`: M is a block of draws."""
+        wide = max(4 * self.d if self.bit_gradient != "none" else self.d, 4 * self.v)
+        if wide <= 256:
+            return Tiles(BLOCK, 64, 4, 2)
+        return Tiles(BLOCK, 64 if wide <= 512 else 32 if wide <= 1024 else 16, 8 if wide <= 1024 else 4, 1)
+
+    def query_tiles(self) -> Tiles:
+        """Tiles of :func:`.triton_kernels.backward_of_queries`: N is a block of draws."""
+        tiles = self.key_tiles()
+        return Tiles(tiles.N, BLOCK, tiles.warps, tiles.stages)
+
+    def constants(self, tiles: Tiles, *, backward: bool) -> dict[str, Any]:
+        """Compile-time arguments of a kernel, and options of the compiler."""
+        found: dict[str, Any] = {
+            "HEAD_DIM": self.head_dim,
+            "VALUE_DIM": self.value_dim,
+            "D": self.d,
+            "V": self.v,
+            "PLANES": self.planes,
+            "M": tiles.M,
+            "N": tiles.N,
+            "PRECISION": self.exact,
+            "DOT": dot_type(self.dtype),
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+            "enable_fp_fusion": True,
+        }
+        if not backward:
+            return {**found, "LIMIT": BOUND_LIMITS[self.dtype]}
+        return {**found, "WEIGHT_GRADIENT": self.weight_gradient, "BIT_GRADIENT": self.bit_gradient}
+
+
+def padded(size: int, least: int) -> int:
+    """The next power of two."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+class Problem:
+    """What forward and backward share: shapes, expanded signs, weights, and the arguments of a launch."""
+
+    def __init__(
+        self,
+        query_bits: Tensor,
+        key_bits: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        value: Tensor,
+        head_dim: int,
+        scale: float,
+        **sizes: Any,
+    ) -> None:
+        self.batch, self.heads, self.queries = query_bits.shape[:3]
+        self.keys, self.value_dim = value.shape[2:]
+        self.planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
+        self.scale, self.value = scale, rows(value)
+        self.sizes = Sizes(head_dim, self.value_dim, self.planes, value.dtype, **sizes, **multiplication(value.device))
+        self.query_signs, self.key_signs = self._signs(query_bits), self._signs(key_bits)
+        self.query_weight, self.key_weight = self._by_plane(query_weight), self._by_plane(key_weight)
+
+    def _by_plane(self, weight: Tensor) -> Tensor:
+        """(B, H, N) or (B, H, N, 2) to (B·H, planes, N), float32."""
+        weight = weight.float() if weight.dim() == 3 else weight.float().movedim(3, 2)
+        return weight.reshape(self.batch * self.heads, self.planes, -1).contiguous()
+
+    def _signs(self, bits: Tensor) -> Tensor:
+        """(B·H, planes, N, d) int8 of ±1."""
+        bits, d = (bits if bits.dim() == 4 else bits.movedim(3, 2)).contiguous(), self.sizes.d
+        signs = bits.new_empty((self.batch * self.heads, self.planes, bits.shape[-2], d), dtype=torch.int8)
+        count, height = signs.numel() // d, max(1, 4096 // d)
+        kernels.expand_signs[(-(-count // height),)](
+            bits, signs, count, WORDS=bits.shape[-1], HEAD_DIM=self.sizes.head_dim, D=d, R=height
+        )
+        return signs
+
+    def weight_like(self, weight: Tensor, found: Tensor) -> Tensor:
+        """(B·H, planes, N) back to the layout of a weight."""
+        found = found.view(self.batch, self.heads, self.planes, -1)
+        return found.squeeze(2) if weight.dim() == 3 else found.movedim(2, 3).contiguous()
+
+    def grid(self, tokens: int, tile: int) -> tuple[int, int]:
+        """Programs: tiles of tokens, and heads."""
+        return -(-tokens // tile), self.batch * self.heads
+
+    def numbers(self) -> tuple[int | float, ...]:
+        """Arguments that all kernels begin their numbers with."""
+        return self.heads, self.queries, self.keys, self.scale
+
+
+def forward(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    head_dim: int,
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for what :func:`served` excludes."""
+    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, "none"):
+        return None
+    return run_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+
+
+def run_forward(
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    head_dim: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` without questions."""
+    one = Problem(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+    output = token_major(value, (*query_bits.shape[:3], one.value_dim), value.dtype)
+    logsumexp = value.new_empty(query_bits.shape[:3], dtype=torch.float32)
+    largest = one.key_weight.abs().sum(1).amax(1)
+    tiles = one.sizes.forward_tiles()
+    kernels.attend[one.grid(one.queries, tiles.M)](
+        *(one.query_signs, one.key_signs, one.query_weight, one.key_weight, largest, one.value, output, logsumexp),
+        *(*one.numbers(), *one.value.stride()[:3], *output.stride()[:3]),
+        **one.sizes.constants(tiles, backward=False),
+    )
+    return output, logsumexp
+
+
+def backward(
+    grad_output: Tensor,
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    grad_logsumexp: Tensor | None,
+    seed: Tensor,
+    head_dim: int,
+    scale: float,
+    bit_gradient: str,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for what :func:`served` excludes."""
+    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, bit_gradient):
+        return None
+    tensors = grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp
+    return run_backward(*tensors, seed, head_dim, scale, bit_gradient, weight_gradient)
+
+
+def run_backward(
+    grad_output: Tensor,
+    query_bits: Tensor,
+    key_bits: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    grad_logsumexp: Tensor | None,
+    seed: Tensor,
+    head_dim: int,
+    scale: float,
+    bit_gradient: str,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`backward` without questions."""
+    options = {"bit_gradient": bit_gradient, "weight_gradient": weight_gradient}
+    one = Problem(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale, **options)
+    grad_output, logsumexp = rows(grad_output.to(value.dtype)), logsumexp.contiguous()
+    delta = (grad_output.float() * output).sum(-1)
+    if grad_logsumexp is not None:
+        delta -= grad_logsumexp
+    signs = bit_gradient != "none"
+    grad_value = token_major(value, value.shape, value.dtype)
+    d_query_weight, d_key_weight = (
+        torch.empty_like(weight) if weight_gradient else weight.new_empty(0)
+        for weight in (one.query_weight, one.key_weight)
+    )
+    d_query, d_key = (
+        value.new_empty((*bits.shape[:3], head_dim) if signs else (0,), dtype=torch.float32)
+        for bits in (query_bits, key_bits)
+    )
+    # A seed on the GPU is read there, so that nothing waits for it and a CUDA graph draws anew when it is replayed.
+    on_device = seed.device.type != "cpu"
+    start = seed_hash(seed) if on_device else int(seed_hash(seed))
+    inputs = (
+        *(one.query_signs, one.key_signs, one.query_weight, one.key_weight, one.value, grad_output),
+        logsumexp,
+        delta,
+    )
+    numbers = *one.numbers(), *one.value.stride()[:3], *grad_output.stride()[:3]
+    tiles = one.sizes.key_tiles()
+    kernels.backward_of_keys[one.grid(one.keys, tiles.N)](
+        *(*inputs, grad_value, d_key_weight, d_key, start, *numbers, *grad_value.stride()[:3]),
+        SEED_ON_DEVICE=on_device,
+        **one.sizes.constants(tiles, backward=True),
+    )
+    if weight_gradient or signs:
+        tiles = one.sizes.query_tiles()
+        kernels.backward_of_queries[one.grid(one.queries, tiles.M)](
+            *(*inputs, d_query_weight, d_query, start, *numbers),
+            SEED_ON_DEVICE=on_device,
+            **one.sizes.constants(tiles, backward=True),
+        )
+    if weight_gradient:
+        d_query_weight = one.weight_like(query_weight, d_query_weight)
+        d_key_weight = one.weight_like(key_weight, d_key_weight)
+    return d_query_weight, d_key_weight, grad_value, d_query, d_key
+
+
+def pack_sign_bits(x: Tensor) -> Tensor | None:
+    """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64 and for empty inputs."""
+    if x.dtype not in BOUND_LIMITS or not x.numel():
+        return None
+    flat = rows(x.reshape(-1, x.shape[-1]))
+    words = words_for(x.shape[-1])
+    bits = x.new_empty((*x.shape[:-1], words), dtype=torch.int64)
+    count, height = flat.shape[0], 32
+    kernels.pack_signs[(-(-count // height), words)](flat, bits, count, flat.stride(0), x.shape[-1], words, height)
+    return bits
+
+
+def served(query_bits: Tensor, value: Tensor, head_dim: int) -> bool:
+    """Whether the kernels compute it: no float64, no empty tensor, d at most 512, d_v at most 256."""
+    return (
+        value.dtype in BOUND_LIMITS
+        and min(query_bits.shape[:3]) > 0
+        and min(value.shape) > 0
+        and head_dim <= MAXIMUM_HEAD_DIM
+        and value.shape[3] <= MAXIMUM_VALUE_DIM
+    )
+
+
+def trusted(query_bits: Tensor, value: Tensor, head_dim: int, bit_gradient: str) -> bool:
+    """Whether this kind of problem may run on this device: it has been measured there, or agrees with the reference now."""
+    if not CHECKS or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return True
+    planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
+    return agrees(value.device, head_dim, value.shape[3], planes, value.dtype, bit_gradient)
+
+
+@functools.cache
+def agrees(
+    device: torch.device, head_dim: int, value_dim: int, planes: int, dtype: torch.dtype, bit_gradient: str
+) -> bool:
+    """Whether the kernels agree with the reference on a small problem; warns if they do not."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name in MEASURED:
+        return True
+    kind = {
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "planes": planes,
+        "dtype": dtype,
+        "bit_gradient": bit_gradient,
+    }
+    found = self_check.difference(run_forward, run_backward, device=device, **kind)  # type: ignore[arg-type]
+    if found is None:
+        return True
+    warnings.warn(
+        f"the Triton kernels disagree with the reference on {name} ({', '.join(f'{k} {v}' for k, v in kind.items())}): "
+        f"{found}. The reference is used, which is slower. Please report this line with Triton {triton.__version__} and "
+        f"torch {torch.__version__}; {CHECK_VARIABLE}=0 turns the comparison off",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor with its channels adjacent in memory; a copy if they are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def multiplication(device: torch.device) -> dict[str, Any]:
+    """How a device multiplies: the fields ``warp_groups`` and ``exact`` of :class:`Sizes`."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return {"warp_groups": False, "exact": "ieee"}
+    return {"warp_groups": torch.cuda.get_device_capability(device)[0] in (9, 10), "exact": "tf32x3"}
+
+
+def dot_type(dtype: torch.dtype) -> Any:
+    """The type that products of values are taken in. The interpreter's products of bfloat16 are wrong."""
+    import triton.language as language
+
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return getattr(language, "float32" if INTERPRETED else names[dtype])
+
+
+def missing_reason() -> str | None:
+    """Why the backend cannot be loaded here and how to cure it; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'triton>=3.6' (Linux, NVIDIA or AMD GPU)"
+    found = importlib.metadata.version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_VERSION:
+        return f"triton {found} is too old: pip install 'triton>={'.'.join(map(str, MINIMUM_VERSION))}'"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "no GPU that torch can use: a CUDA or ROCm build of torch and its driver are needed"
+    return None
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the GPU cannot run it; None if it can."""
+    if INTERPRETED or torch.version.hip is not None or torch.cuda.get_device_capability() >= MINIMUM_CAPABILITY:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, at least 8.0 (Ampere) is needed"
+
+
+if (REASON := missing_reason()) is not None:
+    register_missing("triton", REASON)
+else:
+    import triton
+
+    from hf_binaryformer.kernels import triton_kernels as kernels
+
+    register_backend(
+        Backend(
+            "triton",
+            forward,
+            backward,
+            pack_sign_bits,
+            device_types=("cuda", "cpu") if INTERPRETED else ("cuda",),
+            problem=problem,
+            priority=-1 if INTERPRETED else 20,
+            description=f"Triton {triton.__version__}" + (", interpreted: for tests" if INTERPRETED else ""),
+        )
+    )

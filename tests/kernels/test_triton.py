@@ -1,0 +1,55 @@
+"""The Triton backend without a GPU: its numbers in the interpreter, and what its kernels compile to for GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent
+sys.path.append(str(FOLDER.parents[1] / "scripts" / "benchmarks"))
+import assembly  # noqa: E402
+from hf_binaryformer.kernels.triton import Sizes  # noqa: E402
+
+# Of the backward pass that learns bits, and of the paper's own, which learns by weights.
+GRADIENTS = [("attend", "none"), ("backward_of_keys", "ternary"), ("backward_of_queries", "ternary")]
+MORE = [("backward_of_keys", "none"), ("backward_of_keys", "ste"), ("backward_of_queries", "ste")]
+
+
+def test_interpreted() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "triton_interpreted.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[1])
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
+def check_build(target: str, kernel: str, gradient: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    one = assembly.TARGETS[target]
+    sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, True, one.warp_groups, one.exact)
+    built = assembly.build(kernel, sizes, one)
+    for pattern in one.products if dtype != torch.float32 else one.products[:1]:
+        assert re.search(pattern, built.text), f"no {pattern} in {kernel} for {target}"
+    assert built.shared <= one.shared
+    assert built.spilled == 0, f"{kernel} for {target} spills {built.spilled} bytes at {built.tiles}"
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("kernel", "gradient"), GRADIENTS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_builds_on_matrix_units_without_spills(target, kernel, gradient) -> None:
+    check_build(target, kernel, gradient, 64, 16, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("kernel", "gradient"), GRADIENTS + MORE)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 16), (64, 64), (128, 64), (24, 8)])
+@pytest.mark.parametrize("target", assembly.TARGETS)
+def test_builds_everywhere(target, head_dim, value_dim, kernel, gradient) -> None:
+    check_build(target, kernel, gradient, head_dim, value_dim, torch.bfloat16)

@@ -1,0 +1,182 @@
+"""The Triton kernels in Triton's interpreter, against float64 and the reference. ``test_triton.py`` runs this file.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported, so this needs a process of its own.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cpu_cases import ALLOWED, HALVES, SHAPES, assert_near, distance, row_bounds, with_bounds
+from hamming_cases import Case, make_case
+
+from hf_binaryformer.kernels import backend_report, pack_sign_bits
+from hf_binaryformer.kernels import triton as backend
+from hf_binaryformer.kernels import triton_kernels as kernels
+from hf_binaryformer.kernels.draws import seed_hash, uniform
+
+# The interpreter cuts numbers off where a GPU rounds them to bfloat16.
+CUT = {torch.bfloat16: 2, torch.float16: 1}
+SMALL = [(33, 20, 7, 1, None), (65, 63, 100, 33, None), (31, 65, 65, 33, 2)]
+
+
+def both_ways(case: Case) -> Case:
+    """Rows with a bound in place of a maximum, tiles with a running one, and tiles that have rows of both kinds."""
+    limit = 2 * backend.BOUND_LIMITS[case.value.dtype]
+    case = with_bounds(case, 1, 0.9 * limit)
+    return with_bounds(case, 1.1 * limit, 1.5 * limit, slice(0, min(128, case.query_bits.shape[2] // 2), 7))
+
+
+def bounded(case: Case) -> Case:
+    case = with_bounds(case, 1, 0.9 * 2 * backend.BOUND_LIMITS[case.value.dtype])
+    assert row_bounds(case).max() < 2 * backend.BOUND_LIMITS[case.value.dtype]
+    return case
+
+
+def test_the_interpreter_is_what_runs() -> None:
+    assert "interpreted" in backend_report()["triton"]
+
+
+@pytest.mark.parametrize("weights", [bounded, both_ways])
+@pytest.mark.parametrize(("queries", "keys", "head_dim", "value_dim", "planes"), SHAPES)
+def test_accuracy(queries, keys, head_dim, value_dim, planes, weights) -> None:
+    """float32: catches wrong tails of tiles, a lost factor, a maximum that is forgotten."""
+    case = weights(make_case(queries, keys, head_dim, value_dim, batch=1, heads=2, planes=planes, dtype=torch.float32))
+    assert_near(case, torch.float32, "triton", bit_gradient="none" if planes else "ste")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("queries", "keys", "head_dim", "value_dim", "planes"), SMALL)
+def test_accuracy_of_halves(queries, keys, head_dim, value_dim, planes, dtype) -> None:
+    """The exponent of a weight must not leave the range of float16."""
+    case = both_ways(make_case(queries, keys, head_dim, value_dim, batch=2, heads=1, planes=planes, dtype=dtype))
+    assert_near(case, dtype, "triton", slack=CUT[dtype])
+
+
+def test_draws_are_the_reference_ones_bit_by_bit() -> None:
+    @triton.jit
+    def draw(found, base, group, M: tl.constexpr, N: tl.constexpr):
+        i, j = tl.arange(0, M), tl.arange(0, N)
+        number = kernels.uniform(kernels.row_hash(base, tl.full((), 0, tl.int64) + group, i)[:, None], j[None, :])
+        tl.store(found + i[:, None] * N + j[None, :], number)
+
+    for seed in (0, 2**40 + 7, -5):
+        found = torch.empty(64, 128)
+        draw[(1,)](found, int(seed_hash(torch.tensor(seed))), 3, 64, 128)
+        expected = uniform(torch.tensor(seed), slice(3, 4), slice(0, 64), 128, torch.device("cpu"))
+        assert torch.equal(found, expected[0])
+
+
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(130, 200, 64), (33, 257, 100), (70, 15, 31)])
+def test_ternary_gradient_is_the_reference_one(queries, keys, head_dim) -> None:
+    """The same draws and scales: apart in the few rows where rounding tips a draw."""
+    case = with_bounds(make_case(queries, keys, head_dim, dtype=torch.float32, batch=1), 1, 20)
+    case = case.with_(query=case.query.clamp(-1, 1), key=case.key.clamp(-1, 1))
+    runs = [case.run(bit_gradient="ternary", seed=2**40 + 7, backend=name) for name in ("triton", "reference")]
+    for name in ("query", "key"):
+        apart = (runs[0][name] - runs[1][name]).norm(dim=-1) > 1e-3 * runs[1][name].norm(dim=-1).mean()
+        assert apart.float().mean() < 0.02, f"{name}: other draws"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(dtype) -> None:
+    """Values and gradients as parts of (B, N, 3 H d) arrays, and transposed: the same as from copies."""
+    plain = with_bounds(make_case(37, 70, value_dim=5, dtype=dtype), 1, 5)
+    whole = [torch.full((2, n, 3 * 3 * 5), torch.nan, dtype=dtype) for n in (70, 37)]
+    parts = [
+        array[..., 15:30].unflatten(-1, (3, 5)).transpose(1, 2).copy_(tensor)
+        for array, tensor in zip(whole, (plain.value, plain.output_gradient), strict=True)
+    ]
+    turned = [tensor.mT.contiguous().mT for tensor in (plain.value, plain.output_gradient)]
+    expected = plain.run(backend="triton")
+    for value, gradient in (parts, turned):
+        found = plain.with_(value=value, output_gradient=gradient).run(backend="triton")
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def test_scores_of_thousands() -> None:
+    """A running maximum that is forgotten, or raised without the sums so far, overflows or loses rows here."""
+    case = with_bounds(make_case(40, 300, batch=1, heads=2, dtype=torch.float32), 1000, 20_000)
+    results = case.run(backend="triton")
+    assert distance(results["output"], case.expected().output) < 1e-3
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def test_all_keys_far_below_zero() -> None:
+    """The tail of the last tile must not weigh more than keys whose scores are all negative."""
+    case = make_case(20, 70, 64, batch=1, heads=1, dtype=torch.float32)
+    case = with_bounds(case, 400, 500).with_(key_bits=~case.query_bits[:, :, :1].expand(1, 1, 70, 1).contiguous())
+    case.query_weight.abs_(), case.key_weight.abs_()
+    assert_near(case, torch.float32, "triton")
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("place", ["query_weight", "key_weight", "value", "output_gradient"])
+def test_not_a_number_stays_where_it_belongs(place) -> None:
+    case = with_bounds(make_case(37, 21, heads=2, dtype=torch.float32), 1, 20)
+    case = case.with_(query=case.query.clamp(-1, 1), key=case.key.clamp(-1, 1))
+    changed = getattr(case, place).clone()
+    changed[(0, 1, 5, 3)[: changed.dim()]] = torch.nan
+    case = case.with_(**{place: changed})
+    found, expected = (case.run(bit_gradient="ternary", seed=2, backend=name) for name in ("triton", "reference"))
+    for name, result in found.items():
+        assert torch.equal(result.isnan(), expected[name].isnan()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("head_dim", [1, 31, 64, 100, 200])
+def test_packing(head_dim, dtype) -> None:
+    x = torch.randn(2, 3, 45, head_dim).to(dtype)
+    x[0, 0, 0], x[0, 0, 1, ::2] = -0.0, 0.0
+    x[1, 2, 3, -1] = torch.nan
+    found = backend.pack_sign_bits(x)
+    assert found is not None
+    assert torch.equal(found, pack_sign_bits(x.double()))  # The reference packs float64.
+    assert torch.equal(backend.pack_sign_bits(x.transpose(1, 2)), pack_sign_bits(x.transpose(1, 2).double()))
+
+
+def test_what_is_left_to_the_reference() -> None:
+    for changes in ({"dtype": torch.float64}, {"keys": 0}, {"queries": 0}, {"value_dim": 257}, {"head_dim": 513}):
+        case = make_case(**{"dtype": torch.float32, **changes})
+        assert backend.forward(*case.inputs(), case.head_dim, 1.0) is None
+
+
+def test_the_smallest() -> None:
+    case = with_bounds(make_case(1, 1, 1, 1, batch=1, heads=1, dtype=torch.float32), 1, 2)
+    results = case.run(backend="triton", bit_gradient="ste")
+    assert np.allclose(results["output"], case.expected().output, rtol=ALLOWED[torch.float32][0])
+    assert not results["query_weight"].any() and not results["query"].any()  # One key: nothing to choose.
+
+
+@pytest.mark.parametrize("fault", [None, "dw_k", "scale", "tail"])
+def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
+    """The comparison that precedes the first use on a device that nobody has measured."""
+    run_forward, run_backward = backend.run_forward, backend.run_backward
+
+    def forward(*inputs):
+        output, logsumexp = run_forward(*inputs)
+        if fault == "scale":
+            return run_forward(*inputs[:-1], 1.1 * inputs[-1])
+        if fault == "tail":
+            output[:, :, -1] = 0
+        return output, logsumexp
+
+    def backward(*inputs):
+        found = run_backward(*inputs)
+        return (found[0], -found[1], *found[2:]) if fault == "dw_k" else found
+
+    monkeypatch.setattr(backend, "CHECKS", True)
+    monkeypatch.setattr(backend, "run_forward", forward)
+    monkeypatch.setattr(backend, "run_backward", backward)
+    backend.agrees.cache_clear()
+    case = with_bounds(make_case(20, 30, dtype=torch.float32), 1, 5)
+    if fault is None:
+        case.run(backend="triton", bit_gradient="ternary", seed=1)
+        return
+    with pytest.warns(RuntimeWarning, match="disagree with the reference"):
+        found = case.run(backend="triton")
+    for name, tensor in case.run(backend="reference").items():
+        assert torch.equal(found[name], tensor), name
+    backend.agrees.cache_clear()
