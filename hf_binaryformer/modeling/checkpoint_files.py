@@ -112,7 +112,7 @@ def check_own(folder: Path, config: dict[str, Any]) -> None:
         )
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} has an adapter_config.json, expected whole weights: merge the adapter first")
-    for path in folder.glob("*.index.json"):
+    for path in folder.glob("*.safetensors.index*.json"):
         files = read_json(path).get("weight_map")
         names = list(files.values()) if isinstance(files, dict) else [files]
         if wrong := [n for n in names if not (stays_below(n) and re.fullmatch(r"[^/]+\.safetensors", str(n)))]:
