@@ -1,17 +1,16 @@
 """Loading runs no code: pickles and Python files are planted under every name that a loader might try.
 
-``len(PLANTED)`` names are planted, beside the weights and instead of them, before each of ``len(LOADERS)`` loaders; another
-``len(STATES)`` in the checkpoints of a training.
+``len(PLANTED)`` names are planted, beside the weights and instead of them, before each of ``len(LOADERS)`` loaders. Those of
+trainings are in test_security_training.py.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +19,16 @@ import pytest
 import torch
 import typer
 import vq_cases
-from accelerate import Accelerator
-from safetensors import SafetensorError
-from torch import nn
-from toys import write_segmentation_data, write_segmentation_recipe
+from planting import CODE, DATA, Markers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 
 import hf_binaryformer as bf
-from hf_binaryformer.data.hashing import file_hash
-from hf_binaryformer.data.pixels import load_images
 from hf_binaryformer.modeling.pretrained import CheckpointError
-from hf_binaryformer.pipelines.volumes import VolumeError, read_volume
 from hf_binaryformer.training import segmentation
-from hf_binaryformer.training.checkpoints import FOLDER, MANIFEST, Checkpoints, Progress
-from hf_binaryformer.training.sampler import load_autoencoder, load_tokens
+from hf_binaryformer.training.sampler import load_autoencoder
 from jobs import save_network
 
 ROOT = Path(__file__).parents[2]
-# Weights and state, as transformers, diffusers, Accelerate, PEFT, timm, torch, numpy and people name them.
-TRANSFORMERS = ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "tf_model.h5", "flax_model.msgpack")
-TRANSFORMERS = (*TRANSFORMERS, "model.ckpt.index", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-DIFFUSERS = ("diffusion_pytorch_model.bin", "diffusion_pytorch_model-00001-of-00001.bin", "diffusion_pytorch_model.pt")
-DIFFUSERS = (*DIFFUSERS, "diffusion_pytorch_model.ckpt", "diffusion_flax_model.msgpack", "pytorch_lora_weights.bin")
-ACCELERATE = ("optimizer.bin", "scheduler.bin", "sampler.bin", "dl_state_dict.bin", "scaler.pt", "random_states_0.pkl")
-ACCELERATE = (
-    *ACCELERATE,
-    "custom_checkpoint_0.pkl",
-    "pytorch_model_fsdp.bin",
-    ".metadata",
-    "mp_rank_00_model_states.pt",
-)
-OTHERS = (
-    "adapter_model.bin",
-    "open_clip_pytorch_model.bin",
-    "learned_embeds.bin",
-    "model.pt",
-    "model.pth",
-    "model.bin",
-)
-OTHERS = (*OTHERS, "model.ckpt", "model.pkl", "model.joblib", "weights.pt", "best.pt", "last.ckpt", "checkpoint.pth")
-OTHERS = (*OTHERS, "config.pkl", "processor.pkl", "data.pkl", "tokens.pt", "tokens.npy", "weights.npz", "arrays.npy")
-# Code of a checkpoint, as `trust_remote_code` and the modules named in a pipeline's index would find it. diffusers looks
-# for a file "None.py" where no pipeline of one's own was asked for.
-CODE = ("None.py", "__init__.py", "pipeline.py", "modeling.py", "modeling_binaryformer.py", "image_processing.py")
-CODE = (*CODE, "configuration_binaryformer.py", "hf_binaryformer.modeling.vq_autoencoder.py", "planted.py", "setup.py")
-CODE = (*CODE, "hf_binaryformer.modeling.vq_transformer.py", "hf_binaryformer.pipelines.absorbing_scheduler.py")
-DATA = (*TRANSFORMERS, *DIFFUSERS, *ACCELERATE, *OTHERS)
-PLANTED = (*DATA, *CODE)
-# What a training's checkpoint consists of, and what Accelerate reads there in place of it.
-STATES = ("optimizer.bin", "random_states_0.pkl", "state_0.pt", "state_1.pt", "model.safetensors", "pytorch_model.bin")
-STATES = (*STATES, "scheduler.bin", "sampler.bin", "scaler.pt", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl")
-INDICES = {"pytorch_model.bin.index.json": "pytorch_model-00001-of-00001.bin"}
-INDICES |= {"diffusion_pytorch_model.bin.index.json": "diffusion_pytorch_model-00001-of-00001.bin"}
 LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "from_pretrained of a network": ("network", bf.from_pretrained),
     "from_pretrained of a classifier": ("classifier", bf.from_pretrained),
@@ -105,57 +62,6 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 # These read no weights.
 WEIGHTLESS = {"BinaryFormerConfig", "BinaryFormerImageProcessor", "AutoConfig", "AbsorbingScheduler"}
-
-
-class Charge:
-    """Unpickled, it leaves a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-class Markers:
-    """A folder for the files that planted code leaves, and what writes that code."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder = folder
-
-    def plant(self, path: Path) -> Path:
-        """A file that leaves a marker of its own name when it is unpickled, imported or loaded by numpy."""
-        marker = self.folder / f"{path.parent.name} {path.name}"
-        if path.suffix == ".py":
-            path.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass X: pass\n")
-        elif path.suffix in (".npy", ".npz"):
-            with path.open("wb") as file:
-                (np.save if path.suffix == ".npy" else np.savez)(file, np.array([Charge(marker)], dtype=object))
-        else:
-            # torch.load takes a bare pickle too, as the oldest of its formats.
-            path.write_bytes(pickle.dumps(Charge(marker), protocol=2))
-        return path
-
-    def plant_all(self, folder: Path, names: tuple[str, ...]) -> None:
-        """Plant under all names in a folder and its subfolders, and write indices of weights that name some of them."""
-        for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            for name in names:
-                self.plant(place / name)
-            for index, file in INDICES.items():
-                (place / index).write_text(json.dumps({"metadata": {}, "weight_map": {"a": file}}))
-
-    @property
-    def left(self) -> list[str]:
-        """What was run."""
-        return sorted(path.name for path in self.folder.iterdir())
-
-
-@pytest.fixture
-def markers(tmp_path: Path) -> Iterator[Markers]:
-    markers = Markers(tmp_path / "markers")
-    yield markers
-    assert not markers.left
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +121,13 @@ def test_code_beside_the_weights_is_not_run(loader, copy, markers, monkeypatch):
         assert "holds code" in refused_in_a_line(load, copy / part)
     else:
         load(copy / part)
+
+
+@pytest.mark.parametrize("place", ["", "vqmodel", "scheduler"])
+@pytest.mark.parametrize("name", CODE)
+def test_code_beside_any_part_of_a_pipeline_is_named(name, place, copy, markers):
+    markers.plant(copy / "pipeline" / place / name)
+    assert name in refused_in_a_line(bf.from_pretrained, copy / "pipeline")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -324,129 +237,3 @@ def test_a_component_that_the_caller_gives_may_be_of_any_class(copy):
     vqmodel = bf.BinaryVQModel.from_pretrained(copy / "pipeline")
     change(copy / "pipeline" / "model_index.json", {"vqmodel": ["diffusers", "AutoencoderKL"]})
     assert bf.BinaryVQPipeline.from_pretrained(copy / "pipeline", vqmodel=vqmodel).vqmodel is vqmodel
-
-
-def checkpoints(output: Path) -> Checkpoints:
-    model = nn.Linear(2, 2)
-    accelerator = Accelerator(cpu=True, project_dir=output)
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    accelerator.prepare(model, optimizer)
-    return Checkpoints(accelerator, output, 2, (Progress(), schedule))
-
-
-def sign(checkpoint: Path) -> None:
-    """List the files of a checkpoint as the one who planted some of them would."""
-    found = {path.name: file_hash(path) for path in checkpoint.iterdir() if path.name != MANIFEST}
-    (checkpoint / MANIFEST).write_text(json.dumps(found))
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_no_state_of_a_training_runs_code(name, tmp_path, markers):
-    run = checkpoints(tmp_path / "run")
-    run.save(1)
-    place = next((tmp_path / "run" / FOLDER).iterdir())
-    run.restore()
-    markers.plant(place / name)
-    if name == "pytorch_model.bin":
-        (place / "model.safetensors").unlink()
-    sign(place)
-    # These are not read, or read and passed over as Accelerate does it; a step's random numbers come from its seed.
-    if name in ("random_states_0.pkl", "scheduler.bin", "sampler.bin", "scaler.pt"):
-        run.restore()
-    else:
-        with pytest.raises((typer.BadParameter, SafetensorError)) as caught:
-            run.restore()
-        assert "\n" not in str(caught.value)
-
-
-def test_a_resumed_training_runs_no_code(tmp_path, markers):
-    data = tmp_path / "data"
-    data.mkdir()
-    write_segmentation_data(data)
-    recipe = write_segmentation_recipe(tmp_path / "toy.yaml")
-    options: dict[str, Any] = {"recipe": str(recipe), "data": data, "output": tmp_path / "run", "evaluate": "none"}
-    segmentation.main(**options, stop_after=3)
-    place = next((tmp_path / "run" / FOLDER).iterdir())
-    whole = shutil.copytree(place, tmp_path / "whole")
-    for name in ("random_states_0.pkl", "optimizer.bin", "custom_checkpoint_0.pkl"):
-        shutil.rmtree(place)
-        shutil.copytree(whole, place)
-        markers.plant(place / name)
-        sign(place)
-        if name == "random_states_0.pkl":
-            segmentation.main(**options, resume=True, stop_after=4)
-            shutil.rmtree(next((tmp_path / "run" / FOLDER).glob("*4")))
-        else:
-            with pytest.raises(typer.BadParameter, match="which could run any code"):
-                segmentation.main(**options, resume=True)
-
-
-@pytest.mark.parametrize(
-    "suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".dcm", ".ima", ".npy", ".npz", ".pkl", ".pt"]
-)
-def test_no_volume_is_unpickled(suffix, tmp_path, markers):
-    path = markers.plant(tmp_path / f"a{suffix}")
-    with pytest.raises(VolumeError) as caught:
-        read_volume(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_no_training_data_is_unpickled(tmp_path, markers, saved):
-    names = (
-        "train-images-idx3-ubyte",
-        "train-labels-idx1-ubyte",
-        "data_batch_1",
-        "batches.meta",
-        "train.npz",
-        "train.pt",
-    )
-    for name in (*names, "train.safetensors"):
-        markers.plant(tmp_path / name)
-    with pytest.raises(ValueError, match="no IDX file"):
-        load_images(tmp_path, "train")
-    for name in names[:2]:
-        (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match="holds neither"):
-        load_images(tmp_path, "train")
-    with pytest.raises(Exception, match="(?i)header"):
-        load_tokens(tmp_path, "train", bf.BinaryVQTransformer3DModel.from_pretrained(saved / "pipeline"))
-    vit = markers.plant(tmp_path / "vit.safetensors")
-    for checkpoint in (vit, markers.plant(tmp_path / "vit.pth")):
-        with pytest.raises(Exception, match="(?i)header|expected a .safetensors file"):
-            bf.BinaryFormerForSemanticSegmentation.from_timm(
-                "vit_tiny_patch16_224", checkpoint=checkpoint, num_labels=2
-            )
-
-
-FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile", "zipfile", "code"}
-
-
-def faults(text: str) -> list[str]:
-    """Calls and imports in a program by which a file could run code, or write where it wants."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name in FORBIDDEN]
-        elif isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN:
-            found += [alias.name for alias in node.names if alias.name != "UnpicklingError"]
-        elif isinstance(node, ast.Call):
-            name, given = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
-            if name in ("eval", "exec", "os.system", "shutil.unpack_archive", "yaml.load", "yaml.unsafe_load"):
-                found.append(name)
-            if name == "torch.load" and given.get("weights_only") != "True":
-                found.append(name)
-            found += [
-                key for key in ("allow_pickle", "trust_remote_code", "shell") if given.get(key, "False") != "False"
-            ]
-    return found
-
-
-def test_the_code_asks_for_nothing_that_runs_code():
-    files = [path for folder in ("hf_binaryformer", "scripts") for path in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 100
-    assert {str(path): found for path in files if (found := faults(path.read_text()))} == {}
-    assert (
-        faults("import pickle\nfrom tarfile import open\neval(x)\ntorch.load(p)\nnp.load(p, allow_pickle=True)") != []
-    )
-    assert len(faults("torch.load(p, weights_only=False); f(trust_remote_code=True); run(x, shell=True)")) == 3

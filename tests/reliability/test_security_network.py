@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import toys
 
+import hf_binaryformer as bf
 from jobs import head, save, save_network, set_up_inpaint, set_up_prepare, set_up_unpack
 
-ROOT = Path(__file__).parents[2]
+# Where the package that is tested was found; processes of their own have to find the same one.
+ROOT = Path(bf.__file__).parents[1]
 HOOK = """
 import os, socket, sys
 
