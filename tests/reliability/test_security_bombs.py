@@ -157,7 +157,9 @@ def test_bombs_take_no_more_memory_than_stated(tmp_path):
     cases = bombs(tmp_path / "bombs")
     lines = "".join(f"{kind} {path}\n" for kind, path, _, _ in cases.values())
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PEAKS], input=lines, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PEAKS], input=lines, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
     for name, (_, _, most, message) in cases.items():

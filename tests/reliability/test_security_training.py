@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+import vq_cases
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
