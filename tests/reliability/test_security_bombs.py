@@ -187,6 +187,7 @@ def test_a_volume_for_which_memory_is_not_enough_is_an_error_of_one_line(tmp_pat
     path.write_bytes(gzip_of_zeros(nifti_header((1000, 1000, 1000)), 61 * 2**24))
     command = [
         sys.executable,
+        "-P",
         "-c",
         LIMITED,
         str(500 * 2**20),
