@@ -73,6 +73,13 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
             _fail(error)
+        except MemoryError as error:
+            # A small file can ask for much memory, for example where it is packed and holds one value throughout.
+            _fail(
+                MemoryError(
+                    f"memory is not enough ({error or 'for this job'}): check what the file holds, or use a larger machine"
+                )
+            )
         except RuntimeError as error:
             from hf_binaryformer.kernels import BackendUnavailableError
 

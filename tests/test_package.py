@@ -22,6 +22,8 @@ PACKAGE = ROOT / "hf_binaryformer"
 # Each may import itself and what stands before it. The face is what lies directly in the package: the command line.
 FLOORS = ["kernels", "modeling", "pipelines", "data", "training", "commands", "face", "scripts"]
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
+# Of these formats, the first ones run code when they are read; what is in the last two can be named anywhere on the disk.
+UNSAFE = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal", "tarfile", "zipfile"}
 SCRIPTS = {path.stem for path in (ROOT / "scripts").rglob("*.py")}
 
 
@@ -99,8 +101,8 @@ def owner(name: str, trees: dict[str, ast.Module]) -> str | None:
 
 
 def unsafe(tree: ast.Module) -> list[str]:
-    """What can run code that comes in a file: pickles, and the calls that read them."""
-    found = [name for name in imported(tree) if {"pickle", "joblib", "dill", "shelve"} & set(name.split("."))]
+    """What can run code that comes in a file: pickles, and the calls that read them; and archives, which write anywhere."""
+    found = [n for n in imported(tree) if UNSAFE & set(n.split(".")) and n != "pickle.UnpicklingError"]
     found += [name for name in imported(tree) if name in ("torch.load", "yaml.load", "yaml.unsafe_load")]
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called, keywords = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
@@ -108,7 +110,9 @@ def unsafe(tree: ast.Module) -> list[str]:
             found.append("torch.load without weights_only=True")
         if keywords.get("weights_only", "True") != "True" or keywords.get("allow_pickle", "False") != "False":
             found.append(ast.unparse(call))
-        if called in ("yaml.load", "yaml.unsafe_load", "eval", "exec"):
+        if {keywords.get(name, "False") for name in ("trust_remote_code", "shell")} != {"False"}:
+            found.append(ast.unparse(call))
+        if called in ("yaml.load", "yaml.unsafe_load", "eval", "exec", "os.system", "shutil.unpack_archive"):
             found.append(called)
     return found
 
@@ -166,6 +170,11 @@ def test_nothing_in_a_file_is_executed(path):
         "torch.load(path, weights_only=False)",
         "numpy.load(path, allow_pickle=True)",
         "yaml.load(text, Loader=yaml.Loader)",
+        "from pickle import UnpicklingError, load",
+        "import tarfile",
+        "shutil.unpack_archive(path)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "subprocess.run(command, shell=True)",
     ],
 )
 def test_unsafe_reading_is_seen(code):

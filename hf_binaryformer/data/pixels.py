@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,36 @@ CIFAR_SIDE = 32
 CIFAR_RECORD = 1 + 3 * CIFAR_SIDE**2
 CIFAR_FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
 IDX_UINT8 = 8
+# The largest array of an IDX file, in bytes; the published ones have 47 million.
+MAX_IDX_BYTES = 2**30
 
 
 def read_idx(path: Path) -> np.ndarray:
     """Read an array from an IDX file of MNIST or Fashion-MNIST, plain or as .gz.
 
     Raises:
-        ValueError: the file is not an IDX file, does not hold bytes, or is truncated.
+        ValueError: the file is not an IDX file, does not hold bytes, is truncated, or holds more than its header says or
+            than 2³⁰ bytes.
     """
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked ({error}): is it complete?") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != IDX_UINT8:
-        raise ValueError(f"{path} is no IDX file of bytes")
-    axes = content[3]
-    shape = np.frombuffer(content, ">u4", axes, offset=4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
-    if values.size != shape.prod():
-        raise ValueError(f"{path} holds {values.size} values, its header says {shape.prod()}: is it complete?")
+    with path.open("rb") as file:
+        opener: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    try:
+        with opener(path, "rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:2] != b"\0\0" or start[2] != IDX_UINT8:
+                raise ValueError(f"{path} is no IDX file of bytes")
+            sizes = file.read(4 * start[3])
+            shape = np.frombuffer(sizes, ">u4", len(sizes) // 4).tolist()
+            claimed = math.prod(shape)
+            if claimed > MAX_IDX_BYTES or len(shape) < start[3]:
+                raise ValueError(f"{path} has an array of shape {shape}, expected at most {MAX_IDX_BYTES} bytes")
+            # No more than a byte beyond what the header says is unpacked, whatever the file holds.
+            values = np.frombuffer(file.read(claimed + 1), np.uint8)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}): is it complete?") from error
+    if values.size != claimed:
+        held = f"{values.size} values" if values.size < claimed else "more values"
+        raise ValueError(f"{path} holds {held}, its header says {claimed}: is it complete?")
     return values.reshape(shape)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_binaryformer.modeling.file_names import stays_below
 from hf_binaryformer.pipelines.volumes import Volume, read_volume
 
 # What every case states as text, besides its group.
@@ -34,7 +35,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not JSON; its label names are not texts by whole number; or one of its cases lacks a name, a group,
-            a split or an image.
+            a split or an image, or names a file outside the folder.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no manifest.json: write it with `binaryformer prepare`")
@@ -53,6 +54,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         texts = [case.get(key, "") for key in (*TEXTS, "label")] if isinstance(case, dict) else []
         if not texts or not all(isinstance(text, str) for text in texts) or not {*TEXTS, "group"} <= case.keys():
             raise ValueError(f"{path}: case {number} lacks one of {', '.join(TEXTS)} and group as text, {remedy}")
+        if wrong := [case[key] for key in ("image", "label") if key in case and not stays_below(case[key])]:
+            raise ValueError(f"{path}: case {number} names '{wrong[0]}', which is not below its folder, {remedy}")
+        if not stays_below(case["case"]) or "/" in case["case"]:
+            raise ValueError(f"{path}: case {number} is named '{case['case']}', which is no name of a file, {remedy}")
     return manifest
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_binaryformer.data.prepared_folder import SPLITS, read_manifest
+
+# A row group may be so many times as large as its file, plus so many bytes: the volumes in it are compressed already.
+UNPACKED_SHARE, UNPACKED_BYTES = 4, 2**24
 
 
 def write_shards(folder: Path, manifest: dict[str, Any], shard_mb: int) -> None:
@@ -77,8 +81,6 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
         ValueError: the shards were not written by :func:`write_shards`, or a volume is missing or differs from the
             manifest.
     """
-    from datasets import Nifti, load_dataset
-
     if not (shards / "manifest.json").is_file():
         raise ValueError(f"{shards} has no manifest.json: give shards that `binaryformer prepare` wrote")
     manifest = read_manifest(shards / "manifest.json")
@@ -86,25 +88,47 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
     kinds = [kind for kind in ("image", "label") if any(kind in row for row in rows.values())]
     for kind in kinds:
         (folder / f"{kind}s").mkdir()
-    for split, stream in load_dataset(str(shards), streaming=True).items():
-        for kind in stream.features.keys() & kinds:
-            stream = stream.cast_column(kind, Nifti(decode=False))
-        for sample in stream:
-            case = sample["case"]
-            row = rows.pop((split, case), {})
-            for kind in kinds:
-                # The names come from a foreign file: they must not lead out of the folder.
-                path, content = f"{kind}s/{case}.nii.gz", (sample.get(kind) or {"bytes": b""})["bytes"]
-                known = re.fullmatch(r"[\w.-]+", case) and row.get(kind) == path
-                if not known or hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
-                    raise ValueError(
-                        f"{kind} of {case} ({split}) is not what manifest.json says: fetch the shards anew"
-                    )
-                (folder / path).write_bytes(content)
+    for split in SPLITS:
+        for file in sorted((shards / "data").glob(f"{split}-*.parquet")):
+            for sample in _rows_of(file, kinds):
+                case = str(sample.get("case"))
+                row = rows.pop((split, case), {})
+                for kind in kinds:
+                    # The names come from a foreign file: they must not lead out of the folder.
+                    path, content = f"{kind}s/{case}.nii.gz", (sample.get(kind) or {}).get("bytes") or b""
+                    known = re.fullmatch(r"[\w.-]+", case) and row.get(kind) == path
+                    if not known or hashlib.sha256(content).hexdigest() != row.get(f"{kind}_sha256"):
+                        raise ValueError(
+                            f"{kind} of {case} ({split}) is not what manifest.json says: fetch the shards anew"
+                        )
+                    (folder / path).write_bytes(content)
     if rows:
         missing = ", ".join(case for _, case in list(rows)[:8])
         raise ValueError(f"{shards} lacks {missing} ({len(rows)} volumes): fetch the shards anew")
     return manifest
+
+
+def _rows_of(file: Path, kinds: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, one in memory at a time.
+
+    Not by load_dataset, which follows what the README beside the shards says: other files, addresses, readers.
+
+    Raises:
+        ValueError: the file is damaged, or a row group is far larger than the file.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as shard:
+            limit = UNPACKED_SHARE * file.stat().st_size + UNPACKED_BYTES
+            for number in range(shard.num_row_groups):
+                if (size := shard.metadata.row_group(number).total_byte_size) > limit:
+                    raise ValueError(f"it unpacks to {size} bytes, expected at most {limit}")
+            for batch in shard.iter_batches(batch_size=1, columns=["case", *(f"{kind}.bytes" for kind in kinds)]):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be unpacked ({error}): fetch the shards anew") from error
 
 
 def partition(rows: list[dict[str, Any]], sizes: list[int], limit: int) -> list[list[dict[str, Any]]]:

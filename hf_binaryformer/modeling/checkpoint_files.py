@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from hf_binaryformer.modeling.file_names import stays_below
 
 # Fields whose number is one of layers, each with tensors of its own.
 LAYERS = ("num_hidden_layers", "num_layers", "encoder_num_convs", "decoder_num_convs")
@@ -17,6 +20,8 @@ MAX_LABELS = 2**16
 FREE_NUMBERS = 2**20
 # A network may have more parameters than its file, for example a new head: so many times more, plus so many.
 UNSTORED_SHARE, UNSTORED = 2, 2**22
+# Fields of a configuration by which the libraries would fetch or import other code: kernels from the Hub, quantizers.
+FOREIGN = ("attn_implementation", "experts_implementation", "quantization_config")
 
 
 class CheckpointError(ValueError):
@@ -87,6 +92,57 @@ def check_sizes(folder: Path, config: dict[str, Any], build: Callable[[], Any]) 
             f"the configuration in {folder} describes a network of {described} numbers, its weights hold {stored}: fetch "
             f"the checkpoint again"
         )
+
+
+def check_own(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a checkpoint that would have the libraries fetch or import other code, or read files outside its folder.
+
+    Args:
+        folder: of the checkpoint.
+        config: content of its configuration.
+
+    Raises:
+        CheckpointError: the configuration asks for kernels of the Hub or a quantizer, there is an adapter, or an index of
+            weights names anything but .safetensors files in the folder.
+    """
+    if asked := [key for key in config if key.removeprefix("_") in FOREIGN and config[key] is not None]:
+        raise CheckpointError(
+            f"{folder} asks for {asked[0]} = {config[asked[0]]!r} in its configuration, which is code that the checkpoint does "
+            f"not hold: remove that field"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} has an adapter_config.json, expected whole weights: merge the adapter first")
+    for path in folder.glob("*.safetensors.index*.json"):
+        files = read_json(path).get("weight_map")
+        names = list(files.values()) if isinstance(files, dict) else [files]
+        if wrong := [n for n in names if not (stays_below(n) and re.fullmatch(r"[^/]+\.safetensors", str(n)))]:
+            raise CheckpointError(
+                f"{path} names '{wrong[0]}', expected .safetensors files beside it: fetch the checkpoint again"
+            )
+
+
+def check_components(folder: Path, index: dict[str, Any], own: dict[str, list[str]]) -> None:
+    """Refuse the index of a pipeline that names code of others, which diffusers would import, or a folder outside.
+
+    Args:
+        folder: of the pipeline.
+        index: content of its model_index.json.
+        own: module and class of each component that is loaded.
+
+    Raises:
+        CheckpointError: the pipeline's class is no name, a component is of another class or lies elsewhere, or there is a
+            Python file. (Some releases of diffusers run one, of whatever name they look for, without being asked to.)
+    """
+    if code := sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
+        raise CheckpointError(f"{folder} holds code ({code[0].relative_to(folder)}), expected weights alone: remove it")
+    if not isinstance(index.get("_class_name"), str):
+        raise CheckpointError(f"{folder} is a pipeline of {index.get('_class_name')}, expected the name of a class")
+    for name, found in index.items():
+        if isinstance(found, list) and found != own.get(name):
+            raise CheckpointError(
+                f"{folder} has {found} as its component '{name}', expected {own.get(name, 'none of that name')}: fetch the "
+                f"checkpoint again"
+            )
 
 
 def _stored_numbers(folder: Path) -> tuple[int, int]:

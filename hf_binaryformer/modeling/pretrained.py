@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_binaryformer.modeling.checkpoint_files import CheckpointError, check_sizes, read_json, using
+from hf_binaryformer.modeling.checkpoint_files import CheckpointError, check_own, check_sizes, read_json, using
+from hf_binaryformer.modeling.file_names import stays_below
 
 __all__ = [
     "CheckpointError",
@@ -137,6 +138,7 @@ class CheckpointMixin:
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
         _require_safetensors(folder)
         config = read_json(folder / MODEL_CONFIG)
+        check_own(folder, config)
         lenient = options.get("ignore_mismatched_sizes", False)
         report_wanted = options.pop("output_loading_info", False)
         with using(folder):
@@ -178,7 +180,9 @@ class DiffusersCheckpointMixin:
         folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
         if subfolder is None and (folder / PIPELINE_CONFIG).is_file():
             index = read_json(folder / PIPELINE_CONFIG)
-            subfolder = next((n for n, v in index.items() if isinstance(v, list) and v[-1] == cls.__name__), None)
+            subfolder = next((n for n, v in index.items() if isinstance(v, list) and cls.__name__ in v[1:]), None)
+            if subfolder is not None and not stays_below(subfolder):
+                raise CheckpointError(f"{folder} has a component '{subfolder}', expected the name of a folder in it")
         folder = folder / (subfolder or "")
         is_model = issubclass(cls, nn.Module)
         config = read_json(folder / getattr(cls, "config_name", MODEL_CONFIG))
@@ -188,6 +192,7 @@ class DiffusersCheckpointMixin:
             with using(folder):
                 return super().from_pretrained(folder, **options)  # type: ignore[misc]
         _require_safetensors(folder)
+        check_own(folder, config)
         report_wanted = options.pop("output_loading_info", False)
         with using(folder):
             check_sizes(folder, config, lambda: cls.from_config(config))  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 COSINE_TOLERANCE = 1e-2
 CONVERT = "convert it with dcm2niix, and give one volume of the result"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+# A deflated file may hold so many bytes, and so many for each of its own: empty slices deflate well, and so do bombs.
+INFLATED_BYTES, INFLATED_SHARE = 2**28, 100
+# Bytes that are inflated at once, to at most 1032 times as many.
+INFLATED_PART = 2**14
 
 
 class Trait(NamedTuple):
@@ -118,8 +123,27 @@ class _BoundedFile(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """As for any file."""
+        if size is None or size < 0:
+            # pydicom asks for all that is left only of a deflated file, and then inflates it at once.
+            content = super().read()
+            _check_inflated(content)
+            return content
         left = os.fstat(self.fileno()).st_size - self.tell()
-        return super().read(-1 if size is None or size < 0 else max(0, min(size, left)))
+        return super().read(max(0, min(size, left)))
+
+
+def _check_inflated(content: bytes) -> None:
+    """Refuse deflated bytes that would take far more memory than their file; they are inflated part by part and dropped.
+
+    Raises:
+        ValueError: they hold more than a file of images.
+        zlib.error: they are damaged.
+    """
+    stream, size, limit = zlib.decompressobj(-zlib.MAX_WBITS), 0, INFLATED_BYTES + INFLATED_SHARE * len(content)
+    for start in range(0, len(content), INFLATED_PART):
+        size += len(stream.decompress(content[start : start + INFLATED_PART]))
+        if size > limit:
+            raise ValueError(f"its {len(content)} deflated bytes hold more than {limit}")
 
 
 def read_dataset(file: Path, **options: Any) -> Dataset:

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from hf_binaryformer.modeling.file_names import stays_below
 from hf_binaryformer.pipelines.grids import MAX_COMPRESSION, VolumeError, check_claim
 
 # Headers with all that a scanner states are shorter by far.
@@ -45,8 +46,8 @@ def check_header(path: Path) -> None:
 
     Raises:
         VolumeError: the file cannot be opened; its header has no end; a number of axes, channels or voxels is missing, is
-            no number, is stated twice or is out of range; its geometry holds a huge number; its data file is missing; or it
-            asks for more voxels than the file can hold.
+            no number, is stated twice or is out of range; its geometry holds a huge number; its data file is missing or not
+            below its folder; or it asks for more voxels than the file can hold.
     """
     try:
         with path.open("rb") as file:
@@ -56,12 +57,12 @@ def check_header(path: Path) -> None:
     if text.startswith("NRRD"):
         _check_nrrd(path, re.split(r"\r?\n\r?\n", text, maxsplit=1)[0])
     elif end := re.search(r"^\s*ElementDataFile\s*[=:](.*)$", text, re.MULTILINE):
-        _check_meta(path, text[: end.start()], end[1].strip())
+        _check_meta(path, text[: end.start()], end[1].strip(), text[end.end() :])
     else:
         raise _refusal(path, "no line ElementDataFile, with which a header ends")
 
 
-def _check_meta(path: Path, header: str, data: str) -> None:
+def _check_meta(path: Path, header: str, data: str, rest: str) -> None:
     axes = _numbers(path, header, "NDims", 1)
     if not axes or not 1 <= axes[0] <= MAX_AXES:
         raise _refusal(path, f"NDims = {axes[0] if axes else 'missing'}, and not 1 to {MAX_AXES} axes")
@@ -73,7 +74,7 @@ def _check_meta(path: Path, header: str, data: str) -> None:
     if kind.removeprefix("U") not in META_BYTES or not 1 <= channels[0] <= MAX_CHANNELS:
         raise _refusal(path, f"ElementType {kind} with {channels[0]} channels, and not numbers")
     _check_geometry(path, header, META_GEOMETRY)
-    stored = _bytes_of_data(path, "" if data.upper() == "LOCAL" else data)
+    stored = _bytes_of_data(path, "" if data.upper() == "LOCAL" else data, rest)
     packed = _numbers(path, header, "CompressedDataSize", 1) or [0]
     if not 0 <= packed[0] <= stored:
         raise _refusal(path, f"CompressedDataSize = {packed[0]}, but {stored} bytes")
@@ -89,7 +90,10 @@ def _check_nrrd(path: Path, header: str) -> None:
     _check_geometry(path, header, NRRD_GEOMETRY)
     kind = re.sub(r"_t$|\bint$", "", fields.get("type", "")).strip() or "int"
     voxel = NRRD_BYTES.get(kind.split()[-1].removeprefix("u"), 1)
-    stored = _bytes_of_data(path, fields.get("data file", fields.get("datafile", "")))
+    names = re.findall(r"^\s*data ?file\s*:(.*)$", header, re.MULTILINE | re.IGNORECASE)
+    if len(names) > 1:
+        raise _refusal(path, "several lines data file")
+    stored = _bytes_of_data(path, names[0].strip() if names else "", header)
     packed = fields.get("encoding", "").lower() not in ("raw", "txt", "text", "ascii", "hex")
     check_claim(path, [int(n) for n in fields["sizes"].split()], voxel, stored * (MAX_COMPRESSION if packed else 1))
 
@@ -117,10 +121,21 @@ def _check_geometry(path: Path, header: str, names: str) -> None:
                 raise _refusal(path, f"{name} with {number[:20]}, and not numbers up to {LARGEST_NUMBER:g}")
 
 
-def _bytes_of_data(path: Path, data: str) -> int:
-    """Size of the file that holds the voxels, or of all files beside it where they are spread over several."""
+def _bytes_of_data(path: Path, data: str, names: str) -> int:
+    """Size of the file that holds the voxels, or of all files beside it where they are spread over several.
+
+    Args:
+        path: of the header.
+        data: what it names; "" if it holds the voxels itself.
+        names: text whose lines are names of files if ``data`` is "LIST".
+    """
     if not data:
         return path.stat().st_size
+    listed = names.splitlines() if data.upper().startswith("LIST") else [data]
+    if outside := [name for name in map(str.strip, listed) if name and not stays_below(name)]:
+        raise VolumeError(
+            f"{path} names '{outside[0][:80]}' as a file of its voxels, expected one below its folder: put it beside the header"
+        )
     if data.upper().startswith("LIST") or "%" in data:
         return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
     if not os.path.isfile(path.parent / data):

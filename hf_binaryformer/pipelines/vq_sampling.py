@@ -15,7 +15,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from hf_binaryformer.modeling.attention import drawing_from
-from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, PIPELINE_CONFIG, CheckpointError, resolve_checkpoint
+from hf_binaryformer.modeling.checkpoint_files import check_components
+from hf_binaryformer.modeling.pretrained import (
+    HUB_OPTIONS,
+    PIPELINE_CONFIG,
+    CheckpointError,
+    read_json,
+    resolve_checkpoint,
+)
 
 # diffusers loads components only from modules that are already imported.
 from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
@@ -141,6 +148,12 @@ class VQSamplingPipeline(DiffusionPipeline):
                 f"{folder} has no {PIPELINE_CONFIG}, expected a pipeline's folder made by save_pretrained: load models "
                 f"with their own class"
             )
+        index = read_json(folder / PIPELINE_CONFIG)
+        kinds = {"vqmodel": BinaryVQModel, "transformer": BinaryVQTransformer3DModel, "scheduler": AbsorbingScheduler}
+        own = {name: [kind.__module__, kind.__name__] for name, kind in kinds.items()}
+        # What the caller gives is not loaded, of whatever class it is in the checkpoint.
+        own |= {name: index.get(name, []) for name in options}
+        check_components(folder, index, own)
         return super().from_pretrained(str(folder), **options)
 
     @classmethod

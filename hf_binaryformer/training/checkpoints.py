@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 
 from hf_binaryformer.data.claims import claim
 from hf_binaryformer.data.hashing import file_hash
+from hf_binaryformer.modeling.file_names import stays_below
 
 # Written last: lists every file of a checkpoint with its hash.
 MANIFEST = "files.json"
@@ -122,9 +124,15 @@ class Checkpoints:
                         f"{checkpoint} holds {UNSAFE}, pickles of an earlier version, which could run any code; expected "
                         f"{STATE.format(0)}: go on with the version that began the run, or start again"
                     )
-                self._accelerator.load_state(str(checkpoint))
-                for number, other in enumerate(self._others):
-                    other.load_state_dict(torch.load(checkpoint / STATE.format(number), "cpu", weights_only=True))
+                try:
+                    self._accelerator.load_state(str(checkpoint))
+                    for number, other in enumerate(self._others):
+                        other.load_state_dict(torch.load(checkpoint / STATE.format(number), "cpu", weights_only=True))
+                except UnpicklingError as error:
+                    raise typer.BadParameter(
+                        f"{checkpoint} holds a pickle of more than numbers, which could run any code, expected what a training "
+                        f"saved: remove it"
+                    ) from error
                 return
             if self._accelerator.is_main_process:
                 warnings.warn(f"{checkpoint} is damaged ({damage}): taking the one before it", stacklevel=2)
@@ -187,6 +195,8 @@ def find_damage(checkpoint: Path) -> str:
         hashes = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
+    if not isinstance(hashes, dict) or not all(map(stays_below, hashes)):
+        return f"{MANIFEST} is no list of the files in its folder"
     for name, expected in hashes.items():
         path = checkpoint / name
         if not path.is_file():

@@ -85,12 +85,17 @@ def published_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that are uploaded, by their name in the repository.
 
     Raises:
-        typer.BadParameter: the folder holds no checkpoint in safetensors.
+        typer.BadParameter: the folder holds no checkpoint in safetensors, or a link to a file outside.
     """
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     chosen = {name: path for name, path in names.items() if any(fnmatch(name, pattern) for pattern in PUBLISHED)}
     if not any(name.endswith(".safetensors") for name in chosen):
         raise typer.BadParameter(f"{folder} has no .safetensors file; expected a folder made by save_pretrained")
+    if linked := [name for name, path in chosen.items() if not path.resolve().is_relative_to(folder.resolve())]:
+        raise typer.BadParameter(
+            f"{folder} has links to files outside ({', '.join(linked[:5])}), which would be published: push a copy with the "
+            f"files that are meant, made by `cp -rL`"
+        )
     return chosen
 
 

@@ -74,8 +74,8 @@ def change_a_hash(shards: Path) -> None:
     edit(shards, lambda rows: rows[2].update(label_sha256="0" * 64))
 
 
-def lead_outside(shards: Path) -> None:
-    edit(shards, lambda rows: rows[0].update(image="../a.nii.gz"))
+def name_another(shards: Path) -> None:
+    edit(shards, lambda rows: rows[0].update(image="images/b.nii.gz"))
 
 
 def move_to_test(shards: Path) -> None:
@@ -93,7 +93,7 @@ def edit(shards: Path, change) -> None:
     [
         (lose_a_shard, "lacks d (1 volumes)"),
         (change_a_hash, "label of c-2.1 (validation) is not what manifest.json says"),
-        (lead_outside, "image of a (train) is not"),
+        (name_another, "image of a (train) is not"),
         (move_to_test, "image of b (train) is not"),
         (lambda shards: (shards / "manifest.json").unlink(), "has no manifest.json"),
         (shutil.rmtree, "is neither a folder nor a data set"),

@@ -59,7 +59,7 @@ def test_idx_files_are_read_packed_and_plain(tmp_path):
     (tmp_path / "d").write_bytes(b"P5 3 3 255 ...")
     with pytest.raises(ValueError, match="no IDX file"):
         read_idx(tmp_path / "d")
-    (tmp_path / "e.gz").write_bytes(gzip.compress(bytes(1000))[:-9])
+    (tmp_path / "e.gz").write_bytes(gzip.compress((tmp_path / "a").read_bytes())[:-9])
     with pytest.raises(ValueError, match=r"e\.gz cannot be unpacked .*: is it complete"):
         read_idx(tmp_path / "e.gz")
 
