@@ -90,15 +90,29 @@ class Sizes:
 
     def key_tiles(self) -> Tiles:
         """Tiles of :func:`.triton_kernels.backward_of_keys`: M is a block of draws."""
-        wide = max(4 * self.d if self.bit_gradient != "none" else self.d, 4 * self.v)
-        if wide <= 256:
-            return Tiles(BLOCK, 64, 4, 2)
-        return Tiles(BLOCK, 64 if wide <= 512 else 32 if wide <= 1024 else 16, 8 if wide <= 1024 else 4, 1)
+        rows, warps = self._owned()
+        return Tiles(BLOCK, rows, warps, 2 if rows == 64 else 1)
 
     def query_tiles(self) -> Tiles:
         """Tiles of :func:`.triton_kernels.backward_of_queries`: N is a block of draws."""
-        tiles = self.key_tiles()
-        return Tiles(tiles.N, BLOCK, tiles.warps, tiles.stages)
+        rows, warps = self._owned()
+        return Tiles(rows, BLOCK, warps, 2 if rows == 64 else 1)
+
+    def _owned(self) -> tuple[int, int]:
+        """Rows that a program of the backward pass owns, and its warps: as many as find registers.
+
+        ``scripts/benchmarks/assembly.py`` shows what each choice costs.
+        """
+        if self.bit_gradient == "none":
+            rows, warps = 64, 4 if self.v <= 64 else 8
+        elif self.warp_groups:
+            rows, warps = (
+                64 if self.d <= 128 else 32 if self.d <= 256 else 16,
+                4 if self.d <= 64 and self.v <= 16 else 8,
+            )
+        else:
+            rows, warps = 32 if self.d <= 128 else 16, 4 if self.d <= 64 else 8
+        return (rows if self.dtype.itemsize <= 2 else max(16, rows // 2)), warps
 
     def constants(self, tiles: Tiles, *, backward: bool) -> dict[str, Any]:
         """Compile-time arguments of a kernel, and options of the compiler."""

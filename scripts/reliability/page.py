@@ -6,6 +6,7 @@ A record that is missing leaves "not measured" in its row.
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,14 @@ def killed(record: dict[str, Any]) -> str:
     return f"{number(met)} kills of {len(jobs)} jobs: {damaged} damaged results, {differ} reruns that differ"
 
 
+def disturbed(record: dict[str, Any]) -> str:
+    """Of full disks and inputs that change."""
+    found = [figures for job in record["jobs"].values() for figures in job.values()]
+    met = sum(figures["disturbed"] for figures in found)
+    damaged, differ = (sum(len(figures[key]) for figures in found) for key in ("faults", "reruns_that_differ"))
+    return f"{number(met)} disturbances of {len(record['jobs'])} jobs: {damaged} damaged results, {differ} reruns that differ"
+
+
 def agreed(record: dict[str, Any]) -> str:
     """Of the orientations."""
     rows = record["agreement"].values()
@@ -135,6 +144,12 @@ PROMISES = (
         killed,
     ),
     Promise(
+        "A full disk, a read-only folder, an input that changes, two runs on one output: results are whole or absent",
+        "`tests/reliability/test_disk.py`",
+        "disk",
+        disturbed,
+    ),
+    Promise(
         "Labels lie in the same place, however the volume is stored",
         "`tests/reliability/test_geometry.py`",
         "geometry",
@@ -160,6 +175,16 @@ def planted_faults() -> str:
     groups = yaml.safe_load((ROOT / "tests" / "mutants.yaml").read_text(encoding="utf-8"))
     count = sum(len(group["faults"]) for group in groups)
     return f"| The tests see faults in the code | `tests/mutants.py` (`make mutants`) | {count} planted faults, all seen |\n"
+
+
+def planted_pickles() -> str:
+    """The row of the files that strangers could plant."""
+    names = runpy.run_path(str(ROOT / "tests" / "reliability" / "planting.py"))["PLANTED"]
+    return (
+        "| Files of strangers run no code, lead to nothing outside their folder, open no connection "
+        "([SECURITY.md](../SECURITY.md)) | `tests/reliability/test_security.py` and its neighbours | "
+        f"{len(names)} names under which pickles and code were planted: none was run |\n"
+    )
 
 
 def repeatable(record: dict[str, Any]) -> str:
@@ -192,7 +217,7 @@ def render() -> str:
         text += (
             f"| {promise.text} | {promise.test} | {'not measured' if record is None else promise.figure(record)} |\n"
         )
-    text += planted_faults()
+    text += planted_pickles() + planted_faults()
     record = read("determinism")
     return text + REPEATABLE + ("not measured\n" if record is None else repeatable(record)) + CLOSING
 
