@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import hf_binaryformer as bf
+from hf_binaryformer.pipelines.whole_files import WriteError
 from hf_binaryformer.training import loop, optimization, run_log
 from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, MANIFEST, checkpoints_of, find_damage
 from hf_binaryformer.training.recipes import ATTENTION_DEFAULTS, DEFAULTS
@@ -159,20 +161,46 @@ def test_a_resumed_log_has_the_means_of_the_uninterrupted_one(tmp_path, saved):
     assert log(tmp_path / "cut", "loss") == log(tmp_path / "whole", "loss")
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path, monkeypatch):
-    def die(self, folder):
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError("disk full")
-
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    """As a killed process leaves it."""
     train(tmp_path, stop_after=2)
-    monkeypatch.setattr("accelerate.Accelerator.save_state", die)
-    with pytest.raises(OSError, match="disk full"):
-        train(tmp_path, resume=True)
-    assert (tmp_path / "checkpoints" / "step_00000004.partial").is_dir()
-    monkeypatch.undo()
+    half = tmp_path / "checkpoints" / "step_00000004.partial"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
     assert [p.name for p in checkpoints_of(tmp_path)] == ["step_00000002"]
     train(tmp_path, resume=True)
     assert log(tmp_path, "step") == list(range(1, 9)) and not find_damage(newest(tmp_path))
+
+
+def write_half(accelerator: object, folder: str) -> None:
+    (Path(folder) / "model.safetensors").write_bytes(b"half")
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+def test_a_checkpoint_for_which_there_is_no_space_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
+    expected = train(tmp_path / "a")
+    train(tmp_path / "b", stop_after=4)
+    older = checkpoints_of(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.save_state", write_half)
+        with pytest.raises(
+            WriteError, match="could not be written completely .*: free some space, then start again, with --resume"
+        ):
+            train(tmp_path / "b", resume=True)
+    assert checkpoints_of(tmp_path / "b") == older and not any(find_damage(place) for place in older)
+    assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {place.name for place in older}
+    # An error begins on a line of its own.
+    assert capsys.readouterr().err.endswith("\n")
+    assert torch.equal(train(tmp_path / "b", resume=True), expected)
+
+
+def test_a_log_for_which_there_is_no_space_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_log, "to_json", full)
+    with pytest.raises(WriteError, match=r"no space left for .*log\.jsonl .*with --resume"):
+        train(tmp_path)
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):
