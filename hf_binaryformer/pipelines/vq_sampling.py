@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import drawing_from
 from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, PIPELINE_CONFIG, CheckpointError, resolve_checkpoint
 
@@ -133,6 +134,7 @@ class VQSamplingPipeline(DiffusionPipeline):
 
         Raises:
             CheckpointNotFoundError, CheckpointError: no such checkpoint, or it cannot be used.
+            ChangedError: its files changed meanwhile.
         """
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = Path(cls.download(os.fspath(pretrained_model_name_or_path or ""), **hub_options))
@@ -141,7 +143,8 @@ class VQSamplingPipeline(DiffusionPipeline):
                 f"{folder} has no {PIPELINE_CONFIG}, expected a pipeline's folder made by save_pretrained: load models "
                 f"with their own class"
             )
-        return super().from_pretrained(str(folder), **options)
+        with unchanged(*(path for path in folder.iterdir() if path.is_dir()), folder / PIPELINE_CONFIG):
+            return super().from_pretrained(str(folder), **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> str:
