@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
         ValueError: the shards were not written by :func:`write_shards`, or a volume is missing or differs from the
             manifest.
     """
-    from datasets import Nifti, load_dataset
-
     if not (shards / "manifest.json").is_file():
         raise ValueError(f"{shards} has no manifest.json: give shards that `binaryformer prepare` wrote")
     manifest = read_manifest(shards / "manifest.json")
@@ -86,25 +85,39 @@ def read_shards(shards: Path, folder: Path) -> dict[str, Any]:
     kinds = [kind for kind in ("image", "label") if any(kind in row for row in rows.values())]
     for kind in kinds:
         (folder / f"{kind}s").mkdir()
-    for split, stream in load_dataset(str(shards), streaming=True).items():
-        for kind in stream.features.keys() & kinds:
-            stream = stream.cast_column(kind, Nifti(decode=False))
-        for sample in stream:
-            case = sample["case"]
-            row = rows.pop((split, case), {})
-            for kind in kinds:
-                # The names come from a foreign file: they must not lead out of the folder.
-                path, content = f"{kind}s/{case}.nii.gz", (sample.get(kind) or {"bytes": b""})["bytes"]
-                known = re.fullmatch(r"[\w.-]+", case) and row.get(kind) == path
-                if not known or hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
-                    raise ValueError(
-                        f"{kind} of {case} ({split}) is not what manifest.json says: fetch the shards anew"
-                    )
-                (folder / path).write_bytes(content)
+    for split, sample in _samples(shards, kinds):
+        case = sample["case"]
+        row = rows.pop((split, case), {})
+        for kind in kinds:
+            # The names come from a foreign file: they must not lead out of the folder.
+            path, content = f"{kind}s/{case}.nii.gz", (sample.get(kind) or {"bytes": b""})["bytes"]
+            known = re.fullmatch(r"[\w.-]+", case) and row.get(kind) == path
+            if not known or hashlib.sha256(content).hexdigest() != row[f"{kind}_sha256"]:
+                raise ValueError(f"{kind} of {case} ({split}) is not what manifest.json says: fetch the shards anew")
+            (folder / path).write_bytes(content)
     if rows:
         missing = ", ".join(case for _, case in list(rows)[:8])
         raise ValueError(f"{shards} lacks {missing} ({len(rows)} volumes): fetch the shards anew")
     return manifest
+
+
+def _samples(shards: Path, kinds: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Split and columns of each volume, with the files as bytes.
+
+    Raises:
+        ValueError: a shard is damaged, or was removed meanwhile.
+    """
+    from datasets import Nifti, load_dataset
+
+    try:
+        for split, stream in load_dataset(str(shards), streaming=True).items():
+            for kind in stream.features.keys() & kinds:
+                stream = stream.cast_column(kind, Nifti(decode=False))
+            for sample in stream:
+                yield split, sample
+    except Exception as error:
+        # Whatever pyarrow, datasets and their parsers raise over a damaged file.
+        raise ValueError(f"{shards} cannot be read ({error}): fetch the shards anew") from error
 
 
 def partition(rows: list[dict[str, Any]], sizes: list[int], limit: int) -> list[list[dict[str, Any]]]:
