@@ -69,7 +69,7 @@ def writing(folder: Path, remedy: str = CHOOSE) -> Iterator[None]:
         if number in FULL or FULL_TEXT.search(str(error)):
             reason = f"no space left for {folder} ({free:.1f} MB are free there, the results need more): {remedy}"
         elif number in FORBIDDEN and _is_in(error, there):
-            reason = f"{folder} cannot be written to ({os.strerror(number or 0)}): choose another folder"
+            reason = f"{folder} cannot be written to ({os.strerror(number or 0)}): make it writable, or choose another folder"
         elif number is None and WRITE_TEXT.search(str(error)):
             reason = f"{folder} could not be written completely ({free:.1f} MB are free there): {remedy}"
         else:

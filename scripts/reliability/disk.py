@@ -11,7 +11,6 @@ files stands for the full disk, and file modes for the read-only target, unless 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -33,7 +32,7 @@ from inputs import CHANGES, Change, files_read, set_up_other
 from jobs import JOBS, PARTIAL, Job, faults, results
 from processes import Copy, Ending, limit_files, load_same_modules
 from records import write_record
-from targets import PAGE, Target, can_mount
+from targets import PAGE, Target, can_mount, modes_count
 
 # A change of an input follows so many seconds, at most, after the job has opened a file.
 SOON = 0.03
@@ -169,7 +168,7 @@ class Trial:
 
     def protect(self, tries: int) -> None:
         """A target that is read-only from the start, or becomes so at a random moment."""
-        for number in range(tries if self.mounts or os.geteuid() else 0):
+        for number in range(tries if self.mounts or modes_count() else 0):
             at_start = number < 2 or not self.mounts
             with Target(self.place, self.mounts) as target:
                 older = self.put_older(number)
@@ -268,7 +267,7 @@ class Trial:
             return
         command = [sys.executable, "-m", "hf_binaryformer", *words]
         limit = self.largest_file // 2
-        for protected in (False, True) if self.mounts or os.geteuid() else (False,):
+        for protected in (False, True) if self.mounts or modes_count() else (False,):
             with Target(self.place, self.mounts) as target:
                 if not self.job.is_folder:
                     self.out.mkdir()

@@ -41,6 +41,14 @@ def can_mount() -> bool:
     return done
 
 
+def modes_count() -> bool:
+    """Whether a folder without the permission to write cannot be written to: root may write all the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "closed"
+        place.mkdir(0o555)
+        return not os.access(place, os.W_OK)
+
+
 class Target:
     """A new empty folder ``place`` for the length of a block.
 

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import vq_cases
 
 import hf_binaryformer as bf
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.at_rest import ChangedError
+from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
-from hf_binaryformer.modeling.pretrained import PACKAGED, CheckpointError
+from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
+from hf_binaryformer.modeling.pretrained import CheckpointError
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 
-NETWORK, VQ = "binaryformer-tiny-brain", "binaryvq-tiny-brain"
+
+def save_network(folder: Path) -> Path:
+    """A segmentation network of toy size with its settings."""
+    config = BinaryFormerConfig(
+        image_size=16, num_channels=1, hidden_size=24, num_heads=2, value_head_dim=4, num_hidden_layers=1,
+        decoder_hidden_size=32, attention_type="sign", id2label={0: "background", 1: "one"},
+    )  # fmt: skip
+    BinaryFormerForSemanticSegmentation(config).save_pretrained(folder)
+    processor = BinaryFormerImageProcessor(num_slices=1, slice_position=False, image_size=(16, 16))
+    processor.save_pretrained(folder)
+    return folder
 
 
-@pytest.fixture
-def copy(tmp_path):
-    return lambda name: Path(shutil.copytree(PACKAGED / name, tmp_path / name))
-
-
-@pytest.mark.parametrize("name", [NETWORK, VQ])
-def test_a_file_that_is_overwritten_changes_no_network_in_memory(name, copy):
+@pytest.mark.parametrize("save", [save_network, vq_cases.save_checkpoint])
+def test_a_file_that_is_overwritten_changes_no_network_in_memory(save, tmp_path):
     """If it were mapped, half a file would be a bus error."""
-    folder = copy(name)
+    folder = save(tmp_path)
     loaded = bf.from_pretrained(folder)
-    networks = [loaded] if name == NETWORK else [loaded.vqmodel, loaded.transformer]
+    networks = [loaded] if save == save_network else [loaded.vqmodel, loaded.transformer]
     before = [tensor.clone() for network in networks for tensor in network.state_dict().values()]
     for path in folder.rglob("*.safetensors"):
         with path.open("r+b") as file:
@@ -38,7 +45,7 @@ def test_a_file_that_is_overwritten_changes_no_network_in_memory(name, copy):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_checkpoint_that_changes_while_it_is_loaded_is_refused(copy, monkeypatch):
+def test_a_checkpoint_that_changes_while_it_is_loaded_is_refused(tmp_path, monkeypatch):
     check = pretrained.check_sizes
 
     def check_and_change(folder, *arguments):
@@ -48,14 +55,13 @@ def test_a_checkpoint_that_changes_while_it_is_loaded_is_refused(copy, monkeypat
 
     monkeypatch.setattr(pretrained, "check_sizes", check_and_change)
     with pytest.raises(CheckpointError, match="changed while it was read, expected a file at rest: wait"):
-        bf.from_pretrained(copy(NETWORK))
+        bf.from_pretrained(save_network(tmp_path / "network"))
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        BinaryVQTransformer3DModel.from_pretrained(copy(VQ))
+        BinaryVQTransformer3DModel.from_pretrained(vq_cases.save_checkpoint(tmp_path / "vq"))
 
 
-def test_network_and_settings_of_a_pipeline_are_of_one_checkpoint(copy, monkeypatch):
-    folder, load = copy(NETWORK), BinaryFormerImageProcessor.from_pretrained
-    (folder / "model.safetensors").touch()
+def test_network_and_settings_of_a_pipeline_are_of_one_checkpoint(tmp_path, monkeypatch):
+    folder, load = save_network(tmp_path), BinaryFormerImageProcessor.from_pretrained
 
     def change_and_load(name, **options):
         path = folder / "preprocessor_config.json"
@@ -67,8 +73,8 @@ def test_network_and_settings_of_a_pipeline_are_of_one_checkpoint(copy, monkeypa
         VolumeSegmentationPipeline.from_pretrained(folder)
 
 
-def test_components_of_a_pipeline_are_of_one_checkpoint(copy, monkeypatch):
-    folder, load = copy(VQ), BinaryVQTransformer3DModel.from_pretrained
+def test_components_of_a_pipeline_are_of_one_checkpoint(tmp_path, monkeypatch):
+    folder, load = vq_cases.save_checkpoint(tmp_path), BinaryVQTransformer3DModel.from_pretrained
 
     def change_and_load(name, **options):
         for path in folder.glob("*/config.json"):
@@ -80,8 +86,8 @@ def test_components_of_a_pipeline_are_of_one_checkpoint(copy, monkeypatch):
         bf.from_pretrained(folder)
 
 
-def test_damaged_settings_are_told_with_the_remedy(copy):
-    folder = copy(NETWORK)
+def test_damaged_settings_are_told_with_the_remedy(tmp_path):
+    folder = save_network(tmp_path)
     (folder / "preprocessor_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(CheckpointError, match="fetch the checkpoint again"):
         VolumeSegmentationPipeline.from_pretrained(folder)

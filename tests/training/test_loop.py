@@ -183,14 +183,14 @@ def test_a_checkpoint_for_which_there_is_no_space_leaves_the_older_ones(tmp_path
     older = checkpoints_of(tmp_path / "b")
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.Accelerator.save_state", write_half)
-        with pytest.raises(
-            WriteError, match="could not be written completely .*: free some space, then start again, with --resume"
-        ):
+        said = "could not be written completely .*: free some space, then start again, with --resume"
+        # Held, because a bar that nobody holds ends its line.
+        with pytest.raises(WriteError, match=said) as stopped:
             train(tmp_path / "b", resume=True)
+    # An error begins on a line of its own.
+    assert capsys.readouterr().err.endswith("\n") and stopped.tb
     assert checkpoints_of(tmp_path / "b") == older and not any(find_damage(place) for place in older)
     assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {place.name for place in older}
-    # An error begins on a line of its own.
-    assert capsys.readouterr().err.endswith("\n")
     assert torch.equal(train(tmp_path / "b", resume=True), expected)
 
 

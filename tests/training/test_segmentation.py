@@ -239,6 +239,7 @@ def test_data_that_changes_during_the_run_gives_no_figures(recipe, tmp_path, mon
         run(recipe, data, tmp_path / "out", evaluate="test", overrides=["train.validate_every=3"])
     assert not (tmp_path / "out" / "results.json").exists()
     assert (tmp_path / "out" / "model").exists() == (moment == "evaluation")
+    assert (tmp_path / "out" / "log.jsonl").exists() == (moment != "training")
 
 
 def test_prior_atlas_is_the_majority_vote(prepared):
