@@ -115,10 +115,11 @@ def _turn(folder: Path) -> Iterator[None]:
     """
     try:
         import fcntl
-    except ImportError:  # Windows has other locks.
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has other locks; a folder may be written to and not read.
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
         end = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < end:

@@ -232,3 +232,15 @@ def test_a_folder_that_is_locked_for_long_is_written_to(tmp_path, monkeypatch):
             path.write_text("x")
     os.close(handle)
     assert (tmp_path / "b").read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_read_is_written_to(tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(whole_files.os, "open", forbidden)
+    with all_or_nothing([tmp_path / "a", tmp_path / "b"]) as temporary:
+        for path in temporary.values():
+            path.write_text("x")
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

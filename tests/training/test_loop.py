@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
@@ -20,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import hf_binaryformer as bf
-from hf_binaryformer.pipelines.whole_files import WriteError
 from hf_binaryformer.training import loop, optimization, run_log
 from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, MANIFEST, checkpoints_of, find_damage
 from hf_binaryformer.training.recipes import ATTENTION_DEFAULTS, DEFAULTS
@@ -170,37 +168,6 @@ def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path):
     assert [p.name for p in checkpoints_of(tmp_path)] == ["step_00000002"]
     train(tmp_path, resume=True)
     assert log(tmp_path, "step") == list(range(1, 9)) and not find_damage(newest(tmp_path))
-
-
-def write_half(accelerator: object, folder: str) -> None:
-    (Path(folder) / "model.safetensors").write_bytes(b"half")
-    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-
-def test_a_checkpoint_for_which_there_is_no_space_leaves_the_older_ones(tmp_path, monkeypatch, capsys):
-    expected = train(tmp_path / "a")
-    train(tmp_path / "b", stop_after=4)
-    older = checkpoints_of(tmp_path / "b")
-    with monkeypatch.context() as patch:
-        patch.setattr("accelerate.Accelerator.save_state", write_half)
-        said = "could not be written completely .*: free some space, then start again, with --resume"
-        # Held, because a bar that nobody holds ends its line.
-        with pytest.raises(WriteError, match=said) as stopped:
-            train(tmp_path / "b", resume=True)
-    # An error begins on a line of its own.
-    assert capsys.readouterr().err.endswith("\n") and stopped.tb
-    assert checkpoints_of(tmp_path / "b") == older and not any(find_damage(place) for place in older)
-    assert {path.name for path in (tmp_path / "b" / "checkpoints").iterdir()} == {place.name for place in older}
-    assert torch.equal(train(tmp_path / "b", resume=True), expected)
-
-
-def test_a_log_for_which_there_is_no_space_is_told(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(run_log, "to_json", full)
-    with pytest.raises(WriteError, match=r"no space left for .*log\.jsonl .*with --resume"):
-        train(tmp_path)
 
 
 def test_resume_without_a_checkpoint_says_so(tmp_path):
