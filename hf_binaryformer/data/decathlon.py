@@ -13,6 +13,8 @@ import numpy as np
 from hf_binaryformer.data.folder_writer import NewCase, split_groups, write_case, write_dataset
 from hf_binaryformer.data.integrity import pair_problems, raise_problems
 from hf_binaryformer.pipelines.label_values import label_numbers
+from hf_binaryformer.pipelines.nifti import parsing, read_file
+from hf_binaryformer.pipelines.whole_files import unchanged
 
 HIPPOCAMPUS_NAMES = {0: "background", 1: "anterior", 2: "posterior"}
 
@@ -66,9 +68,21 @@ def group_of(path: Path, rule: GroupRule) -> str:
 def build_decathlon(out: Path, case: NewCase) -> dict:
     """Copy one case to RAS order; voxel values stay as they are, except that labels become whole numbers."""
     image_path, label_path = case.inputs
-    image, label = (nib.as_closest_canonical(nib.Nifti1Image.from_filename(path)) for path in (image_path, label_path))
+    with unchanged(image_path, label_path):
+        image, label = (nib.as_closest_canonical(read_file(path)) for path in (image_path, label_path))
     classes = label_numbers(label_path, np.asanyarray(label.dataobj))[0].astype(np.uint8)
     return write_case(out, case, image, nib.Nifti1Image(classes, image.affine), {})
+
+
+def read_affine(path: Path) -> np.ndarray:
+    """The affine of a NIfTI file, whose voxels are not read.
+
+    Raises:
+        VolumeError: the file is missing or damaged.
+    """
+    with parsing(path):
+        affine: np.ndarray = nib.Nifti1Image.from_filename(path).affine
+    return affine
 
 
 def read_label_names(labels: dict[str, str] | dict[str, int]) -> dict[int, str]:
@@ -130,7 +144,7 @@ def prepare_decathlon(
         NewCase(path.name.removesuffix(".nii.gz"), group, splits[group], (path, source / "labelsTr" / path.name))
         for path, group in zip(images, groups, strict=True)
     ]
-    spacings = np.array([nib.affines.voxel_sizes(nib.Nifti1Image.from_filename(path).affine) for path in images])
+    spacings = np.array([nib.affines.voxel_sizes(read_affine(path)) for path in images])
     manifest = {
         "name": description.get("name", "hippocampus"),
         "source": "Medical Segmentation Decathlon layout; Task04_Hippocampus if no dataset.json says otherwise",

@@ -32,6 +32,7 @@ from hf_binaryformer.data.prepared_folder import SPLITS
 from hf_binaryformer.data.shards import write_shards
 from hf_binaryformer.pipelines.overlay import label_overlay
 from hf_binaryformer.pipelines.volumes import read_volume
+from hf_binaryformer.pipelines.whole_files import writing
 
 # Number of warnings that are printed; the manifest has all of them.
 SHOWN_WARNINGS = 10
@@ -70,18 +71,20 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         typer.Exit: ``out`` holds files, at the start or, from another run, at the end.
+        WriteError: the disk is full, or the folder cannot be written to.
     """
     whole = Path(os.path.abspath(out))
     inside = whole.is_dir() and os.path.ismount(whole)
     place = whole if inside else whole.parent
-    place.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        place.mkdir(parents=True, exist_ok=True)
     if remove_left_behind(place, f".{whole.name}-") and inside:
         # A run was killed while its folders moved up; before, there was nothing here.
         for name in (*PARTS, MANIFEST):
             remove(whole / name)
     if whole.exists() and (not whole.is_dir() or any(whole.iterdir())):
         fail(f"{out} is not empty; give --out a new folder, so that no old case stays in it")
-    with claimed_folder(place, f".{whole.name}-") as temporary:
+    with writing(out), claimed_folder(place, f".{whole.name}-") as temporary:
         yield temporary
         try:
             if not inside:

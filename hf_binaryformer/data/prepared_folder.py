@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_binaryformer.modeling.at_rest import check_state, state_of
 from hf_binaryformer.modeling.file_names import stays_below
 from hf_binaryformer.pipelines.volumes import Volume, read_volume
 
@@ -84,6 +85,16 @@ class PreparedFolder:
             )
             for c in self.manifest["cases"]
         ]
+        self._files = [path for case in self.cases for path in (case.image, case.label) if path is not None]
+        self._state = state_of(self._files)
+
+    def check_unchanged(self) -> None:
+        """Refuse figures of a run that has read some files before, and others after, they were changed.
+
+        Raises:
+            ChangedError: a file is not as it was when this object was made.
+        """
+        check_state(self._state, self._files)
 
     def split(self, name: str) -> list[Case]:
         """Cases of "train", "validation" or "test".

@@ -27,6 +27,7 @@ from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.data.integrity import pair_problems, raise_problems
 from hf_binaryformer.pipelines.grids import affine_spacing, resample, same_spacing
 from hf_binaryformer.pipelines.volumes import read_volume
+from hf_binaryformer.pipelines.whole_files import unchanged
 
 DATA_SETS = Path(__file__).parent / "data_sets"
 
@@ -224,6 +225,13 @@ def build_public(out: Path, case: NewCase) -> dict:
     row's ``labels_lost`` is the share of labelled voxels that lay outside the data set's size.
     """
     torch.set_num_threads(1)
+    image_path, label_path, _, _ = case.inputs
+    # Hashes and voxels are of the same files.
+    with unchanged(*(path for path in (image_path, label_path) if path is not None)):
+        return _build(out, case)
+
+
+def _build(out: Path, case: NewCase) -> dict:
     image_path, label_path, data_set, source = case.inputs
     image = read_volume(image_path)
     array, affine = fit_grid(image.array, image.affine, data_set, labels=False)

@@ -16,9 +16,8 @@ QUERIES, KEYS, HEADS = 150, 201, 2
 # Largest norm(found - expected) / norm(expected) of outputs and gradients, and of those made of random draws, some of which
 # a difference of rounding tips.
 TOLERANCES = {torch.float32: (1e-3, 0.1), torch.bfloat16: (5e-2, 0.3), torch.float16: (1e-2, 0.3)}
-NAMES = ("the output", "the log-sum-exp") + tuple(
-    f"the gradient of {name}" for name in ("query weights", "key weights", "values", "queries", "keys")
-)
+PARTS = ("query weights", "key weights", "values", "queries", "keys")
+NAMES = ("the output", "the log-sum-exp", *(f"the gradient of {part}" for part in PARTS))
 
 
 def difference(

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from hf_binaryformer.modeling.at_rest import ChangedError, unchanged
 from hf_binaryformer.modeling.file_names import stays_below
 
 # Fields whose number is one of layers, each with tensors of its own.
@@ -50,16 +51,20 @@ def using(folder: Path) -> Iterator[None]:
     """Turns whatever the libraries raise over a damaged configuration or file of weights into one message.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or the block raised it.
+        CheckpointError: the checkpoint cannot be used, its files changed meanwhile, or the block raised it.
     """
     try:
-        yield
+        with unchanged(folder):
+            yield
     except (CheckpointError, ImportError, MemoryError):
         raise
+    except ChangedError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:
         # A value of another type fails wherever a library first uses it, and so in any way.
         raise CheckpointError(
-            f"the weights in {folder} cannot be used with its config.json: {error} ({type(error).__name__})"
+            f"the weights in {folder} cannot be used with its config.json: {error} ({type(error).__name__}): "
+            f"fetch the checkpoint again"
         ) from error
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
+from hf_binaryformer.modeling.checkpoint_files import using
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, resolve_checkpoint
@@ -94,7 +95,9 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     ) -> Any:
         """Load by short name, folder or Hub id, as the models do."""
         hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path, **hub_options), **kwargs)
+        folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
+        with using(folder):
+            return super().from_pretrained(folder, **kwargs)
 
     @property
     def num_channels(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ TRAINING_COMMANDS = {
     "hf_binaryformer.training.encode_tokens and hf_binaryformer.training.sampler in the same way",
 }
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Weights that are mapped would change with their file as long as the network is used, or end the process if it is cut.
+IN_MEMORY = {"disable_mmap": True}
 # A folder with one of these files is a checkpoint, of a model or of a pipeline. A pipeline's components have their own
 # folders.
 MODEL_CONFIG, PIPELINE_CONFIG = "config.json", "model_index.json"
@@ -144,7 +147,7 @@ class CheckpointMixin:
         with using(folder):
             check_sizes(folder, config, lambda: cls(cls.config_class.from_dict(config)))  # type: ignore[attr-defined,call-arg]
             model, report = super().from_pretrained(  # type: ignore[misc]
-                folder, *args, use_safetensors=True, output_loading_info=True, **options
+                folder, *args, **{**IN_MEMORY, **options, "use_safetensors": True, "output_loading_info": True}
             )
         if not lenient:
             _require_all_keys(folder, report)
@@ -194,10 +197,12 @@ class DiffusersCheckpointMixin:
         _require_safetensors(folder)
         check_own(folder, config)
         report_wanted = options.pop("output_loading_info", False)
-        with using(folder):
+        with using(folder), warnings.catch_warnings():
+            # diffusers leaves it to Python to close the file.
+            warnings.simplefilter("ignore", ResourceWarning)
             check_sizes(folder, config, lambda: cls.from_config(config))  # type: ignore[attr-defined]
             model, report = super().from_pretrained(  # type: ignore[misc]
-                folder, **{**options, "use_safetensors": True, "output_loading_info": True}
+                folder, **{**options, **IN_MEMORY, "use_safetensors": True, "output_loading_info": True}
             )
         _require_all_keys(folder, report)
         return (model, report) if report_wanted else model

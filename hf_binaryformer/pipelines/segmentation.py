@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import attention_backend, drawing_from
 from hf_binaryformer.pipelines.grids import (
     add_margin,
@@ -140,13 +141,18 @@ class VolumeSegmentationPipeline:
 
         Raises:
             CheckpointNotFoundError, CheckpointError: as for :func:`hf_binaryformer.from_pretrained`.
+            ChangedError: the checkpoint's files changed meanwhile.
             BackendUnavailableError: the backend cannot run here.
         """
         from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
         from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
+        from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, resolve_checkpoint
 
-        model = BinaryFormerForSemanticSegmentation.from_pretrained(name, **options)
-        processor = BinaryFormerImageProcessor.from_pretrained(name, **options)
+        hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        folder = resolve_checkpoint(name, **hub_options)
+        with unchanged(folder):
+            model = BinaryFormerForSemanticSegmentation.from_pretrained(folder, **options)
+            processor = BinaryFormerImageProcessor.from_pretrained(folder, **options)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline = cls(model, processor, device=device, dtype=dtype, batch_size=batch_size)
         pipeline.model.set_attention_backend(backend)

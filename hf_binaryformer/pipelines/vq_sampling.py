@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import drawing_from
 from hf_binaryformer.modeling.checkpoint_files import check_components
 from hf_binaryformer.modeling.pretrained import (
@@ -140,6 +141,7 @@ class VQSamplingPipeline(DiffusionPipeline):
 
         Raises:
             CheckpointNotFoundError, CheckpointError: no such checkpoint, or it cannot be used.
+            ChangedError: its files changed meanwhile.
         """
         hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         folder = Path(cls.download(os.fspath(pretrained_model_name_or_path or ""), **hub_options))
@@ -154,7 +156,8 @@ class VQSamplingPipeline(DiffusionPipeline):
         # What the caller gives is not loaded, of whatever class it is in the checkpoint.
         own |= {name: index.get(name, []) for name in options}
         check_components(folder, index, own)
-        return super().from_pretrained(str(folder), **options)
+        with unchanged(*(path for path in folder.iterdir() if path.is_dir()), folder / PIPELINE_CONFIG):
+            return super().from_pretrained(str(folder), **options)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> str:

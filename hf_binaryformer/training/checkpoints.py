@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from hf_binaryformer.data.claims import claim
 from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.modeling.file_names import stays_below
+from hf_binaryformer.pipelines.whole_files import writing
 
 # Written last: lists every file of a checkpoint with its hash.
 MANIFEST = "files.json"
@@ -29,7 +30,7 @@ PARTIAL = ".partial"
 # The weights of the best validation, beside the checkpoints, and the key of its figures in their metadata.
 BEST_WEIGHTS, VALIDATION = "best.safetensors", "validation"
 FOLDER = "checkpoints"
-
+FREE_AND_RESUME = "free some space, then start again, with --resume if there is a checkpoint"
 
 # Of the objects that Accelerate does not know: the progress, the learning-rate schedule, the averages of the weights.
 STATE = "state_{}.pt"
@@ -83,8 +84,20 @@ class Checkpoints:
         self._folder = output / FOLDER
 
     def save(self, step: int) -> None:
-        """Write the state after ``step`` iterations; all processes call this."""
+        """Write the state after ``step`` iterations; all processes call this.
+
+        Raises:
+            WriteError: the disk is full, or the folder cannot be written to; older checkpoints stay as they are.
+        """
         place = self._folder / f"step_{step:08d}"
+        with writing(self._folder, FREE_AND_RESUME):
+            try:
+                self._write(place)
+            finally:
+                if self._accelerator.is_main_process:
+                    shutil.rmtree(place.with_suffix(PARTIAL), ignore_errors=True)
+
+    def _write(self, place: Path) -> None:
         partial = place.with_suffix(PARTIAL)
         main = self._accelerator.is_main_process
         if main:
@@ -167,7 +180,8 @@ def only_run_in(output: Path, writes: bool) -> Iterator[None]:
     if not writes:
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     with claim(output) as state:
         if state is False:
             raise typer.BadParameter(f"another training writes to {output}: wait for its end, or give another folder")

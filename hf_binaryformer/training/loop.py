@@ -207,7 +207,8 @@ def run(
     last = min(train["iterations"], stop_after or train["iterations"])
     batches, sums = task.batches(progress.step), LossSums(accelerator, progress)
     bar = tqdm(total=last, initial=progress.step, disable=not accelerator.is_main_process, desc="train")
-    with Interruption() as interruption:
+    # The bar ends its line also before an error.
+    with bar, Interruption() as interruption:
         while progress.step < last:
             # A step's random numbers depend only on its number and the process, so that a resumed run repeats them.
             torch.manual_seed(train["seed"] + SEED_STRIDE * progress.step + accelerator.process_index)
@@ -244,7 +245,6 @@ def run(
                 training.checkpoints.save(progress.step)
             if asked:
                 break
-    bar.close()
     finish(training, task, train, accelerator, output, interrupted=progress.step < last)
 
 

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from hf_binaryformer.pipelines.whole_files import write_text
-from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, VALIDATION, Progress
+from hf_binaryformer.pipelines.whole_files import write_text, writing
+from hf_binaryformer.training.checkpoints import BEST_WEIGHTS, FREE_AND_RESUME, VALIDATION, Progress
 
 
 class Log:
@@ -39,7 +39,7 @@ class Log:
         """Add a record with the seconds of training so far."""
         record["seconds"] = round(self.seconds(), 3)
         if self._accelerator.is_main_process:
-            with self._path.open("a") as log:
+            with writing(self._path, FREE_AND_RESUME), self._path.open("a") as log:
                 log.write(to_json(record) + "\n")
         self._accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 

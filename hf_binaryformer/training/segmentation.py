@@ -113,6 +113,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     else:
         model, processor = build_model(recipe, folder.label_names)
         samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
+        folder.check_unchanged()
         processor.foreground_extent = list(samples.foreground_extent)
     criterion = build_criterion(train)
 
@@ -129,7 +130,9 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     def validate() -> dict[str, float]:
         assert folder is not None
         pipeline = VolumeSegmentationPipeline(model, processor)
-        return validation_figures(pipeline, folder, train["validate_volumes"])
+        figures = validation_figures(pipeline, folder, train["validate_volumes"])
+        folder.check_unchanged()
+        return figures
 
     task = Task(
         model,
@@ -186,6 +189,7 @@ def main(
         results = None
         if evaluate != "none":
             results = evaluate_split(output / "model", folder, evaluate, baseline=True)
+            folder.check_unchanged()
             write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     if push_to_hub:
         publish("segmentation", output / "model", push_to_hub, output, recipe, [data], results)

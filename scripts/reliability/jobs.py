@@ -32,6 +32,9 @@ from hf_binaryformer.training.checkpoints import FOLDER, PARTIAL, find_damage  #
 
 # What differs between two runs of the same work.
 CLOCKS = {"seconds", "sampling_seconds"}
+TRAIN_SETTINGS = ["train.iterations=12", "train.checkpoint_every=2", "train.validate_every=4"]
+# Number of the first case that `pack` makes; a file of this name changes what it writes.
+FIRST = "first"
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,8 @@ MANIFEST = {"name": "toy", "source": "a test", "licence": "CC BY 4.0", "label_na
 def pack(inputs: Path, out: Path, again: bool) -> None:
     """Prepare with Parquet shards, of one volume each."""
     splits = ["train"] * 6 + ["validation"] * 2 + ["test"] * 2
-    cases = [NewCase(f"c{n}", f"patient {n}", split, (n,)) for n, split in enumerate(splits)]
+    first = int((inputs / FIRST).read_text()) if (inputs / FIRST).is_file() else 0
+    cases = [NewCase(f"c{n}", f"patient {n}", split, (first + n,)) for n, split in enumerate(splits)]
     if not is_complete(out):
         write_dataset(out, cases, build, MANIFEST, 1, 0, shard_mb=1)
 
@@ -198,7 +202,7 @@ def train(inputs: Path, out: Path, again: bool) -> None:
         output=out,
         resume=again and any((out / FOLDER).glob("step_????????")),
         evaluate="test",
-        overrides=["train.iterations=12", "train.checkpoint_every=2", "train.validate_every=4"],
+        overrides=TRAIN_SETTINGS,
     )
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from hf_binaryformer.commands import prepare
+from hf_binaryformer.data import decathlon
 from hf_binaryformer.data.decathlon import HIPPOCAMPUS_NAMES, build_decathlon, check_decathlon
 from hf_binaryformer.data.folder_writer import NewCase
 from hf_binaryformer.data.patches import image_paths
+from hf_binaryformer.pipelines.volumes import VolumeError
 
 
 @pytest.fixture
@@ -51,6 +56,39 @@ def test_interpolated_labels_are_a_problem_with_a_remedy(source: Path) -> None:
     nib.save(nib.Nifti1Image(np.full((4, 5, 6), 0.4, np.float32), np.eye(4)), path)
     with pytest.raises(ValueError, match="up to 0.4 off.*nearest neighbour"):
         check_decathlon(source, HIPPOCAMPUS_NAMES)
+
+
+@pytest.mark.parametrize("harm", ["cut", "removed", "replaced"])
+def test_a_file_that_changes_after_the_check_is_told(source: Path, tmp_path: Path, monkeypatch, harm: str) -> None:
+    """Click turned the EOFError of a file that ends too soon into the word "Aborted"."""
+    path, read = source / "imagesTr" / "case_001.nii.gz", decathlon.read_file
+
+    def harm_and_read(name: Path) -> nib.Nifti1Image:
+        if harm == "cut":
+            path.write_bytes(path.read_bytes()[:60])
+        elif harm == "removed":
+            path.unlink(missing_ok=True)
+        image = read(name)
+        if harm == "replaced":
+            (source / "new").write_bytes(path.read_bytes())
+            (source / "new").replace(path)
+        return image
+
+    monkeypatch.setattr(decathlon, "read_file", harm_and_read)
+    words = ["hippocampus", "--source", str(source), "--out", str(tmp_path / "out"), "--group-rule", "none"]
+    result = CliRunner().invoke(prepare.app, words)
+    said = "changed while it was read.*wait" if harm == "replaced" else "truncated or damaged.*fetch or export it again"
+    assert result.exit_code == 2 and re.search(said, " ".join(result.output.split())), result.output
+    assert {child.name for child in tmp_path.iterdir()} == {"imagesTr", "labelsTr"}
+
+
+def test_an_affine_that_cannot_be_read_is_told(source: Path) -> None:
+    path = source / "imagesTr" / "case_001.nii.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    for _ in range(2):
+        with pytest.raises(VolumeError, match="fetch or export it again"):
+            decathlon.read_affine(path)
+        path.unlink(missing_ok=True)
 
 
 def test_a_folder_without_manifest_gives_all_its_volumes(tmp_path: Path) -> None:

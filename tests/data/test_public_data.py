@@ -275,6 +275,18 @@ def test_a_failure_leaves_nothing(amos: Path, tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["amos22"]
 
 
+def test_hashes_and_voxels_are_of_the_same_file(amos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change_and_hash(path: Path) -> str:
+        if path.is_relative_to(amos):
+            path.write_bytes(path.read_bytes() + b"x")
+        return "0" * 64
+
+    monkeypatch.setattr("hf_binaryformer.data.public_data.file_hash", change_and_hash)
+    result = invoke("amos", "--source", amos, "--out", tmp_path / "new")
+    assert result.exit_code == 2 and "changed while it was read" in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["amos22"]
+
+
 def leak_rows(folder: Path, images: dict[str, tuple[str, str, np.ndarray]]) -> list[dict]:
     """Rows of a folder with (group, split, array) for each case."""
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import hf_binaryformer as bf
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.data.slices import SliceSamples
+from hf_binaryformer.modeling.at_rest import ChangedError
 from hf_binaryformer.training import segmentation, segmentation_scores
 from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
@@ -216,6 +218,28 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
     single = figures_of([scores(truth, read_labels(case), names)])
     assert single["labels"]["cube"] | {"nsd": 0} == {"mean": 1.0, "sd": None, "nsd": 0, "hd95": 0.0, "nan": 0}
+
+
+@pytest.mark.parametrize("moment", ["training", "validation", "evaluation"])
+def test_data_that_changes_during_the_run_gives_no_figures(recipe, tmp_path, monkeypatch, moment):
+    """They would be of two data sets: of one that was trained on, and of another."""
+    (tmp_path / "data").mkdir()
+    data = toys.write_segmentation_data(tmp_path / "data")
+    name = {"training": "SliceSamples", "validation": "validation_figures", "evaluation": "evaluate_split"}[moment]
+    whole = getattr(segmentation, name)
+
+    def change_then(*arguments, **options):
+        path = data / "labels" / "c5.nii.gz"
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(1, 1))
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(segmentation, name, change_then)
+    with pytest.raises(ChangedError, match=r"c5.nii.gz changed while it was read, expected a file at rest"):
+        run(recipe, data, tmp_path / "out", evaluate="test", overrides=["train.validate_every=3"])
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert (tmp_path / "out" / "model").exists() == (moment == "evaluation")
+    assert (tmp_path / "out" / "log.jsonl").exists() == (moment != "training")
 
 
 def test_prior_atlas_is_the_majority_vote(prepared):
