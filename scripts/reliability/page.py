@@ -98,7 +98,7 @@ def killed(record: dict[str, Any]) -> str:
 
 def disturbed(record: dict[str, Any]) -> str:
     """Of full disks and inputs that change."""
-    found = [figures for job in record["jobs"].values() for figures in job.values()]
+    found = [figures for job in record["jobs"].values() for figures in job.values() if "disturbed" in figures]
     met = sum(figures["disturbed"] for figures in found)
     damaged, differ = (sum(len(figures[key]) for figures in found) for key in ("faults", "reruns_that_differ"))
     return f"{number(met)} disturbances of {len(record['jobs'])} jobs: {damaged} damaged results, {differ} reruns that differ"

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "scripts" / "benchmarks"))
 import assembly  # noqa: E402
+import hf_binaryformer  # noqa: E402
 from hf_binaryformer.kernels.triton import Sizes  # noqa: E402
 
 # Of the backward pass that learns bits, and of the paper's own, which learns by weights.
@@ -22,10 +23,12 @@ GRADIENTS = [("attend", "none"), ("backward_of_keys", "ternary"), ("backward_of_
 MORE = [("backward_of_keys", "none"), ("backward_of_keys", "ste"), ("backward_of_queries", "ste")]
 
 
-def test_interpreted() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "triton_interpreted.py")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[1])
+@pytest.mark.parametrize("part", ["test_accuracy and not halves", "halves", "not test_accuracy"])
+def test_interpreted(part) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(hf_binaryformer.__file__).parents[1])}
+    words = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
+    words.append(str(FOLDER / "triton_interpreted.py"))
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
