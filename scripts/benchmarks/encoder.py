@@ -66,13 +66,13 @@ class Encoder(Subject):
             num_hidden_layers=self.blocks,
             **self.fields(),
         )
-        model = build_encoder(config)
+        model = build_encoder(config).to(self.device)
         for module in attention_modules(model):
             module.backend = self.backend
-        image = torch.randn(1, config.num_channels, height, width)
+        image = torch.randn(1, config.num_channels, height, width, device=self.device)
 
         def forward() -> Tensor:
-            with torch.autocast("cpu", DTYPES["bfloat16"], enabled=self.dtype == "bfloat16"):
+            with torch.autocast(self.device, DTYPES["bfloat16"], enabled=self.dtype == "bfloat16"):
                 out = model.forward_features(image)
             if out.shape[1] != self.tokens:
                 raise AssertionError(f"the encoder made {out.shape[1]} tokens, {self.tokens} were asked for")

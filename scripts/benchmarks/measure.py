@@ -46,6 +46,7 @@ class Subject:
         step: forward and backward instead of forward alone.
         is_baseline: the SDPA (of d_v = d = 64) whose time is divided by those of the others in its family.
         is_float: float attention, which others are compared with at the same d_v.
+        device: torch device that computes it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Subject:
     step: bool = False
     is_baseline: bool = False
     is_float: bool = False
+    device: str = "cpu"
 
     @property
     def pass_name(self) -> str:
@@ -130,7 +132,7 @@ def time_interleaved(
     for subject in subjects:
         action = subject.prepare()
         action()
-        calls.append(max(1, math.ceil(turn_seconds / _seconds(action, 1))))
+        calls.append(max(1, math.ceil(turn_seconds / _seconds(action, 1, subject.device))))
         actions.append(action)
     results = [Result(subject, []) for subject in subjects]
     started = time.perf_counter()
@@ -146,14 +148,17 @@ def time_interleaved(
             time.sleep(REST_SECONDS)
             if count > 1:
                 action()  # brings its data into the cache again; not needed if one call fills the turn
-            result.samples.append(1e3 * _seconds(action, count))
+            result.samples.append(1e3 * _seconds(action, count, result.subject.device))
     return with_ratios(results)
 
 
-def _seconds(action: Callable[[], object], count: int) -> float:
+def _seconds(action: Callable[[], object], count: int, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     for _ in range(count):
         action()
+    wait()
     return (time.perf_counter() - started) / count
 
 

@@ -33,23 +33,27 @@ class Sampler(Subject):
     def prepare(self) -> Callable[[], object]:
         """Transformer and scheduler of the paper's size, random weights."""
         torch.manual_seed(SEED)
-        transformer = BinaryVQTransformer3DModel(
-            attention_type=self.attention_type,
-            bit_gradient=self.bit_gradient,
-            value_head_dim=self.value_dim,
-            num_layers=self.blocks,
-        ).eval()
+        transformer = (
+            BinaryVQTransformer3DModel(
+                attention_type=self.attention_type,
+                bit_gradient=self.bit_gradient,
+                value_head_dim=self.value_dim,
+                num_layers=self.blocks,
+            )
+            .eval()
+            .to(self.device)
+        )
         transformer.set_attention_backend(self.backend)
         config = transformer.config
         scheduler = AbsorbingScheduler(mask_token_id=config.codebook_size, num_codebooks=config.num_codebooks)
-        start = torch.full((1, config.num_codebooks, *config.grid_size), config.codebook_size)
+        start = torch.full((1, config.num_codebooks, *config.grid_size), config.codebook_size, device=self.device)
 
         @torch.inference_mode()
         def sample() -> object:
             scheduler.set_timesteps(PAPER_STEPS)
-            scheduler.prepare(start == config.codebook_size, torch.Generator().manual_seed(SEED))
+            scheduler.prepare(start == config.codebook_size, torch.Generator(self.device).manual_seed(SEED))
             tokens = start
-            with torch.autocast("cpu", DTYPES["bfloat16"], enabled=self.dtype == "bfloat16"):
+            with torch.autocast(self.device, DTYPES["bfloat16"], enabled=self.dtype == "bfloat16"):
                 for timestep in scheduler.timesteps[: self.timed_steps].tolist():
                     tokens = scheduler.step(transformer(tokens).logits, timestep, tokens).prev_sample
             return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_binaryformer.kernels import hamming_attention, pack_sign_bits
 from hf_binaryformer.kernels.cpu_library import LIBRARY
@@ -48,9 +50,11 @@ class Inputs:
     value: Tensor
 
 
-def make_inputs(tokens: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> Inputs:
+def make_inputs(
+    tokens: int, heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> Inputs:
     """Random inputs, the weights such that the largest absolute score is SCORE_LIMIT (before rounding to the type)."""
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(SEED))
+    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(SEED), device=device)
     query, key = draw(2, 1, heads, tokens, head_dim)
     query_weight, key_weight = 1 + 0.5 * draw(2, 1, heads, tokens)
     signed_query, signed_key = (
@@ -85,7 +89,7 @@ class Hamming(Subject):
     def prepare(self) -> Callable[[], object]:
         """Kernel on random inputs."""
         assert self.value_dim is not None
-        x = make_inputs(self.tokens, self.heads, self.head_dim, self.value_dim, DTYPES[self.dtype])
+        x = make_inputs(self.tokens, self.heads, self.head_dim, self.value_dim, DTYPES[self.dtype], self.device)
 
         def forward() -> Tensor:
             return hamming_attention(
@@ -111,20 +115,27 @@ class Hamming(Subject):
 
 @dataclass(frozen=True, kw_only=True)
 class Sdpa(Subject):
-    """torch's scaled_dot_product_attention. ``padding``: zero channels are appended to v (within the time) up to d."""
+    """torch's scaled_dot_product_attention.
+
+    Args:
+        padding: zero channels are appended to v (within the time) up to d.
+        kernel: name of the one of torch.nn.attention.SDPBackend that must compute it; None: torch chooses.
+    """
 
     heads: int = HEADS
     padding: bool = False
+    kernel: str | None = None
 
     def prepare(self) -> Callable[[], object]:
         """SDPA on random inputs."""
         assert self.value_dim is not None
-        x = make_inputs(self.tokens, self.heads, self.head_dim, self.value_dim, DTYPES[self.dtype])
+        x = make_inputs(self.tokens, self.heads, self.head_dim, self.value_dim, DTYPES[self.dtype], self.device)
         missing = self.head_dim - self.value_dim if self.padding else 0
 
         def forward() -> Tensor:
             value = F.pad(x.value, (0, missing)) if missing else x.value
-            return F.scaled_dot_product_attention(x.query, x.key, value)[..., : self.value_dim]
+            with nullcontext() if self.kernel is None else sdpa_kernel(SDPBackend[self.kernel]):
+                return F.scaled_dot_product_attention(x.query, x.key, value)[..., : self.value_dim]
 
         return one_pass(forward, [x.query, x.key, x.value], self.step)
 

@@ -65,13 +65,13 @@ class TrainingStep(Subject):
         }
         classes = settings["data"]["classes"]
         model, processor = build_model(settings, {label: str(label) for label in range(classes)})
-        model.train()
+        model.train().to(self.device)
         optimizer, criterion = build_optimizer(model, train), build_criterion(train)
-        pixels = torch.randn(self.batch, processor.num_channels, side, side)
-        labels = torch.randint(classes, (self.batch, 1, side, side))
+        pixels = torch.randn(self.batch, processor.num_channels, side, side, device=self.device)
+        labels = torch.randint(classes, (self.batch, 1, side, side), device=self.device)
 
         def step() -> float:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(self.device, torch.bfloat16):
                 logits = model(pixels).logits
             loss = criterion(logits.float(), labels)
             loss.backward()
@@ -86,7 +86,7 @@ class TrainingStep(Subject):
         return step
 
 
-def subjects(recipe: str, batch: int) -> list[Subject]:
+def subjects(recipe: str, batch: int, device: str = "cpu") -> list[Subject]:
     """Every variant."""
     side = load_recipe(recipe, [])["processor"]["image_size"][0]
     return [
@@ -98,6 +98,7 @@ def subjects(recipe: str, batch: int) -> list[Subject]:
             value_dim=REDUCED_DIM if reduced else HEAD_DIM,
             dtype="bfloat16",
             step=True,
+            device=device,
             is_baseline=attention_type == "softmax" and not reduced,
             is_float=attention_type == "softmax",
             recipe=recipe,

@@ -3,6 +3,9 @@
 Triton reads ``TRITON_INTERPRET`` when it is imported, so this needs a process of its own.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -180,3 +183,19 @@ def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
     for name, tensor in case.run(backend="reference").items():
         assert torch.equal(found[name], tensor), name
     backend.agrees.cache_clear()
+
+
+def test_the_benchmark_runs_what_it_names(monkeypatch) -> None:
+    """All subjects of ``gpu.py`` that need no GPU of their own, at toy size."""
+    sys.path.append(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
+    import gpu
+
+    subjects = [one for one in gpu.attention(40, 64, 16, "cpu") if "sdpa" not in one.name]
+    assert len(subjects) == 7
+    for subject in subjects:
+        result = subject.prepare()()
+        assert isinstance(result, tuple) == subject.step
+    monkeypatch.setattr(gpu, "SIZES", ((24, 8),))
+    assert [row["passed"] for row in gpu.check("cpu")] == [True] * 9
+    table = gpu.table([gpu.Result(subjects[0], [1.0, 2.0])])
+    assert table.splitlines()[2] == "| attention: hamming | 40 | 64 | 16 | forward | 1.500 |  |  |"
