@@ -18,6 +18,8 @@ SAME_GRID_TOLERANCE = 0.05
 SAME_SPACING_TOLERANCE = 0.01
 FOREGROUND_THRESHOLD = 0.1
 FOREGROUND_MARGIN_MM = 10.0
+# Share of a voxel that the rounding of a header may be worth.
+ROUNDING = 1e-3
 # Connected pieces of the foreground smaller than this share of the largest are specks: bright voxels in air.
 SPECK_SHARE = 0.01
 
@@ -141,7 +143,8 @@ def add_margin(
     """The box with a margin on every side, as far as a volume of this shape reaches."""
     parts = []
     for part, size, mm in zip(box, shape, spacing, strict=True):
-        margin = int(np.ceil(margin_mm / mm))
+        # An oblique header's voxel of 1 mm may be 0.99999999 mm, which must not add a voxel.
+        margin = int(np.ceil(margin_mm / mm - ROUNDING))
         parts.append(slice(max(0, part.start - margin), min(size, part.stop + margin)))
     return parts[0], parts[1], parts[2]
 

@@ -7,6 +7,7 @@ import pytest
 
 from hf_binaryformer.pipelines.grids import (
     VolumeError,
+    add_margin,
     affine_spacing,
     crop_affine,
     foreground_box,
@@ -191,6 +192,14 @@ def test_foreground_box_has_a_margin_in_mm() -> None:
     assert box == (slice(8, 20), slice(8, 23), slice(0, 12))
     assert foreground_box(scaled * 0, (1.0, 1.0, 1.0)) == (slice(0, 40), slice(0, 30), slice(0, 20))
     np.testing.assert_allclose(crop_affine(TURNED, box) @ [0, 0, 0, 1], TURNED @ [8, 8, 0, 1])
+
+
+def test_rounding_of_a_header_does_not_widen_the_margin() -> None:
+    """An oblique volume of 1 mm voxels has voxels of 0.99999999 mm, once its header is read."""
+    box = slice(20, 30), slice(20, 30), slice(20, 30)
+    for spacing in ((1.0, 1.0, 1.0), (0.99999999, 1.00000002, 0.9999999)):
+        assert add_margin(box, (60, 60, 60), spacing, 5.0) == (slice(15, 35),) * 3
+    assert add_margin(box, (60, 60, 60), (0.9, 1.1, 5.0), 5.0) == (slice(14, 36), slice(15, 35), slice(19, 31))
 
 
 def test_specks_in_air_do_not_move_the_box() -> None:
