@@ -133,9 +133,9 @@ def test_circles_are_seen():
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=name_of)
-def test_kernels_know_torch_only(path):
+def test_kernels_know_torch_and_triton_only(path):
     roots = {name.partition(".")[0] for name in imported(tree_of(path))}
-    assert roots - {"torch", "hf_binaryformer"} <= sys.stdlib_module_names
+    assert roots - {"torch", "triton", "hf_binaryformer"} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(

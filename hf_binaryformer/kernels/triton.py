@@ -5,13 +5,12 @@ With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the sa
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
 import os
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,125 +18,21 @@ from torch import Tensor
 from hf_binaryformer.kernels import self_check
 from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
 from hf_binaryformer.kernels.bits import words_for
-from hf_binaryformer.kernels.draws import BLOCK, seed_hash
+from hf_binaryformer.kernels.draws import seed_hash
 from hf_binaryformer.kernels.layout import token_major
+from hf_binaryformer.kernels.triton_tiles import BOUND_LIMITS, INTERPRETED, Sizes
 
 MINIMUM_VERSION = (3, 6)
 # int8 products on matrix units: NVIDIA's Ampere.
 MINIMUM_CAPABILITY = (8, 0)
 MAXIMUM_HEAD_DIM, MAXIMUM_VALUE_DIM = 512, 256
-# Weights exp2(score - bound) lie between 2^(-2 bound) and 1, and must not be lost in the type they are rounded to.
-BOUND_LIMITS = {torch.float32: 50.0, torch.bfloat16: 50.0, torch.float16: 5.0}
 # Names of GPUs (torch.cuda.get_device_name) that have a record in model_cards/evidence/kernels. On others, each kind of
 # problem is first compared with the reference.
 MEASURED: frozenset[str] = frozenset()
 CHECK_VARIABLE = "HF_BINARYFORMER_SELF_CHECK"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 CHECKS = not INTERPRETED and os.environ.get(CHECK_VARIABLE) != "0"
-
-
-class Tiles(NamedTuple):
-    """Sizes of a kernel's tiles, M queries and N keys, its warps, and the stages of its pipeline."""
-
-    M: int
-    N: int
-    warps: int
-    stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a kernel is compiled for.
-
-    Args:
-        head_dim, value_dim: channels.
-        planes: 1, or 2 for two Bernoulli samples.
-        dtype: of the values.
-        bit_gradient: "none", "ste" or "ternary".
-        weight_gradient: whether the backward pass returns gradients of the weights.
-        warp_groups: whether products run on groups of four warps with operands in shared memory (NVIDIA's Hopper and
-            data-centre Blackwell); otherwise operands take registers, and tiles must be smaller.
-        exact: how float32 numbers are multiplied: "tf32x3" (three products on NVIDIA's matrix units) or "ieee".
-    """
-
-    head_dim: int
-    value_dim: int
-    planes: int
-    dtype: torch.dtype
-    bit_gradient: str = "none"
-    weight_gradient: bool = True
-    warp_groups: bool = True
-    exact: str = "tf32x3"
-
-    @property
-    def d(self) -> int:
-        """Padded channels of signs."""
-        return padded(self.head_dim, 32)
-
-    @property
-    def v(self) -> int:
-        """Padded channels of values."""
-        return padded(self.value_dim, 16)
-
-    def forward_tiles(self) -> Tiles:
-        """Tiles of :func:`.triton_kernels.attend`."""
-        wide = max(self.d, self.v * self.dtype.itemsize)
-        if wide <= 128:
-            return Tiles(128, 64, 8, 3)
-        return Tiles(64, 64, 4, 2) if wide <= 256 else Tiles(64, 32, 8, 2)
-
-    def key_tiles(self) -> Tiles:
-        """Tiles of :func:`.triton_kernels.backward_of_keys`: M is a block of draws."""
-        rows, warps = self._owned()
-        return Tiles(BLOCK, rows, warps, 2 if rows == 64 else 1)
-
-    def query_tiles(self) -> Tiles:
-        """Tiles of :func:`.triton_kernels.backward_of_queries`: N is a block of draws."""
-        rows, warps = self._owned()
-        return Tiles(rows, BLOCK, warps, 2 if rows == 64 else 1)
-
-    def _owned(self) -> tuple[int, int]:
-        """Rows that a program of the backward pass owns, and its warps: as many as find registers.
-
-        ``scripts/benchmarks/assembly.py`` shows what each choice costs.
-        """
-        if self.bit_gradient == "none":
-            rows, warps = 64, 4 if self.v <= 64 else 8
-        elif self.warp_groups:
-            rows, warps = (
-                64 if self.d <= 128 else 32 if self.d <= 256 else 16,
-                4 if self.d <= 64 and self.v <= 16 else 8,
-            )
-        else:
-            rows, warps = 32 if self.d <= 128 else 16, 4 if self.d <= 64 else 8
-        return (rows if self.dtype.itemsize <= 2 else max(16, rows // 2)), warps
-
-    def constants(self, tiles: Tiles, *, backward: bool) -> dict[str, Any]:
-        """Compile-time arguments of a kernel, and options of the compiler."""
-        found: dict[str, Any] = {
-            "HEAD_DIM": self.head_dim,
-            "VALUE_DIM": self.value_dim,
-            "D": self.d,
-            "V": self.v,
-            "PLANES": self.planes,
-            "M": tiles.M,
-            "N": tiles.N,
-            "PRECISION": self.exact,
-            "DOT": dot_type(self.dtype),
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
-            "enable_fp_fusion": True,
-        }
-        if not backward:
-            return {**found, "LIMIT": BOUND_LIMITS[self.dtype]}
-        return {**found, "WEIGHT_GRADIENT": self.weight_gradient, "BIT_GRADIENT": self.bit_gradient}
-
-
-def padded(size: int, least: int) -> int:
-    """The next power of two."""
-    return max(least, 1 << (size - 1).bit_length())
 
 
 class Problem:
@@ -382,14 +277,6 @@ def multiplication(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu" or torch.version.hip is not None:
         return {"warp_groups": False, "exact": "ieee"}
     return {"warp_groups": torch.cuda.get_device_capability(device)[0] in (9, 10), "exact": "tf32x3"}
-
-
-def dot_type(dtype: torch.dtype) -> Any:
-    """The type that products of values are taken in. The interpreter's products of bfloat16 are wrong."""
-    import triton.language as language
-
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    return getattr(language, "float32" if INTERPRETED else names[dtype])
 
 
 def missing_reason() -> str | None:

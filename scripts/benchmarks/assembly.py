@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_binaryformer.kernels import triton_kernels as kernels
-from hf_binaryformer.kernels.triton import Sizes, Tiles
+from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VALUES = ("value", "output", "grad_output", "grad_value")

@@ -260,7 +260,7 @@ class Trial:
                 if best.code:
                     self.run_again("two_runs", when)
 
-    def ask_shell(self) -> None:
+    def run_command_lines(self) -> None:
         """The command in a new process, as it is typed, with a disk that gets full and with one that is read-only."""
         words = command_line(self.job, self.inputs, self.out, False)
         if words is None:
@@ -302,7 +302,7 @@ def plain(message: str, folder: Path) -> str:
 
 
 def attack(
-    job: Job, folder: Path, *, tries: int, changes: int, seed: int, mounts: bool, shell: bool = True
+    job: Job, folder: Path, *, tries: int, changes: int, seed: int, mounts: bool, command_lines: bool = True
 ) -> dict[str, Any]:
     """All disturbances of one job."""
     trial = Trial(job, folder, mounts, seed)
@@ -310,8 +310,8 @@ def attack(
     trial.protect(max(2, tries // 2))
     trial.change_inputs(changes)
     trial.run_twice(tries)
-    if shell:
-        trial.ask_shell()
+    if command_lines:
+        trial.run_command_lines()
     return {
         **trial.figures,
         "messages": dict(trial.messages.most_common()),
@@ -326,7 +326,7 @@ def main(
     job: Annotated[list[str] | None, typer.Option(help=f"{', '.join(JOBS)}.  [default: all]")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     mounts: Annotated[bool | None, typer.Option(help="Small file systems.  [default: if allowed]")] = None,
-    shell: Annotated[bool, typer.Option(help="Commands in processes of their own, too.")] = True,
+    command_lines: Annotated[bool, typer.Option(help="Commands in processes of their own, too.")] = True,
     record: Annotated[
         Path | None, typer.Option(help="Figures to write: .json; with --job, other jobs in it stay.")
     ] = None,
@@ -346,7 +346,7 @@ def main(
                 changes=changes,
                 seed=seed,
                 mounts=mounts,
-                shell=shell,
+                command_lines=command_lines,
             )
         for kind, found in figures[name].items():
             if not isinstance(found, dict) or kind == "messages":

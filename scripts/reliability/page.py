@@ -98,7 +98,12 @@ def killed(record: dict[str, Any]) -> str:
 
 def disturbed(record: dict[str, Any]) -> str:
     """Of full disks and inputs that change."""
-    found = [figures for job in record["jobs"].values() for figures in job.values() if "disturbed" in figures]
+    found = [
+        figures
+        for job in record["jobs"].values()
+        for figures in job.values()
+        if isinstance(figures, dict) and "disturbed" in figures
+    ]
     met = sum(figures["disturbed"] for figures in found)
     damaged, differ = (sum(len(figures[key]) for figures in found) for key in ("faults", "reruns_that_differ"))
     return f"{number(met)} disturbances of {len(record['jobs'])} jobs: {damaged} damaged results, {differ} reruns that differ"
@@ -108,8 +113,11 @@ def agreed(record: dict[str, Any]) -> str:
     """Of the orientations."""
     rows = record["agreement"].values()
     worst = min(row["worst"] for row in rows if row["worst"] is not None)
-    tried = sum(row["tried"] for row in rows)
-    return f"{number(tried)} volumes in {len(rows)} grids, up to 512×512×200: worst agreement {worst:.4f}"  # noqa: RUF001
+    tried = sum(row["tried"] - row["refused"] for row in rows)
+    size = "×".join(("512", "512", "200"))  # noqa: RUF001
+    return (
+        f"{number(tried)} volumes in {len(rows)} grids, up to {size}: worst agreement {worst:.4f}; one voxel is refused"
+    )
 
 
 def scaled(record: dict[str, Any]) -> str:

@@ -96,7 +96,6 @@ def edit(shards: Path, change) -> None:
         (name_another, "image of a (train) is not"),
         (move_to_test, "image of b (train) is not"),
         (lambda shards: (shards / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda shards: (shards / "README.md").write_bytes(b"---\n\xff\n---"), "fetch the shards anew"),
         (lambda shards: next(shards.glob("data/*.parquet")).write_bytes(b"PAR1"), "fetch the shards anew"),
         (shutil.rmtree, "is neither a folder nor a data set"),
     ],

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "scripts" / "benchmarks"))
 import assembly  # noqa: E402
 import hf_binaryformer  # noqa: E402
-from hf_binaryformer.kernels.triton import Sizes  # noqa: E402
+from hf_binaryformer.kernels.triton_tiles import Sizes  # noqa: E402
 
 # Of the backward pass that learns bits, and of the paper's own, which learns by weights.
 GRADIENTS = [("attend", "none"), ("backward_of_keys", "ternary"), ("backward_of_queries", "ternary")]

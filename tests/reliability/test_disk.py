@@ -47,7 +47,7 @@ def run(inputs, out, again):
 found = {}
 for name, mounts in (("as allowed", can_mount()), ("without mounts", False)):
     with tempfile.TemporaryDirectory() as folder:
-        options = {"tries": 2, "changes": 1, "seed": 0, "mounts": mounts, "shell": False}
+        options = {"tries": 2, "changes": 1, "seed": 0, "mounts": mounts, "command_lines": False}
         found[name] = attack(JOBS["unpack"], Path(folder).resolve(), **options)
 with tempfile.TemporaryDirectory() as folder:
     trial = Trial(Job("careless", set_up, run), Path(folder).resolve(), False, 0)
@@ -60,7 +60,7 @@ Path(sys.argv[1]).write_text(json.dumps(found))
 
 def disturb(record: Path, names: list[str], *words: str) -> dict:
     """What the script finds, in a process of its own: it copies itself, and a copy has no threads."""
-    command = [sys.executable, str(SCRIPT), *words, "--no-shell", "--record", str(record)]
+    command = [sys.executable, str(SCRIPT), *words, "--no-command-lines", "--record", str(record)]
     command += [word for name in names for word in ("--job", name)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
