@@ -53,7 +53,7 @@ class Problem:
         self.keys, self.value_dim = value.shape[2:]
         self.planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
         self.scale, self.value = scale, rows(value)
-        self.sizes = Sizes(head_dim, self.value_dim, self.planes, value.dtype, **sizes, **multiplication(value.device))
+        self.sizes = Sizes(head_dim, self.value_dim, self.planes, value.dtype, **sizes, unit=unit_of(value.device))
         self.query_signs, self.key_signs = self._signs(query_bits), self._signs(key_bits)
         self.query_weight, self.key_weight = self._by_plane(query_weight), self._by_plane(key_weight)
 
@@ -272,11 +272,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def multiplication(device: torch.device) -> dict[str, Any]:
-    """How a device multiplies: the fields ``warp_groups`` and ``exact`` of :class:`Sizes`."""
+def unit_of(device: torch.device) -> str:
+    """What multiplies on a device: the field ``unit`` of :class:`~hf_binaryformer.kernels.triton_tiles.Sizes`."""
     if device.type == "cpu" or torch.version.hip is not None:
-        return {"warp_groups": False, "exact": "ieee"}
-    return {"warp_groups": torch.cuda.get_device_capability(device)[0] in (9, 10), "exact": "tf32x3"}
+        return "mfma"
+    return "wgmma" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "mma"
 
 
 def missing_reason() -> str | None:

@@ -34,9 +34,9 @@ class Sizes:
         dtype: of the values.
         bit_gradient: "none", "ste" or "ternary".
         weight_gradient: whether the backward pass returns gradients of the weights.
-        warp_groups: whether products run on groups of four warps with operands in shared memory (NVIDIA's Hopper and
-            data-centre Blackwell); otherwise operands take registers, and tiles must be smaller.
-        exact: how float32 numbers are multiplied: "tf32x3" (three products on NVIDIA's matrix units) or "ieee".
+        unit: what multiplies: "wgmma", groups of four warps with operands in shared memory (NVIDIA's Hopper and data-centre
+            Blackwell); "mma", single warps with operands in registers, so that tiles must be smaller (NVIDIA's other GPUs);
+            "mfma", AMD's, whose threads have up to 512 registers if there are few of them.
     """
 
     head_dim: int
@@ -45,8 +45,7 @@ class Sizes:
     dtype: torch.dtype
     bit_gradient: str = "none"
     weight_gradient: bool = True
-    warp_groups: bool = True
-    exact: str = "tf32x3"
+    unit: str = "wgmma"
 
     @property
     def d(self) -> int:
@@ -62,7 +61,7 @@ class Sizes:
         """Tiles of :func:`.triton_kernels.attend`."""
         wide = max(self.d, self.v * self.dtype.itemsize)
         if wide <= 128:
-            return Tiles(128, 64, 8, 3)
+            return Tiles(128, 64, 8, 3 if self.unit == "wgmma" else 2)
         return Tiles(64, 64, 4, 2) if wide <= 256 else Tiles(64, 32, 8, 2)
 
     def key_tiles(self) -> Tiles:
@@ -82,13 +81,11 @@ class Sizes:
         """
         if self.bit_gradient == "none":
             rows, warps = 64, 4 if self.v <= 64 else 8
-        elif self.warp_groups:
-            rows, warps = (
-                64 if self.d <= 128 else 32 if self.d <= 256 else 16,
-                4 if self.d <= 64 and self.v <= 16 else 8,
-            )
+        elif self.unit == "wgmma":
+            rows = 64 if self.d <= 128 else 32 if self.d <= 256 else 16
+            warps = 4 if self.bit_gradient == "ste" and self.d <= 64 and self.v <= 16 else 8
         else:
-            rows, warps = 32 if self.d <= 128 else 16, 4 if self.d <= 64 else 8
+            rows, warps = 32 if 64 <= self.d <= 128 else 16, 8 if self.unit == "mma" and self.d > 64 else 4
         return (rows if self.dtype.itemsize <= 2 else max(16, rows // 2)), warps
 
     def constants(self, tiles: Tiles, *, backward: bool) -> dict[str, Any]:
@@ -101,7 +98,8 @@ class Sizes:
             "PLANES": self.planes,
             "M": tiles.M,
             "N": tiles.N,
-            "PRECISION": self.exact,
+            # Of float32 numbers: three products of TF32, or as they are.
+            "PRECISION": "ieee" if self.unit == "mfma" else "tf32x3",
             "DOT": dot_type(self.dtype),
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,

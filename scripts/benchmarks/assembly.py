@@ -38,25 +38,24 @@ class Target:
 
     Args:
         gpu: for the compiler.
-        warp_groups, exact: of :class:`~hf_binaryformer.kernels.triton.Sizes`.
+        unit: of :class:`~hf_binaryformer.kernels.triton_tiles.Sizes`.
         shared: bytes of shared memory that a program may have.
         products: pattern of the matrix instructions for int8, and for the products of values and of ternary numbers.
     """
 
     gpu: GPUTarget
-    warp_groups: bool
-    exact: str
+    unit: str
     shared: int
     products: tuple[str, str]
 
 
 MMA = (r"mma\.sync\S*\.s32\.s8\.s8", r"mma\.sync\S*\.f32\.\w+")
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), False, "tf32x3", 163 * 1024, MMA),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), True, "tf32x3", 227 * 1024, (r"wgmma\S*s32\.s8\.s8", r"wgmma\S*\.f32\.\w+")),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), True, "tf32x3", 227 * 1024, (r"tcgen05\.mma|mma\.sync\S*s8", r"tcgen05\.mma")),
-    "sm_120": Target(GPUTarget("cuda", 120, 32), False, "tf32x3", 99 * 1024, MMA),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), False, "ieee", 64 * 1024, (r"v_mfma_i32\S*i8", r"v_mfma_f32\S*")),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "mma", 163 * 1024, MMA),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "wgmma", 227 * 1024, (r"wgmma\S*s32\.s8\.s8", r"wgmma\S*\.f32\.\w+")),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "wgmma", 227 * 1024, (r"tcgen05\.mma|mma\.sync\S*s8", r"tcgen05\.mma")),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), "mma", 99 * 1024, MMA),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "mfma", 64 * 1024, (r"v_mfma_i32\S*i8", r"v_mfma_f32\S*")),
 }  # fmt: skip
 KERNELS = ("attend", "backward_of_keys", "backward_of_queries")
 
@@ -150,7 +149,7 @@ def main(
         one = TARGETS[name]
         for kernel in KERNELS:
             for gradient in ("none",) if kernel == "attend" else ("none", "ste", "ternary"):
-                wanted = Sizes(*pair, 1, getattr(torch, kind), gradient, True, one.warp_groups, one.exact)
+                wanted = Sizes(*pair, 1, getattr(torch, kind), gradient, True, one.unit)
                 built = build(kernel, wanted, one)
                 row = {
                     "target": name,

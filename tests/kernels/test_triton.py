@@ -34,7 +34,7 @@ def test_interpreted(part) -> None:
 
 def check_build(target: str, kernel: str, gradient: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     one = assembly.TARGETS[target]
-    sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, True, one.warp_groups, one.exact)
+    sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, True, one.unit)
     built = assembly.build(kernel, sizes, one)
     for pattern in one.products if dtype != torch.float32 else one.products[:1]:
         assert re.search(pattern, built.text), f"no {pattern} in {kernel} for {target}"

@@ -146,6 +146,7 @@ def test_mode_type_and_device_are_kept(fields):
     vit = tiny().to(torch.float64)
     vit.blocks[0].attn.train(False)
     vit.blocks[1].attn.proj_drop.train(False)
+    vit.blocks[1].attn.qkv.train(False)
     vit.blocks[2].to("meta", torch.bfloat16)
     before = {name: module.training for name, module in vit.named_modules()}
     binarize_attention(vit, config(**fields))
