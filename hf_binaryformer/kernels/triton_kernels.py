@@ -258,8 +258,8 @@ def backward_of_keys(
         i = start + tl.arange(0, M)
         query = _signs(query_base, i, queries, D, True)
         wq = tl.load(weight_base + i, mask=i < queries, other=0.0)
-        # exp2 of minus infinity: rows beyond the last weigh nothing.
-        lse = tl.load(logsumexp + group * queries + i, mask=i < queries, other=float("inf")) * LOG2_E
+        # Rows beyond the last have no weights and no gradients, and so add nothing.
+        lse = tl.load(logsumexp + group * queries + i, mask=i < queries, other=0.0) * LOG2_E
         dlt = tl.load(delta + group * queries + i, mask=i < queries, other=0.0)
         d_out = _numbers(grad_output, i, queries, output_n, V, VALUE_DIM)
         if PLANES == 1:
