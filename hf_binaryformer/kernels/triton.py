@@ -276,7 +276,7 @@ def unit_of(device: torch.device) -> str:
     """What multiplies on a device: the field ``unit`` of :class:`~hf_binaryformer.kernels.triton_tiles.Sizes`."""
     if device.type == "cpu" or torch.version.hip is not None:
         return "mfma"
-    return "wgmma" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "mma"
+    return {9: "wgmma", 10: "tcgen05"}.get(torch.cuda.get_device_capability(device)[0], "mma")
 
 
 def missing_reason() -> str | None:

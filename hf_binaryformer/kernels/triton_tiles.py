@@ -34,9 +34,10 @@ class Sizes:
         dtype: of the values.
         bit_gradient: "none", "ste" or "ternary".
         weight_gradient: whether the backward pass returns gradients of the weights.
-        unit: what multiplies: "wgmma", groups of four warps with operands in shared memory (NVIDIA's Hopper and data-centre
-            Blackwell); "mma", single warps with operands in registers, so that tiles must be smaller (NVIDIA's other GPUs);
-            "mfma", AMD's, whose threads have up to 512 registers if there are few of them.
+        unit: what multiplies: "wgmma", groups of four warps with operands in shared memory (NVIDIA's Hopper); "tcgen05",
+            likewise with sums in a memory of their own (data-centre Blackwell); "mma", single warps with operands in
+            registers, so that tiles must be smaller (NVIDIA's other GPUs); "mfma", AMD's, whose threads have up to 512
+            registers if there are few of them.
     """
 
     head_dim: int
@@ -61,33 +62,34 @@ class Sizes:
         """Tiles of :func:`.triton_kernels.attend`."""
         wide = max(self.d, self.v * self.dtype.itemsize)
         if wide <= 128:
-            return Tiles(128, 64, 8, 3 if self.unit == "wgmma" else 2)
+            return Tiles(128, 64, 8, 3 if self.unit in ("wgmma", "tcgen05") else 2)
         return Tiles(64, 64, 4, 2) if wide <= 256 else Tiles(64, 32, 8, 2)
 
     def key_tiles(self) -> Tiles:
         """Tiles of :func:`.triton_kernels.backward_of_keys`: M is a block of draws."""
-        rows, warps = self._owned()
-        return Tiles(BLOCK, rows, warps, 2 if rows == 64 else 1)
+        rows, warps, stages = self._owned()
+        return Tiles(BLOCK, rows, warps, stages)
 
     def query_tiles(self) -> Tiles:
         """Tiles of :func:`.triton_kernels.backward_of_queries`: N is a block of draws."""
-        rows, warps = self._owned()
-        return Tiles(rows, BLOCK, warps, 2 if rows == 64 else 1)
+        rows, warps, stages = self._owned()
+        return Tiles(rows, BLOCK, warps, stages)
 
-    def _owned(self) -> tuple[int, int]:
-        """Rows that a program of the backward pass owns, and its warps: as many as find registers.
+    def _owned(self) -> tuple[int, int, int]:
+        """Rows that a program of the backward pass owns, its warps and stages: as many as find registers.
 
         ``scripts/benchmarks/assembly.py`` shows what each choice costs.
         """
         if self.bit_gradient == "none":
             rows, warps = 64, 4 if self.v <= 64 else 8
-        elif self.unit == "wgmma":
-            whole = self.d <= (128 if self.bit_gradient == "ste" else 64)
-            rows = 64 if whole else 32 if self.d <= 256 else 16
+        elif self.unit in ("wgmma", "tcgen05"):
+            rows = 64 if self.d <= 128 else 32 if self.d <= 256 else 16
             warps = 4 if self.bit_gradient == "ste" and self.d <= 64 and self.v <= 16 else 8
         else:
             rows, warps = 32 if 64 <= self.d <= 128 else 16, 8 if self.unit == "mma" and self.d > 64 else 4
-        return (rows if self.dtype.itemsize <= 2 else max(16, rows // 2)), warps
+        if self.dtype.itemsize > 2:
+            rows = max(16, rows // 2)
+        return rows, warps, 1 if rows < 64 or (self.unit == "tcgen05" and self.d > 64) else 2
 
     def constants(self, tiles: Tiles, *, backward: bool) -> dict[str, Any]:
         """Compile-time arguments of a kernel, and options of the compiler."""

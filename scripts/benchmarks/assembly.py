@@ -53,7 +53,7 @@ MMA = (r"mma\.sync\S*\.s32\.s8\.s8", r"mma\.sync\S*\.f32\.\w+")
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), "mma", 163 * 1024, MMA),
     "sm_90": Target(GPUTarget("cuda", 90, 32), "wgmma", 227 * 1024, (r"wgmma\S*s32\.s8\.s8", r"wgmma\S*\.f32\.\w+")),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), "wgmma", 227 * 1024, (r"tcgen05\.mma|mma\.sync\S*s8", r"tcgen05\.mma")),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "tcgen05", 227 * 1024, (r"tcgen05\.mma|mma\.sync\S*s8", r"tcgen05\.mma")),
     "sm_120": Target(GPUTarget("cuda", 120, 32), "mma", 99 * 1024, MMA),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "mfma", 64 * 1024, (r"v_mfma_i32\S*i8", r"v_mfma_f32\S*")),
 }  # fmt: skip
