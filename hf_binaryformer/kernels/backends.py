@@ -29,6 +29,8 @@ class Backend:
         saturate_and_sign: see :func:`hf_binaryformer.kernels.saturation.saturate_and_sign`; None: it has none.
         balance: (x, centering, norm) -> (y, bits, factors), see :func:`hf_binaryformer.kernels.balance.reference_balance`.
         balance_backward: (y, grad, factors, centering, norm, window) -> gradient of x.
+        takes_key_lengths: whether ``forward`` and ``backward`` take ``key_lengths=`` (B,) int64, the number of keys of each
+            sample, of which only the first ones take part. Others are called once for each sample of a masked batch.
         device_types: torch device types that it serves; empty means all.
         problem: why it cannot run on the devices that are there and how to fix it, or None if it can. It is asked when the
             backend is looked at, because looking at a GPU starts its driver.
@@ -48,6 +50,7 @@ class Backend:
     saturate_and_sign: Callable[[Tensor, float], tuple[Tensor, Tensor] | None] | None = None
     balance: Callable[[Tensor, bool, bool], tuple[Tensor, Tensor, Tensor] | None] | None = None
     balance_backward: Callable[[Tensor, Tensor, Tensor, bool, bool, float], Tensor | None] | None = None
+    takes_key_lengths: bool = False
     device_types: tuple[str, ...] = ()
     problem: Callable[[], str | None] = lambda: None
     priority: int = 0

@@ -13,7 +13,7 @@ Backward, with g = dL/dy where abs(y) <= window and 0 elsewhere, and r_n the div
 A bit that is the same for most tokens hardly distinguishes them, and little gradient passes back through it. Softmax
 attention does not change when all keys are shifted, but bits do. The mean of a single token is the token itself: after
 centring it is 0, all its bits are +1, and it gets no gradient. The mean is over all tokens of one sample, including
-class tokens. It costs O(N d).
+class tokens and excluding padding. It costs O(N d).
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ EPSILON = 1e-6
 
 
 def balance(
-    x: Tensor, *, centering: bool = True, norm: bool = True, window: float | None = None
+    x: Tensor,
+    *,
+    centering: bool = True,
+    norm: bool = True,
+    window: float | None = None,
+    token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Centre and normalise queries or keys, and pack the signs (formulas in this module's docstring).
 
@@ -45,12 +50,13 @@ def balance(
         window: gradients pass where abs(y) <= window, like the straight-through gradient of a sign (paper Eq. 3); None:
             all pass. A caller that sets it must call the operator without a window
             (``hamming_attention(..., window=None)``).
+        token_mask: (B, N) bool, False for padding, which takes no part in the mean; None: all tokens do.
 
     Returns:
         y (B, H, N, d) like x, differentiable, and its bits (B, H, N, words) int64 of :func:`pack_sign_bits`.
 
     Raises:
-        ValueError: x does not have these axes, or is not of real numbers.
+        ValueError: x does not have these axes, or is not of real numbers, or the mask does not fit.
 
     Example:
         >>> y, bits = balance(torch.randn(1, 2, 100, 24))
@@ -59,7 +65,21 @@ def balance(
     """
     if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}, expected real numbers (B, H, N, d)")
+    if token_mask is not None:
+        x = _padded_with_mean(x, token_mask)
     return _differentiable(x, centering, norm, math.inf if window is None else window)[:2]
+
+
+def _padded_with_mean(x: Tensor, token_mask: Tensor) -> Tensor:
+    """Replace padding by the mean of the other tokens, so that it changes no mean."""
+    if token_mask.dtype != torch.bool or token_mask.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"token_mask has shape {tuple(token_mask.shape)} and type {token_mask.dtype}, expected bool (B, N) = "
+            f"{(x.shape[0], x.shape[2])}"
+        )
+    kept = token_mask[:, None, :, None]
+    mean = torch.where(kept, x, 0).sum(2, keepdim=True, dtype=compute_dtype(x)) / kept.sum(2, keepdim=True).clamp_min(1)
+    return torch.where(kept, x, mean.to(x.dtype))
 
 
 @torch.library.custom_op("hf_binaryformer::balance", mutates_args=())

@@ -82,6 +82,17 @@ def check_side(name: str, bits: Tensor, weight: Tensor, real: Tensor | None, hea
         raise ValueError(f"{name} has shape {tuple(real.shape)}, expected {(*bits.shape[:3], head_dim)}")
 
 
+def check_mask(key_mask: Tensor | None, value: Tensor) -> None:
+    """Raise ValueError unless a key-padding mask is bool (B, Nk)."""
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool:
+        raise ValueError(f"key_mask has type {key_mask.dtype}, expected torch.bool: True for keys that take part")
+    expected = (value.shape[0], value.shape[2])
+    if key_mask.shape != expected:
+        raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}, expected (B, Nk) = {expected}")
+
+
 def on_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate what an operator runs, or its fake: ValueError unless all tensors are on one device.
 

@@ -49,6 +49,33 @@ def seed_hash(seed: Tensor) -> Tensor:
     return _mix32(_mix32(_low32(seed)) + _low32(seed >> 32))
 
 
+def seed_from_head(seed: Tensor, first: int) -> Tensor:
+    """The seed whose head 0 has the draws that head ``first`` has with ``seed``: for a part of a batch."""
+    number = int(seed)
+    low = number & _MASK
+    start = _mixed(_mixed(low) + (number >> 32) & _MASK) + first & _MASK
+    high = _unmixed(start) - _mixed(low) & _MASK
+    return torch.tensor((high << 32 | low) - (1 << 64 if high >> 31 else 0), dtype=torch.int64)
+
+
+_MASK = 2**32 - 1
+_MULTIPLIERS = 0x7FEB352D, 0x846CA68B
+
+
+def _mixed(h: int) -> int:
+    """:func:`_mix32` of a Python number."""
+    h = (h ^ h >> 16) * _MULTIPLIERS[0] & _MASK
+    h = (h ^ h >> 15) * _MULTIPLIERS[1] & _MASK
+    return h ^ h >> 16
+
+
+def _unmixed(h: int) -> int:
+    """The inverse of :func:`_mixed`."""
+    h = (h ^ h >> 16) * pow(_MULTIPLIERS[1], -1, 2**32) & _MASK
+    h = (h ^ h >> 15 ^ h >> 30) * pow(_MULTIPLIERS[0], -1, 2**32) & _MASK
+    return h ^ h >> 16
+
+
 def _low32(x: Tensor) -> Tensor:
     """The low 32 bits of an int64 tensor as int32 (two's complement)."""
     x = x & 0xFFFFFFFF

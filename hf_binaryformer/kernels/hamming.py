@@ -16,21 +16,25 @@ and for the gradient of the real tensors whose signs were packed (``bit_gradient
     ternary:  the same with g_ij replaced by t_ij in {-s_i, 0, s_i}, P(t_ij != 0) = abs(g_ij) / s_i, s_i the
               largest abs(g_ij) of j's block of 64 (dk: of i's): unbiased, and a product of bits and ternary numbers only
 
+Keys that a mask excludes (:mod:`hf_binaryformer.kernels.masks`) have P = 0, and their gradients are 0.
+
 Nothing of size Nq x Nk is stored. Bits, weights, values, output and row log-sum-exp are saved; scores are recomputed.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_binaryformer.kernels.backends import select_backend
 from hf_binaryformer.kernels.bits import clear_padding
-from hf_binaryformer.kernels.checks import check_inputs, on_one_device, seed_tensor
+from hf_binaryformer.kernels.checks import check_inputs, check_mask, on_one_device, seed_tensor
 from hf_binaryformer.kernels.differentiation import differentiable
 from hf_binaryformer.kernels.layout import compute_dtype, token_major, zero_gradients
+from hf_binaryformer.kernels.masks import backward_by_sample, forward_by_sample, kept_first
 from hf_binaryformer.kernels.reference import reference_backward, reference_forward
 
 
@@ -48,6 +52,7 @@ def hamming_attention(
     bit_gradient: str = "none",
     window: float | None = 1.0,
     seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention whose query-key product is 1 bit wide (paper Sec. 2.2; formulas in this module's docstring).
@@ -70,10 +75,11 @@ def hamming_attention(
             window (:func:`~hf_binaryformer.kernels.balance.balance`).
         seed: seed of the ternary draws, an int of 64 bits or a 0-d int64 tensor (on the CPU or with the other tensors);
             None draws one from torch's generator.
+        key_mask: (B, Nk) bool, True for keys that take part, False for padding; None: all take part.
         backend: a name from :func:`available_backends`; None chooses the fastest for the device, each time it runs.
 
     Returns:
-        (B, H, Nq, d_v) in the type of ``value``; zeros where Nk is 0.
+        (B, H, Nq, d_v) in the type of ``value``; zeros where no key takes part.
 
     Raises:
         ValueError: shapes, types, devices or options do not fit together.
@@ -88,6 +94,7 @@ def hamming_attention(
         torch.Size([1, 2, 5, 32])
     """
     check_inputs(query_bits, key_bits, query_weight, key_weight, value, query, key, head_dim, bit_gradient)
+    check_mask(key_mask, value)
     if scale is None:
         scale = head_dim**-0.5
     if seed is None:
@@ -96,9 +103,12 @@ def hamming_attention(
         query = key = None
     if backend is not None:
         select_backend(backend, value.device.type)
+    lengths = None
+    if key_mask is not None:
+        lengths, key_bits, key_weight, value, key = kept_first(key_mask, key_bits, key_weight, value, key)
     tensors = (query_bits, key_bits, query_weight, key_weight, value, query, key, seed_tensor(seed))
     limit = math.inf if window is None else window
-    return _attend(*tensors, head_dim, scale, bit_gradient, backend, limit)[0]
+    return _attend(*tensors, head_dim, scale, bit_gradient, backend, limit, lengths)[0]
 
 
 @torch.library.custom_op("hf_binaryformer::hamming_attention", mutates_args=())
@@ -117,11 +127,20 @@ def _hamming_attention(
     bit_gradient: str,
     backend: str | None,
     window: float = 1.0,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The registered op: output (B, H, Nq, d_v) and row log-sum-exp (B, H, Nq)."""
+    """The registered op: output (B, H, Nq, d_v) and row log-sum-exp (B, H, Nq); keys from ``key_lengths`` on are padding."""
     bits = clear_padding(query_bits, head_dim), clear_padding(key_bits, head_dim)
     inputs = *bits, query_weight, key_weight, value, head_dim, scale
-    return select_backend(backend, value.device.type).forward(*inputs) or reference_forward(*inputs)
+    chosen = select_backend(backend, value.device.type)
+
+    def compute(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return chosen.forward(*inputs) or reference_forward(*inputs)
+
+    if key_lengths is None:
+        return compute(*inputs)
+    found = chosen.forward(*inputs, key_lengths=key_lengths) if chosen.takes_key_lengths else None
+    return found or forward_by_sample(compute, *inputs, key_lengths)
 
 
 @_hamming_attention.register_fake
@@ -149,26 +168,39 @@ def _hamming_attention_backward(
     bit_gradient: str,
     weight_gradient: bool,
     backend: str | None,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query_weight, key_weight, value, and the sign values of query and key (empty if not requested)."""
     bits = clear_padding(query_bits, head_dim), clear_padding(key_bits, head_dim)
-    inputs = *bits, query_weight, key_weight, value
+    given = grad_output, *bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp
     options = seed, head_dim, scale, bit_gradient, weight_gradient
     chosen = select_backend(backend, value.device.type)
-    found = chosen.backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
-    if found is None:
-        # The reference needs the log-sum-exp of scores with its own rounding. With another one, the difference would be
-        # an error in every probability of a row.
-        logsumexp = reference_forward(*inputs, head_dim, scale)[1]
-        found = reference_backward(grad_output, *inputs, output, logsumexp, grad_logsumexp, *options)
-    return found
+
+    def compute(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return chosen.backward(*inputs) or _backward_by_reference(*inputs)
+
+    if key_lengths is None:
+        return compute(*given, *options)
+    found = chosen.backward(*given, *options, key_lengths=key_lengths) if chosen.takes_key_lengths else None
+    return found or backward_by_sample(compute, *given, *options, key_lengths=key_lengths)
+
+
+def _backward_by_reference(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The reference, with the log-sum-exp of scores that have its own rounding.
+
+    With another one, the difference would be an error in every probability of a row.
+    """
+    grad_output, *tensors, output, _logsumexp, grad_logsumexp, seed, head_dim, scale, gradient, weighs = inputs
+    logsumexp = reference_forward(*[*tensors, head_dim, scale])[1]
+    last = [logsumexp, grad_logsumexp, seed, head_dim, scale, gradient, weighs]
+    return reference_backward(*[grad_output, *tensors, output, *last])
 
 
 @_hamming_attention_backward.register_fake
 @on_one_device
 def _(  # type: ignore[no-untyped-def]
     grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp,
-    seed, head_dim, scale, bit_gradient, weight_gradient, backend,
+    seed, head_dim, scale, bit_gradient, weight_gradient, backend, key_lengths=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return zero_gradients(
         query_bits, key_bits, query_weight, key_weight, value, head_dim, bit_gradient, weight_gradient
@@ -193,14 +225,17 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         bit_gradient,
         backend,
         window,
+        key_lengths,
     ) = inputs
-    ctx.save_for_backward(query_bits, key_bits, query_weight, key_weight, value, query, key, seed, *output)
+    tensors = query_bits, key_bits, query_weight, key_weight, value, query, key, seed, key_lengths
+    ctx.save_for_backward(*tensors, *output)
     ctx.options = head_dim, scale, bit_gradient, window, backend
     ctx.set_materialize_grads(False)  # the gradient of the log-sum-exp is None unless it is used
 
 
 def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  # type: ignore[no-untyped-def]
-    query_bits, key_bits, query_weight, key_weight, value, query, key, seed, output, logsumexp = ctx.saved_tensors
+    *inputs, query, key, seed, key_lengths, output, logsumexp = ctx.saved_tensors
+    query_bits, key_bits, query_weight, key_weight, value = inputs
     head_dim, scale, bit_gradient, window, backend = ctx.options
     if query is None and key is None:
         bit_gradient = "none"
@@ -223,6 +258,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  
         bit_gradient,
         weight_gradient,
         backend,
+        key_lengths,
     )
     return (
         None,
@@ -232,7 +268,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):  
         grad_value,
         _straight_through(grad_query, query, window),
         _straight_through(grad_key, key, window),
-        *[None] * 6,
+        *[None] * 7,
     )
 
 

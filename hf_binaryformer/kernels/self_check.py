@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_binaryformer.kernels.bits import pack_sign_bits
+from hf_binaryformer.kernels.masks import backward_by_sample, forward_by_sample
 from hf_binaryformer.kernels.reference import reference_backward, reference_forward
 
 # Several tiles, none of them full at the end.
@@ -29,6 +31,7 @@ def difference(
     planes: int,
     dtype: torch.dtype,
     bit_gradient: str,
+    masked: bool,
     device: torch.device,
 ) -> str | None:
     """Where a backend's functions differ from the reference, in words; None if they agree.
@@ -36,6 +39,7 @@ def difference(
     Args:
         forward, backward: as in :class:`~hf_binaryformer.kernels.backends.Backend`.
         head_dim, value_dim, planes, dtype, bit_gradient: of the problem.
+        masked: whether only some of the keys take part.
         device: where it is computed.
     """
     generator = torch.Generator().manual_seed(0)
@@ -50,12 +54,17 @@ def difference(
     inputs = *bits, *weights, value
     options = torch.tensor(1), head_dim, head_dim**-0.5, bit_gradient, True
     close, drawn = TOLERANCES[dtype]
+    ways: tuple[Callable[..., Any], ...] = reference_forward, reference_backward
+    last: tuple[Tensor, ...] = ()
+    if masked:
+        ways = partial(forward_by_sample, reference_forward), partial(backward_by_sample, reference_backward)
+        last = (torch.tensor([2 * KEYS // 3], device=device),)
 
     def results(way: Callable[..., Any], back: Callable[..., Any]) -> tuple[Tensor, ...]:
-        output, logsumexp = way(*inputs, head_dim, head_dim**-0.5)
-        return output, logsumexp, *back(grad_output, *inputs, output, logsumexp, None, *options)
+        output, logsumexp = way(*inputs, head_dim, head_dim**-0.5, *last)
+        return output, logsumexp, *back(grad_output, *inputs, output, logsumexp, None, *options, *last)
 
-    pairs = zip(results(forward, backward), results(reference_forward, reference_backward), strict=True)
+    pairs = zip(results(forward, backward), results(*ways), strict=True)
     for place, (name, (found, expected)) in enumerate(zip(NAMES, pairs, strict=True)):
         if not expected.numel():
             continue

@@ -16,6 +16,7 @@ def sign_attention(
     bit_gradient: str = "ternary",
     scale: float | None = None,
     seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``softmax(scale * sgn(query) sgn(key)^T) value``, with a gradient for all three (paper Sec. 2.1; "sign").
@@ -30,6 +31,7 @@ def sign_attention(
             first two pass where abs(x) <= 1, so keep queries and keys of about that size.
         scale: factor of the scores, which are integers from -d to d; None means 1 / sqrt(d).
         seed: seed of the ternary draws; None draws one from torch's generator.
+        key_mask: (B, Nk) bool, True for keys that take part, False for padding; None: all take part.
         backend: a name from :func:`available_backends`; None chooses the fastest.
 
     Returns:
@@ -57,5 +59,6 @@ def sign_attention(
         key=key,
         bit_gradient=bit_gradient,
         seed=seed,
+        key_mask=key_mask,
         backend=backend,
     )

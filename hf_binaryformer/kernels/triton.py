@@ -94,11 +94,12 @@ def forward(
     value: Tensor,
     head_dim: int,
     scale: float,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for what :func:`served` excludes."""
-    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, "none"):
+    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, "none", key_lengths):
         return None
-    return run_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
+    return run_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale, key_lengths)
 
 
 def run_forward(
@@ -109,6 +110,7 @@ def run_forward(
     value: Tensor,
     head_dim: int,
     scale: float,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`forward` without questions."""
     one = Problem(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
@@ -118,6 +120,7 @@ def run_forward(
     tiles = one.sizes.forward_tiles()
     kernels.attend[one.grid(one.queries, tiles.M)](
         *(one.query_signs, one.key_signs, one.query_weight, one.key_weight, largest, one.value, output, logsumexp),
+        key_lengths,
         *(*one.numbers(), *one.value.stride()[:3], *output.stride()[:3]),
         **one.sizes.constants(tiles, backward=False),
     )
@@ -139,12 +142,13 @@ def backward(
     scale: float,
     bit_gradient: str,
     weight_gradient: bool,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for what :func:`served` excludes."""
-    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, bit_gradient):
+    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, bit_gradient, key_lengths):
         return None
     tensors = grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp
-    return run_backward(*tensors, seed, head_dim, scale, bit_gradient, weight_gradient)
+    return run_backward(*tensors, seed, head_dim, scale, bit_gradient, weight_gradient, key_lengths)
 
 
 def run_backward(
@@ -162,6 +166,7 @@ def run_backward(
     scale: float,
     bit_gradient: str,
     weight_gradient: bool,
+    key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`backward` without questions."""
     options = {"bit_gradient": bit_gradient, "weight_gradient": weight_gradient}
@@ -185,8 +190,7 @@ def run_backward(
     start = seed_hash(seed) if on_device else int(seed_hash(seed))
     inputs = (
         *(one.query_signs, one.key_signs, one.query_weight, one.key_weight, one.value, grad_output),
-        logsumexp,
-        delta,
+        *(logsumexp, delta, key_lengths),
     )
     numbers = *one.numbers(), *one.value.stride()[:3], *grad_output.stride()[:3]
     tiles = one.sizes.key_tiles()
@@ -231,17 +235,25 @@ def served(query_bits: Tensor, value: Tensor, head_dim: int) -> bool:
     )
 
 
-def trusted(query_bits: Tensor, value: Tensor, head_dim: int, bit_gradient: str) -> bool:
+def trusted(
+    query_bits: Tensor, value: Tensor, head_dim: int, bit_gradient: str, key_lengths: Tensor | None = None
+) -> bool:
     """Whether this kind of problem may run on this device: it has been measured there, or agrees with the reference now."""
     if not CHECKS or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True
     planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
-    return agrees(value.device, head_dim, value.shape[3], planes, value.dtype, bit_gradient)
+    return agrees(value.device, head_dim, value.shape[3], planes, value.dtype, bit_gradient, key_lengths is not None)
 
 
 @functools.cache
 def agrees(
-    device: torch.device, head_dim: int, value_dim: int, planes: int, dtype: torch.dtype, bit_gradient: str
+    device: torch.device,
+    head_dim: int,
+    value_dim: int,
+    planes: int,
+    dtype: torch.dtype,
+    bit_gradient: str,
+    masked: bool = False,
 ) -> bool:
     """Whether the kernels agree with the reference on a small problem; warns if they do not."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -253,6 +265,7 @@ def agrees(
         "planes": planes,
         "dtype": dtype,
         "bit_gradient": bit_gradient,
+        "masked": masked,
     }
     found = self_check.difference(run_forward, run_backward, device=device, **kind)  # type: ignore[arg-type]
     if found is None:
@@ -313,6 +326,7 @@ else:
             forward,
             backward,
             pack_sign_bits,
+            takes_key_lengths=True,
             device_types=("cuda", "cpu") if INTERPRETED else ("cuda",),
             problem=problem,
             priority=-1 if INTERPRETED else 20,

@@ -143,8 +143,16 @@ def _attend(
 
 
 @triton.jit
+def _count(lengths, b, keys):
+    """Number of keys of a sample that take part: all, unless there are lengths."""
+    if lengths is None:
+        return keys
+    return tl.load(lengths + b).to(tl.int32)
+
+
+@triton.jit
 def attend(
-    query_signs, key_signs, query_weight, key_weight, largest, value, output, logsumexp,
+    query_signs, key_signs, query_weight, key_weight, largest, value, output, logsumexp, lengths,
     heads, queries, keys, scale,
     value_b, value_h, value_n, output_b, output_h, output_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PLANES: tl.constexpr,
@@ -160,6 +168,7 @@ def attend(
         largest: (B·H) largest weight of a key (sum over planes of the absolute values).
         value, output: (B, H, tokens, VALUE_DIM), channels adjacent, other strides given.
         logsumexp: (B·H, queries) float32.
+        lengths: (B) int64, how many of each sample's keys take part (the first ones); None: all.
     """
     group = tl.program_id(1).to(tl.int64)
     b, h = group // heads, group % heads
@@ -181,28 +190,32 @@ def attend(
     accumulated = tl.zeros((M, V), tl.float32)
     total = tl.zeros((M,), tl.float32)
     bound = HEAD_DIM * size * tl.load(largest + group)
-    whole = keys // N * N
+    count = _count(lengths, b, keys)
+    whole = count // N * N
     if tl.max(bound, 0) <= LIMIT:
         maximum = bound
         for start in range(0, whole, N):
             accumulated, total, maximum = _attend(
                 accumulated, total, maximum, query, query_1, weight, weight_1, keys_base, weights_base, keys * D, keys,
-                value, start, keys, value_n, D, V, VALUE_DIM, PLANES, N, False, False, PRECISION, DOT,
+                value, start, count, value_n, D, V, VALUE_DIM, PLANES, N, False, False, PRECISION, DOT,
             )  # fmt: skip
-        if whole < keys:
+        if whole < count:
             accumulated, total, maximum = _attend(
                 accumulated, total, maximum, query, query_1, weight, weight_1, keys_base, weights_base, keys * D, keys,
-                value, whole, keys, value_n, D, V, VALUE_DIM, PLANES, N, False, True, PRECISION, DOT,
+                value, whole, count, value_n, D, V, VALUE_DIM, PLANES, N, False, True, PRECISION, DOT,
             )  # fmt: skip
     else:
         maximum = tl.full((M,), float("-inf"), tl.float32)
-        for start in range(0, keys, N):
+        for start in range(0, count, N):
             accumulated, total, maximum = _attend(
                 accumulated, total, maximum, query, query_1, weight, weight_1, keys_base, weights_base, keys * D, keys,
-                value, start, keys, value_n, D, V, VALUE_DIM, PLANES, N, True, True, PRECISION, DOT,
+                value, start, count, value_n, D, V, VALUE_DIM, PLANES, N, True, True, PRECISION, DOT,
             )  # fmt: skip
     channel = tl.arange(0, V)
     target = output + b * output_b + h * output_h + i.to(tl.int64)[:, None] * output_n + channel[None, :]
+    if lengths is not None:  # without keys the output is 0
+        maximum = tl.where(total == 0, float("-inf"), maximum)
+        total = tl.where(total == 0, 1.0, total)
     result = (accumulated / total[:, None]).to(output.dtype.element_ty)
     tl.store(target, result, mask=inside[:, None] & (channel < VALUE_DIM)[None, :])
     tl.store(logsumexp + group * queries + i, (maximum + tl.log2(total)) * LN_2, mask=inside)
@@ -217,7 +230,7 @@ def _seed_hash(seed, SEED_ON_DEVICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["seed"])
 def backward_of_keys(
-    query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta,
+    query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta, lengths,
     grad_value, grad_key_weight, grad_key, seed,
     heads, queries, keys, scale,
     value_b, value_h, value_n, output_b, output_h, output_n, grad_value_b, grad_value_h, grad_value_n,
@@ -254,7 +267,11 @@ def backward_of_keys(
     d_weight_1 = tl.zeros((N,), tl.float32)
     d_key = tl.zeros((N, D), tl.float32)
     hashed = _seed_hash(seed, SEED_ON_DEVICE)
-    for start in range(0, queries, M):
+    count = _count(lengths, b, keys)
+    end = queries
+    if lengths is not None:
+        end = tl.where(tl.program_id(0) * N < count, queries, 0)
+    for start in range(0, end, M):
         i = start + tl.arange(0, M)
         query = _signs(query_base, i, queries, D, True)
         wq = tl.load(weight_base + i, mask=i < queries, other=0.0)
@@ -272,6 +289,8 @@ def backward_of_keys(
             product, product_1 = _two_planes(key, key_1, query, query_1, wq, wq_1)
             scores = product * (wk * factor)[:, None] + product_1 * (wk_1 * factor)[:, None]
         p = tl.exp2(scores - lse[None, :])
+        if lengths is not None:
+            p = tl.where((j < count)[:, None], p, 0.0)
         d_value = tl.dot(p.to(d_out.dtype).to(DOT), d_out.to(DOT), d_value, input_precision=PRECISION)
         d_p = tl.dot(v, d_out.to(DOT).T, input_precision=PRECISION)
         d_scores = p * (d_p - dlt[None, :])
@@ -306,27 +325,27 @@ def backward_of_keys(
 def _step_of_queries(
     d_weight, d_weight_1, d_query,
     query, query_1, wq, wq_1, lse, dlt, d_out, keys_base, weights_base, value, row,
-    start, keys, value_n, factor,
+    start, count, keys, value_n, factor,
     D: tl.constexpr, V: tl.constexpr, VALUE_DIM: tl.constexpr, PLANES: tl.constexpr, N: tl.constexpr,
     MASKED: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIT_GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of :func:`backward_of_queries`."""
     j = start + tl.arange(0, N)
-    key = _signs(keys_base, j, keys, D, MASKED)
-    wk = tl.load(weights_base + j, mask=j < keys, other=0.0)
-    v = _numbers(value, j, keys, value_n, V, VALUE_DIM)
+    key = _signs(keys_base, j, count, D, MASKED)
+    wk = tl.load(weights_base + j, mask=j < count, other=0.0)
+    v = _numbers(value, j, count, value_n, V, VALUE_DIM)
     if PLANES == 1:
         product = tl.dot(query, key.T, out_dtype=tl.int32).to(tl.float32) * wk[None, :]  # (M, N)
         product_1 = product
         scores = product * (wq * factor)[:, None]
     else:
-        key_1 = _signs(keys_base + keys * D, j, keys, D, MASKED)
-        wk_1 = tl.load(weights_base + keys + j, mask=j < keys, other=0.0)
+        key_1 = _signs(keys_base + keys * D, j, count, D, MASKED)
+        wk_1 = tl.load(weights_base + keys + j, mask=j < count, other=0.0)
         product, product_1 = _two_planes(query, query_1, key, key_1, wk, wk_1)
         scores = product * (wq * factor)[:, None] + product_1 * (wq_1 * factor)[:, None]
     if MASKED:
-        scores = tl.where((j < keys)[None, :], scores, float("-inf"))
+        scores = tl.where((j < count)[None, :], scores, float("-inf"))
     p = tl.exp2(scores - lse[:, None])
     d_scores = p * (tl.dot(d_out, v.to(DOT).T, input_precision=PRECISION) - dlt[:, None])
     if WEIGHT_GRADIENT:
@@ -344,7 +363,7 @@ def _step_of_queries(
 
 @triton.jit(do_not_specialize=["seed"])
 def backward_of_queries(
-    query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta,
+    query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta, lengths,
     grad_query_weight, grad_query, seed,
     heads, queries, keys, scale,
     value_b, value_h, value_n, output_b, output_h, output_n,
@@ -376,16 +395,17 @@ def backward_of_queries(
     d_weight_1 = tl.zeros((M,), tl.float32)
     d_query = tl.zeros((M, D), tl.float32)
     row = row_hash(_seed_hash(seed, SEED_ON_DEVICE), group, i)
-    whole = keys // N * N
+    count = _count(lengths, b, keys)
+    whole = count // N * N
     for start in range(0, whole, N):
         d_weight, d_weight_1, d_query = _step_of_queries(
             d_weight, d_weight_1, d_query, query, query_1, wq, wq_1, lse, dlt, d_out, keys_base, weights_base, value, row,
-            start, keys, value_n, factor, D, V, VALUE_DIM, PLANES, N, False, WEIGHT_GRADIENT, BIT_GRADIENT, PRECISION, DOT,
+            start, count, keys, value_n, factor, D, V, VALUE_DIM, PLANES, N, False, WEIGHT_GRADIENT, BIT_GRADIENT, PRECISION, DOT,
         )  # fmt: skip
-    if whole < keys:
+    if whole < count:
         d_weight, d_weight_1, d_query = _step_of_queries(
             d_weight, d_weight_1, d_query, query, query_1, wq, wq_1, lse, dlt, d_out, keys_base, weights_base, value, row,
-            whole, keys, value_n, factor, D, V, VALUE_DIM, PLANES, N, True, WEIGHT_GRADIENT, BIT_GRADIENT, PRECISION, DOT,
+            whole, count, keys, value_n, factor, D, V, VALUE_DIM, PLANES, N, True, WEIGHT_GRADIENT, BIT_GRADIENT, PRECISION, DOT,
         )  # fmt: skip
     if WEIGHT_GRADIENT:
         tl.store(grad_query_weight + group * PLANES * queries + i, d_weight * scale, mask=inside)

@@ -81,12 +81,14 @@ def tiles_of(name: str, sizes: Sizes) -> Tiles:
     return chosen[name]()
 
 
-def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None) -> Built:
-    """Compile a kernel; no GPU is needed."""
+def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None, masked: bool = False) -> Built:
+    """Compile a kernel, with or without a number of keys for each sample; no GPU is needed."""
     function = getattr(kernels, name)
     tiles = tiles or tiles_of(name, sizes)
     constants = sizes.constants(tiles, backward=name != "attend")
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+    if not masked:
+        constants["lengths"] = None
     if name != "attend":
         constants["SEED_ON_DEVICE"] = False
     names = [parameter.name for parameter in function.params]
@@ -97,7 +99,15 @@ def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None) -
         elif parameter in NUMBERS + GRADIENTS:
             kind = "*fp32"
         else:
-            kind = "*i8" if parameter in SIGNS else "fp32" if parameter == "scale" else "i32"
+            kind = (
+                "*i64"
+                if parameter == "lengths"
+                else "*i8"
+                if parameter in SIGNS
+                else "fp32"
+                if parameter == "scale"
+                else "i32"
+            )
         signature[parameter] = "constexpr" if parameter in constants else kind
         if kind.startswith("*") or STRIDES.match(parameter):
             aligned[(place,)] = [["tt.divisibility", 16]]

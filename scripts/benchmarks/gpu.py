@@ -132,8 +132,14 @@ def check(device: str) -> list[dict[str, Any]]:
         typer.Exit: they disagree.
     """
     rows = []
-    for (head_dim, value_dim), gradient, dtype in itertools.product(SIZES, GRADIENTS, TOLERANCES):
-        kind: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "bit_gradient": gradient}
+    kinds = itertools.product(SIZES, GRADIENTS, TOLERANCES, (False, True))
+    for (head_dim, value_dim), gradient, dtype, masked in kinds:
+        kind: dict[str, Any] = {
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "bit_gradient": gradient,
+            "masked": masked,
+        }
         found = difference(run_forward, run_backward, planes=1, dtype=dtype, device=torch.device(device), **kind)
         rows.append({**kind, "dtype": str(dtype).removeprefix("torch."), "passed": found is None})
         if found is not None:

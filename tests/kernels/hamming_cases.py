@@ -51,10 +51,9 @@ class Case:
         gradients = torch.autograd.grad(output, list(learned.values()), self.output_gradient)
         return {"output": output.detach(), **dict(zip(learned, gradients, strict=True))}
 
-    def expected(self, *, scale: float | None = None) -> Expected:
-        return hamming_oracle(
-            *self.inputs(), self.output_gradient, head_dim=self.head_dim, scale=scale, query=self.query, key=self.key
-        )
+    def expected(self, *, scale: float | None = None, key_mask: Tensor | None = None) -> Expected:
+        options = {"head_dim": self.head_dim, "scale": scale, "key_mask": key_mask}
+        return hamming_oracle(*self.inputs(), self.output_gradient, query=self.query, key=self.key, **options)
 
     def with_(self, **changes: Any) -> "Case":
         return replace(self, **changes)

@@ -74,8 +74,12 @@ def hamming_oracle(
     scale: float | None = None,
     query: Tensor | None = None,
     key: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Expected:
-    """Dense evaluation of the module's formulas; `query` and `key` ask for the straight-through gradient."""
+    """Dense evaluation of the module's formulas; `query` and `key` ask for the straight-through gradient.
+
+    The score of a key outside `key_mask` is minus infinity.
+    """
     two_planes = query_weight.ndim == 4
     scale = head_dim**-0.5 if scale is None else scale
     q_bits, k_bits = (bits.cpu().numpy().view(np.uint64) for bits in (query_bits.contiguous(), key_bits.contiguous()))
@@ -93,7 +97,10 @@ def hamming_oracle(
         dots[m, n] = scale * (head_dim - 2.0 * np.bitwise_count(differing).sum(-1, dtype=np.int64))
     scores = sum(dots[m, n] * q_weight[:, :, :, None, m] * k_weight[:, :, None, :, n] for m, n in planes)
 
+    if key_mask is not None:
+        scores = np.where(key_mask.cpu().numpy()[:, None, None, :], scores, -np.inf)
     maximum = scores.max(-1, keepdims=True) if scores.shape[-1] else np.zeros((*scores.shape[:-1], 1))
+    maximum = np.where(np.isfinite(maximum), maximum, 0)
     exponentials = np.exp(scores - maximum)
     total = exponentials.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):

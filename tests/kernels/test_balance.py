@@ -115,6 +115,32 @@ def test_samples_do_not_see_each_other() -> None:
         assert torch.equal(alone[0][0], y[sample]) and torch.equal(alone[1][0], bits[sample])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_padding_takes_no_part_in_the_mean(dtype) -> None:
+    """Each sample with its padding is what the sample without padding gives, forward and backward."""
+    x, lengths = numbers((3, 2, 9, 24), dtype, "projected"), [9, 4, 2]
+    mask = torch.rand(3, 9).argsort(1) < torch.tensor(lengths)[:, None]
+    grad = torch.randn(3, 2, 9, 24, dtype=dtype) * mask[:, None, :, None]
+    leaf = x.detach().clone().requires_grad_()
+    y, bits = balance(leaf, token_mask=mask, window=1.0)
+    (found,) = torch.autograd.grad(y, leaf, grad)
+    for b in range(3):
+        alone = x[b : b + 1, :, mask[b]].detach().clone().requires_grad_()
+        wanted, wanted_bits = balance(alone, window=1.0)
+        assert_near(y[b, :, mask[b]], wanted[0].detach().double(), dtype)
+        (wanted_grad,) = torch.autograd.grad(wanted, alone, grad[b : b + 1, :, mask[b]])
+        assert_near(found[b, :, mask[b]], wanted_grad[0].double(), dtype, least=1.0)
+
+        assert torch.equal(bits[b, :, mask[b]], wanted_bits[0])
+        assert not found[b, :, ~mask[b]].any()
+
+
+def test_a_mask_of_another_kind_is_refused() -> None:
+    for mask in (torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"token_mask has shape .*, expected bool \(B, N\) = \(2, 5\)"):
+            balance(torch.randn(2, 3, 5, 8), token_mask=mask)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4)], ids=str)
 def test_nothing_gives_nothing(shape) -> None:
     y, bits = balance(torch.empty(shape, requires_grad=True))

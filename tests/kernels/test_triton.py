@@ -32,10 +32,18 @@ def test_interpreted(part) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
-def check_build(target: str, kernel: str, gradient: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+def check_build(
+    target: str,
+    kernel: str,
+    gradient: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    masked: bool = False,
+) -> None:
     one = assembly.TARGETS[target]
     sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, True, one.unit)
-    built = assembly.build(kernel, sizes, one)
+    built = assembly.build(kernel, sizes, one, masked=masked)
     for pattern in one.products if dtype != torch.float32 else one.products[:1]:
         assert re.search(pattern, built.text), f"no {pattern} in {kernel} for {target}"
     assert built.shared <= one.shared
@@ -47,6 +55,12 @@ def check_build(target: str, kernel: str, gradient: str, head_dim: int, value_di
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_builds_on_matrix_units_without_spills(target, kernel, gradient) -> None:
     check_build(target, kernel, gradient, 64, 16, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("kernel", "gradient"), GRADIENTS)
+def test_builds_with_a_key_mask(kernel, gradient) -> None:
+    check_build("sm_90", kernel, gradient, 64, 16, torch.bfloat16, masked=True)
 
 
 @pytest.mark.slow

@@ -82,6 +82,21 @@ def test_ternary_gradient_is_the_reference_one(queries, keys, head_dim) -> None:
         assert apart.float().mean() < 0.02, f"{name}: other draws"
 
 
+@pytest.mark.parametrize(("queries", "keys", "planes"), [(70, 150, None), (33, 20, None), (31, 65, 2)])
+def test_key_mask(queries, keys, planes) -> None:
+    """Samples of different numbers of keys, one of them without any; a whole tile, or part of one, takes no part."""
+    case = bounded(make_case(queries, keys, 65, 5, batch=3, heads=2, planes=planes, dtype=torch.float32))
+    mask = torch.rand(3, keys) < 0.3
+    mask[2] = False
+    for gradient in ("none",) if planes else ("ste", "ternary"):
+        options = {"bit_gradient": gradient, "seed": 7, "key_mask": mask}
+        found, expected = (case.run(backend=name, **options) for name in ("triton", "reference"))
+        for name, tensor in expected.items():
+            drawn = gradient == "ternary" and name in ("query", "key")
+            assert distance(found[name], tensor) < (0.1 if drawn else 1e-4), (gradient, name)
+            assert torch.equal(found[name][2], torch.zeros_like(found[name][2])), (gradient, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(dtype) -> None:
     """Values and gradients as parts of (B, N, 3 H d) arrays, and transposed: the same as from copies."""
@@ -161,7 +176,7 @@ def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
     def forward(*inputs):
         output, logsumexp = run_forward(*inputs)
         if fault == "scale":
-            return run_forward(*inputs[:-1], 1.1 * inputs[-1])
+            return run_forward(*inputs[:6], 1.1 * inputs[6], *inputs[7:])
         if fault == "tail":
             output[:, :, -1] = 0
         return output, logsumexp
@@ -196,6 +211,6 @@ def test_the_benchmark_runs_what_it_names(monkeypatch) -> None:
         result = subject.prepare()()
         assert isinstance(result, tuple) == subject.step
     monkeypatch.setattr(gpu, "SIZES", ((24, 8),))
-    assert [row["passed"] for row in gpu.check("cpu")] == [True] * 9
+    assert [row["passed"] for row in gpu.check("cpu")] == [True] * 18
     table = gpu.table([gpu.Result(subjects[0], [1.0, 2.0])])
     assert table.splitlines()[2] == "| attention: hamming | 40 | 64 | 16 | forward | 1.500 |  |  |"
