@@ -52,11 +52,8 @@ def backward(
     bit_gradient: str,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """As :func:`hf_binaryformer.kernels.reference.reference_backward`.
-
-    None for float64, for empty inputs, and for ``bit_gradient="ste"``.
-    """
-    if not _served(query_bits, value) or bit_gradient == "ste":
+    """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for float64 and for empty inputs."""
+    if not _served(query_bits, value):
         return None
     call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
     grad_output, output, logsumexp = _rows(grad_output.to(value.dtype)), _rows(output), logsumexp.contiguous()
@@ -68,7 +65,7 @@ def backward(
     def empty(like: Tensor, wanted: bool = True) -> Tensor:
         return value.new_empty(like.shape if wanted else (0,), dtype=torch.float32)
 
-    signs = bit_gradient == "ternary"
+    signs = bit_gradient != "none"
     grad_value = token_major(value, value.shape, value.dtype)
     d_query_weight, d_key_weight = empty(query_weight, weight_gradient), empty(key_weight, weight_gradient)
     d_query, d_key = (
@@ -80,7 +77,8 @@ def backward(
         call.grad_query_weight, call.grad_key_weight = d_query_weight.data_ptr(), d_key_weight.data_ptr()
     if signs:
         call.grad_query, call.grad_key = d_query.data_ptr(), d_key.data_ptr()
-        call.seed = int(seed) & (2**64 - 1)
+        call.straight_through = bit_gradient == "ste"
+        call.seed = 0 if call.straight_through else int(seed) & (2**64 - 1)
     _library().backward(call)
     return d_query_weight, d_key_weight, grad_value, d_query, d_key
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 INSTRUCTION_SET_VARIABLE = "HF_BINARYFORMER_CPU_ISA"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Smallest work, in rows to pack and in channels to saturate, for which another thread is worth starting.
@@ -47,6 +47,7 @@ class Call(ctypes.Structure):
         *[(n, c_void_p) for n in ("grad_logsumexp", "grad_query_weight", "grad_key_weight")],
         ("grad_value", Rows),
         *[(n, c_void_p) for n in ("grad_query", "grad_key")],
+        ("straight_through", c_int64),
         ("seed", c_uint64),
     ]
 

@@ -72,6 +72,15 @@ class Problem:
         )
         return signs
 
+    def hashes(self, seed: Tensor) -> Tensor:
+        """Hashes (B·H, Nq) int32 of the queries, from which the ternary draws are made."""
+        # A seed on the GPU is read there, so that nothing waits for it and a CUDA graph draws anew when it is replayed.
+        on_device = seed.device.type != "cpu"
+        start = seed_hash(seed) if on_device else int(seed_hash(seed))
+        found = self.value.new_empty((self.batch * self.heads, self.queries), dtype=torch.int32)
+        kernels.hash_rows[self.grid(self.queries, 256)](found, start, self.queries, SEED_ON_DEVICE=on_device, R=256)
+        return found
+
     def weight_like(self, weight: Tensor, found: Tensor) -> Tensor:
         """(B·H, planes, N) back to the layout of a weight."""
         found = found.view(self.batch, self.heads, self.planes, -1)
@@ -185,9 +194,7 @@ def run_backward(
         value.new_empty((*bits.shape[:3], head_dim) if signs else (0,), dtype=torch.float32)
         for bits in (query_bits, key_bits)
     )
-    # A seed on the GPU is read there, so that nothing waits for it and a CUDA graph draws anew when it is replayed.
-    on_device = seed.device.type != "cpu"
-    start = seed_hash(seed) if on_device else int(seed_hash(seed))
+    hashes = one.hashes(seed) if bit_gradient == "ternary" else None
     inputs = (
         *(one.query_signs, one.key_signs, one.query_weight, one.key_weight, one.value, grad_output),
         *(logsumexp, delta, key_lengths),
@@ -195,15 +202,13 @@ def run_backward(
     numbers = *one.numbers(), *one.value.stride()[:3], *grad_output.stride()[:3]
     tiles = one.sizes.key_tiles()
     kernels.backward_of_keys[one.grid(one.keys, tiles.N)](
-        *(*inputs, grad_value, d_key_weight, d_key, start, *numbers, *grad_value.stride()[:3]),
-        SEED_ON_DEVICE=on_device,
+        *(*inputs, grad_value, d_key_weight, d_key, hashes, *numbers, *grad_value.stride()[:3]),
         **one.sizes.constants(tiles, backward=True),
     )
     if weight_gradient or signs:
         tiles = one.sizes.query_tiles()
         kernels.backward_of_queries[one.grid(one.queries, tiles.M)](
-            *(*inputs, d_query_weight, d_query, start, *numbers),
-            SEED_ON_DEVICE=on_device,
+            *(*inputs, d_query_weight, d_query, hashes, *numbers),
             **one.sizes.constants(tiles, backward=True),
         )
     if weight_gradient:

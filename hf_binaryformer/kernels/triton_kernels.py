@@ -66,22 +66,33 @@ def row_hash(base, head, i):
 
 
 @triton.jit
-def uniform(row, j):
-    """Uniform float32 in (0, 1): :func:`hf_binaryformer.kernels.draws.uniform`."""
-    number = _multiply32(row + j.to(tl.uint32) * 0x9E3779B9)
-    return ((number >> 10).to(tl.float32) + 0.5) * (1.0 / 4194304)
+def draws(row, j):
+    """Whole numbers below 2^22, of which (n + 1/2) / 2^22 are the draws of :func:`hf_binaryformer.kernels.draws.uniform`."""
+    return _multiply32(row + j.to(tl.uint32) * 0x9E3779B9) >> 10
+
+
+@triton.jit(do_not_specialize=["seed"])
+def hash_rows(hashes, seed, rows, SEED_ON_DEVICE: tl.constexpr, R: tl.constexpr):
+    """Hashes (B·H, rows) of the queries; seed is the hash of the seed, a number or (SEED_ON_DEVICE) where it lies."""
+    base = tl.load(seed) if SEED_ON_DEVICE else seed
+    group = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * R + tl.arange(0, R)
+    tl.store(hashes + group * rows + i, row_hash(base, group, i).to(tl.int32, bitcast=True), mask=i < rows)
 
 
 @triton.jit
-def _ternary(g, draw, axis: tl.constexpr):
-    """Signs +1, 0, -1 (float16) of an unbiased ternary form of g, and their scales, the largest abs(g) along the axis.
+def _ternary(g, draw, poison):
+    """Signs +1, 0, -1 (float16) of an unbiased ternary form of the rows of g, and their scales, the largest abs(g).
 
-    What is not a number makes the scale NaN, and with it all that is summed.
+    max skips what is not a number. A poison that is NaN where a row has one makes the scale NaN, and all that is summed.
     """
     size = tl.abs(g)
-    scale = tl.max(size, axis) + 0.0 * tl.sum(g, axis)
-    drawn = draw * tl.expand_dims(scale, axis) < size
-    return tl.where(drawn, tl.where(g < 0, -1.0, 1.0), 0.0).to(tl.float16), scale
+    scale = tl.max(size, 1) + 0.0 * poison
+    step = tl.expand_dims(scale * (1.0 / 4194304), 1)
+    drawn = tl.fma(draw.to(tl.float32), step, 0.5 * step) < size
+    # 1 with the sign of g, in one operation on its bits.
+    sign = ((g.to(tl.int32, bitcast=True) & -2147483648) | 0x3F800000).to(tl.float32, bitcast=True)
+    return tl.where(drawn, sign, 0.0).to(tl.float16), scale
 
 
 @triton.jit
@@ -145,9 +156,8 @@ def _attend(
 @triton.jit
 def _count(lengths, b, keys):
     """Number of keys of a sample that take part: all, unless there are lengths."""
-    if lengths is None:
-        return keys
-    return tl.load(lengths + b).to(tl.int32)
+    count = keys if lengths is None else tl.load(lengths + b).to(tl.int32)
+    return count
 
 
 @triton.jit
@@ -222,21 +232,14 @@ def attend(
 
 
 @triton.jit
-def _seed_hash(seed, SEED_ON_DEVICE: tl.constexpr):
-    if SEED_ON_DEVICE:
-        return tl.load(seed)
-    return seed
-
-
-@triton.jit(do_not_specialize=["seed"])
 def backward_of_keys(
     query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta, lengths,
-    grad_value, grad_key_weight, grad_key, seed,
+    grad_value, grad_key_weight, grad_key, hashes,
     heads, queries, keys, scale,
     value_b, value_h, value_n, output_b, output_h, output_n, grad_value_b, grad_value_h, grad_value_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PLANES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIT_GRADIENT: tl.constexpr,
-    SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of values, key weights and key signs: N keys of one head a program, M queries (64: a block of draws) a step.
 
@@ -244,7 +247,7 @@ def backward_of_keys(
         grad_output: (B, H, queries, VALUE_DIM), channels adjacent.
         delta: (B·H, queries) float32, sum of grad_output times output less the gradient of the log-sum-exp.
         grad_value: (B, H, keys, VALUE_DIM); grad_key_weight: (B·H, PLANES, keys); grad_key: (B·H, keys, HEAD_DIM).
-        seed: hash of the seed, a number or (SEED_ON_DEVICE) where it lies.
+        hashes: (B·H, queries) of :func:`hash_rows`, read for the ternary gradient.
     """
     group = tl.program_id(1).to(tl.int64)
     b, h = group // heads, group % heads
@@ -266,7 +269,6 @@ def backward_of_keys(
     d_weight = tl.zeros((N,), tl.float32)
     d_weight_1 = tl.zeros((N,), tl.float32)
     d_key = tl.zeros((N, D), tl.float32)
-    hashed = _seed_hash(seed, SEED_ON_DEVICE)
     count = _count(lengths, b, keys)
     end = queries
     if lengths is not None:
@@ -295,15 +297,18 @@ def backward_of_keys(
         d_p = tl.dot(v, d_out.to(DOT).T, input_precision=PRECISION)
         d_scores = p * (d_p - dlt[None, :])
         if WEIGHT_GRADIENT:
-            d_weight += tl.sum(d_scores * product, 1)
+            poison = tl.sum(d_scores * product, 1)
+            d_weight += poison
             if PLANES == 2:
                 d_weight_1 += tl.sum(d_scores * product_1, 1)
         if BIT_GRADIENT == "ste":
             g = d_scores * wq[None, :]
             d_key = tl.dot(g.to(d_out.dtype).to(DOT), query.to(DOT), d_key, input_precision=PRECISION)
         if BIT_GRADIENT == "ternary":
-            draw = uniform(row_hash(hashed, group, i)[None, :], j[:, None])
-            t, size = _ternary(d_scores * wq[None, :], draw, 1)
+            row = tl.load(hashes + group * queries + i, mask=i < queries, other=0).to(tl.uint32, bitcast=True)
+            if not WEIGHT_GRADIENT:
+                poison = tl.sum(d_scores, 1)
+            t, size = _ternary(d_scores * wq[None, :], draws(row[None, :], j[:, None]), poison)
             d_key += size[:, None] * tl.dot(t, query.to(tl.float16))
     channel = tl.arange(0, V)
     target = (
@@ -349,27 +354,30 @@ def _step_of_queries(
     p = tl.exp2(scores - lse[:, None])
     d_scores = p * (tl.dot(d_out, v.to(DOT).T, input_precision=PRECISION) - dlt[:, None])
     if WEIGHT_GRADIENT:
-        d_weight += tl.sum(d_scores * product, 1)
+        poison = tl.sum(d_scores * product, 1)
+        d_weight += poison
         if PLANES == 2:
             d_weight_1 += tl.sum(d_scores * product_1, 1)
     if BIT_GRADIENT == "ste":
         g = d_scores * wk[None, :]
         d_query = tl.dot(g.to(v.dtype).to(DOT), key.to(DOT), d_query, input_precision=PRECISION)
     if BIT_GRADIENT == "ternary":
-        t, size = _ternary(d_scores * wk[None, :], uniform(row[:, None], j[None, :]), 1)
+        if not WEIGHT_GRADIENT:
+            poison = tl.sum(d_scores, 1)
+        t, size = _ternary(d_scores * wk[None, :], draws(row[:, None], j[None, :]), poison)
         d_query += size[:, None] * tl.dot(t, key.to(tl.float16))
     return d_weight, d_weight_1, d_query
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def backward_of_queries(
     query_signs, key_signs, query_weight, key_weight, value, grad_output, logsumexp, delta, lengths,
-    grad_query_weight, grad_query, seed,
+    grad_query_weight, grad_query, hashes,
     heads, queries, keys, scale,
     value_b, value_h, value_n, output_b, output_h, output_n,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PLANES: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BIT_GRADIENT: tl.constexpr,
-    SEED_ON_DEVICE: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query weights and query signs: M queries of one head a program, N keys (64: a block of draws) a step."""
     group = tl.program_id(1).to(tl.int64)
@@ -394,7 +402,9 @@ def backward_of_queries(
     d_weight = tl.zeros((M,), tl.float32)
     d_weight_1 = tl.zeros((M,), tl.float32)
     d_query = tl.zeros((M, D), tl.float32)
-    row = row_hash(_seed_hash(seed, SEED_ON_DEVICE), group, i)
+    row = wq
+    if BIT_GRADIENT == "ternary":
+        row = tl.load(hashes + group * queries + i, mask=inside, other=0).to(tl.uint32, bitcast=True)
     count = _count(lengths, b, keys)
     whole = count // N * N
     for start in range(0, whole, N):

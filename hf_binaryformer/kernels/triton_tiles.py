@@ -83,8 +83,9 @@ class Sizes:
         if self.bit_gradient == "none":
             rows, warps = 64, 4 if self.v <= 64 else 8
         elif self.unit in ("wgmma", "tcgen05"):
-            rows = 64 if self.d <= 128 else 32 if self.d <= 256 else 16
-            warps = 4 if self.bit_gradient == "ste" and self.d <= 64 and self.v <= 16 else 8
+            # Matrix units take 64 rows of four warps: with 64 rows, eight warps would compute each score twice.
+            rows = 128 if self.d <= 64 else 64 if self.d <= 128 else 32 if self.d <= 256 else 16
+            warps = 8
         else:
             rows, warps = 32 if 64 <= self.d <= 128 else 16, 8 if self.unit == "mma" and self.d > 64 else 4
         if self.dtype.itemsize > 2:

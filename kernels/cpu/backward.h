@@ -36,7 +36,8 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         F *dp;          // (kQueryBlock)
         F *d_query;     // (kQueryBlock, P): dw_q, not yet summed over lanes
         float *rows;    // (L, padded d_v)
-        Signs<V> signs; // of the ternary gradient
+        Ternary<V> ternary;                  // one of them, if bits have a gradient
+        StraightThrough<V> straight_through;
     };
 
     static BackwardRoom carve_backward(const Call &call, Carver &c) {
@@ -58,8 +59,16 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         r.dp = c.take<F>(kQueryBlock + 1);
         r.d_query = c.take<F>(kQueryBlock * Planes);
         r.rows = c.take<float>(L * values);
-        if (a.grad_query) r.signs = Signs<V>::carve(call, c);
+        if (a.grad_query && a.straight_through) r.straight_through = StraightThrough<V>::carve(call, c);
+        else if (a.grad_query) r.ternary = Ternary<V>::carve(call, c);
         return r;
+    }
+
+    // Passes the gradient of the bits to the task, if they have one.
+    template <class Task> static inline void with_signs(const hf_attention &a, const BackwardRoom &r, Task task) {
+        if (!a.grad_query) return;
+        if (a.straight_through) task(r.straight_through);
+        else task(r.ternary);
     }
 
     static size_t backward_bytes(const Call &call) {
@@ -235,7 +244,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         if (arena.call != call.id || arena.head != head) {
             pack_queries(a, head, r);
             FloatRows::of(a, a.grad_output, head, a.queries, values, r.grad);
-            if (a.grad_query) r.signs.load_queries(call, head);
+            with_signs(a, r, [&](auto &signs) { signs.load_queries(call, head); });
             arena.call = call.id, arena.head = head;
         }
         load_chunk(call, head, first, last, r);
@@ -249,11 +258,11 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         const BackwardRoom r = carve_backward(call, c);
         const int64_t first = chunk * call.chunk, last = std::min(first + call.chunk, a.keys), tiles = (last - first + L - 1) / L, row = head * a.queries;
         const FloatRows grad = load_unit(call, head, first, last, r, arena);
-        if (a.grad_query) r.signs.load_chunk(call, head, first, last);
+        with_signs(a, r, [&](auto &signs) { signs.load_chunk(call, head, first, last); });
         for (int64_t i = 0; i < a.queries; i += kQueryBlock) {
             const int64_t count = std::min<int64_t>(kQueryBlock, a.queries - i);
             for (int64_t n = 0; n < count * Planes; n++) r.d_query[n] = V::splat(0);
-            if (a.grad_query) r.signs.start_queries();
+            with_signs(a, r, [&](auto &signs) { signs.start_queries(call, head, i, count); });
             for (int64_t t = 0; t < tiles; t++) {
                 Weights weights{r.delta + i, a.query_weight + (row + i) * Planes, {}, {}};
                 for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
@@ -263,13 +272,13 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
                 } else {
                     recompute<true, false>(a, r, grad, i, count, t, weights);
                 }
-                if (a.grad_query) r.signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.delta + i, r.tile_weight[t]);
+                with_signs(a, r, [&](auto &signs) { signs.add_tile(call, head, i, count, first, last, t, r.p, r.dp, r.delta + i, r.tile_weight[t]); });
             }
             write_query_block(call, head, chunk, i, count, r);
-            if (a.grad_query) r.signs.write_queries(call, head, chunk, i, count);
+            with_signs(a, r, [&](auto &signs) { signs.write_queries(call, head, chunk, i, count); });
         }
         write_chunk(call, head, first, last, r);
-        if (a.grad_query) r.signs.write_chunk(call, head, first, last);
+        with_signs(a, r, [&](auto &signs) { signs.write_chunk(call, head, first, last); });
     }
 
     // A tile's key weights, 0 in lanes past the end.

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Version of the structures below. The Python side refuses a library with another version.
-enum { HF_ABI_VERSION = 4 };
+enum { HF_ABI_VERSION = 5 };
 
 enum hf_type { HF_FLOAT32 = 0, HF_BFLOAT16 = 1, HF_FLOAT16 = 2 };
 
@@ -45,8 +45,9 @@ typedef struct {
     float *grad_query_weight;   // (B, H, Nq, P), or NULL when not wanted
     float *grad_key_weight;     // (B, H, Nk, P), or NULL
     hf_rows grad_value;         // (B, H, Nk, d_v)
-    float *grad_query;          // (B, H, Nq, d) gradient of the signs by ternary draws, or NULL
+    float *grad_query;          // (B, H, Nq, d) gradient of the signs, or NULL
     float *grad_key;            // (B, H, Nk, d), or NULL
+    int64_t straight_through;   // gradient of the signs: 0 by ternary draws, else straight-through
     uint64_t seed;              // of the ternary draws
 } hf_attention;
 

@@ -9,16 +9,12 @@
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
-#include <thread>
 
+#include "bit_sums.h"
 #include "convert.h"
-#include "kernels.h"
 
 namespace hf {
 namespace {
-
-constexpr int kSignBlock = 64;
 
 inline uint32_t multiply(uint32_t h) {
     h = (h ^ h >> 16) * 0x7feb352du;
@@ -42,18 +38,18 @@ inline void transpose(uint64_t *m) {
             }
 }
 
-template <class V> struct Signs {
-    using F = typename V::F;
-    using I = typename V::I;
+// Sums are of t sgn(k) and of t sgn(q). There are 64 channels for each word.
+template <class V> struct Ternary : BitSums<V> {
+    using Base = BitSums<V>;
+    using typename Base::F;
+    using typename Base::I;
     using U = typename V::U;
-    static constexpr int L = V::lanes, kParts = kSignBlock / L;
+    using Base::channels, Base::query_sums, Base::key_sums, Base::L, Base::kParts;
 
-    int64_t words, channels; // 64 words
+    int64_t words;
     uint64_t *query_columns; // (Nq / 64, channels): the bits of 64 queries in each channel, inverted where w_q < 0
     uint64_t *key_columns;   // (chunk / 64, channels): the same for keys and w_k
     uint32_t *row_hash;      // (Nq)
-    float *query_sums;       // (64, channels): sum of t sgn(k) over the chunk's keys
-    float *key_sums;         // (chunk, channels): sum of t sgn(q)
     // For the current block of 64 x 64:
     F *d_scores;             // (64, kParts): dS
     F *key_weight;           // (kParts): abs(w_k), 0 past the end
@@ -61,16 +57,15 @@ template <class V> struct Signs {
     I *column_largest;       // (kParts)
     uint64_t *row_positive, *row_nonzero, *column_positive, *column_nonzero; // (64)
 
-    template <class Carver> static Signs carve(const Call &call, Carver &c) {
+    template <class Carver> static Ternary carve(const Call &call, Carver &c) {
         const hf_attention &a = *call.a;
-        Signs s;
+        Ternary s;
         s.words = (a.head_dim + 63) / 64;
         s.channels = 64 * s.words;
         s.query_columns = c.template take<uint64_t>((a.queries + 63) / 64 * s.channels);
         s.key_columns = c.template take<uint64_t>(call.chunk / 64 * s.channels);
         s.row_hash = c.template take<uint32_t>(a.queries);
-        s.query_sums = c.template take<float>(64 * s.channels);
-        s.key_sums = c.template take<float>(call.chunk * s.channels);
+        s.carve_sums(call, c);
         s.d_scores = c.template take<F>(64 * kParts);
         s.key_weight = c.template take<F>(kParts);
         s.row_largest = c.template take<I>(64);
@@ -102,10 +97,10 @@ template <class V> struct Signs {
     void load_chunk(const Call &call, int64_t head, int64_t first, int64_t last) const {
         const hf_attention &a = *call.a;
         load_columns(a.key_bits + (head * a.keys + first) * words, a.key_weight + head * a.keys + first, last - first, key_columns);
-        memset(key_sums, 0, call.chunk * channels * sizeof(float));
+        this->start_chunk(call);
     }
 
-    void start_queries() const { memset(query_sums, 0, 64 * channels * sizeof(float)); }
+    void start_queries(const Call &, int64_t, int64_t, int64_t) const { this->start_query_sums(); }
 
     // Adds dS of the `count` queries from i on and of the keys of tile t of the chunk first .. last. Draws when 64
     // keys, or the last ones, are there.
@@ -175,29 +170,6 @@ template <class V> struct Signs {
         if constexpr (L == 16) ((uint16_t *)&word)[part] = (uint16_t)bits;
         else if constexpr (L == 8) ((uint8_t *)&word)[part] = (uint8_t)bits;
         else word |= (uint64_t)bits << L * part;
-    }
-
-    // Adds the chunk's share of dq for a block of queries, after those of the chunks before it, so that sums always
-    // have the same order. Units begin in order, so the unit that this one waits for is already running.
-    void write_queries(const Call &call, int64_t head, int64_t chunk, int64_t i, int64_t count) const {
-        const hf_attention &a = *call.a;
-        std::atomic<int64_t> &turn = call.turn[(head * a.queries + i) / kSignBlock + head];
-        while (turn.load(std::memory_order_acquire) != chunk) std::this_thread::yield();
-        for (int64_t n = 0; n < count; n++) {
-            const float factor = (float)a.scale * a.query_weight[head * a.queries + i + n];
-            float *to = a.grad_query + (head * a.queries + i + n) * a.head_dim;
-            for (int64_t c = 0; c < a.head_dim; c++) to[c] = (chunk ? to[c] : 0) + factor * query_sums[n * channels + c];
-        }
-        turn.store(chunk + 1, std::memory_order_release);
-    }
-
-    void write_chunk(const Call &call, int64_t head, int64_t first, int64_t last) const {
-        const hf_attention &a = *call.a;
-        for (int64_t key = first; key < last; key++) {
-            const float factor = (float)a.scale * a.key_weight[head * a.keys + key];
-            float *to = a.grad_key + (head * a.keys + key) * a.head_dim;
-            for (int64_t c = 0; c < a.head_dim; c++) to[c] = factor * key_sums[(key - first) * channels + c];
-        }
     }
 };
 

@@ -13,6 +13,37 @@ void check_guards(Outputs &out) {
     for (size_t n = 0; n < out.all().size(); n++) expect(out.all()[n]->guards_stand(), "%s: written outside its rows", Outputs::name(n));
 }
 
+// dq_i = scale w_q,i sum_j dS_ij w_k,j sgn(k_j), and dk alike.
+void check_straight_through(Inputs &in, const Layout &l, const Expected &e, double allowed) {
+    const Shape &s = in.s;
+    const int64_t nq = s.queries, nk = s.keys, d = s.head_dim, W = s.words();
+    Outputs one(s, in.type, l), three(s, in.type, l);
+    for (Outputs *out : {&one, &three}) {
+        hf_attention a = call_of(in, *out, out == &three ? 3 : 1);
+        expect(forward(a) == 0, "forward refused");
+        a.grad_query = floats(out->d_query), a.grad_key = floats(out->d_key), a.straight_through = 1;
+        expect(backward(a) == 0, "backward refused");
+        check_guards(*out);
+    }
+    for (size_t n = 0; n < one.all().size(); n++)
+        expect(one.all()[n]->memory == three.all()[n]->memory, "straight-through %s: three threads differ from one", Outputs::name(n));
+    std::vector<double> d_query(s.groups() * nq * d), d_key(s.groups() * nk * d), query_terms(d_query.size()), key_terms(d_key.size());
+    for (int64_t head = 0; head < s.groups(); head++)
+        for (int64_t i = 0; i < nq; i++)
+            for (int64_t j = 0; j < nk; j++) {
+                const int64_t q = head * nq + i, k = head * nk + j;
+                const double g = in.scale * in.query_weight[q] * in.key_weight[k], ds = e.d_scores[q * nk + j], terms = fabs(g) * e.score_terms[q * nk + j];
+                for (int64_t c = 0; c < d; c++) {
+                    d_query[q * d + c] += g * ds * ((in.key_bits[k * W + c / 64] >> c % 64 & 1) ? 1 : -1);
+                    d_key[k * d + c] += g * ds * ((in.query_bits[q * W + c / 64] >> c % 64 & 1) ? 1 : -1);
+                    query_terms[q * d + c] += terms, key_terms[k * d + c] += terms;
+                }
+            }
+    const double of_queries = distance(one.d_query.values(), d_query, query_terms), of_keys = distance(one.d_key.values(), d_key, key_terms);
+    expect(of_queries <= allowed, "straight-through grad_query: error %.3g, allowed %.3g", of_queries, allowed);
+    expect(of_keys <= allowed, "straight-through grad_key: error %.3g, allowed %.3g", of_keys, allowed);
+}
+
 void check_against_brute_force(Inputs in, const Layout &l) {
     const Shape &s = in.s;
     const int64_t type = in.type;
@@ -41,6 +72,7 @@ void check_against_brute_force(Inputs in, const Layout &l) {
     near(one.d_value, e.d_value, e.d_value, "grad_value");
     near(one.d_query_weight, e.d_query_weight, e.query_terms, "grad_query_weight");
     near(one.d_key_weight, e.d_key_weight, e.key_terms, "grad_key_weight");
+    if (s.planes == 1) check_straight_through(in, l, e, allowed);
 }
 
 // Each gradient of a weight can be left out; what is left is the same.

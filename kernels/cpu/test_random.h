@@ -45,7 +45,7 @@ void random_attention(Random &random, int64_t type) {
     const uint64_t choice = random();
     if (choice & 1) a.grad_query_weight = nullptr;
     if (choice & 2) a.grad_key_weight = nullptr;
-    if (choice & 4 && s.planes == 1) a.grad_query = floats(out.d_query), a.grad_key = floats(out.d_key), a.seed = random();
+    if (choice & 4 && s.planes == 1) a.grad_query = floats(out.d_query), a.grad_key = floats(out.d_key), a.seed = random(), a.straight_through = (int64_t)(random() % 2);
     expect(backward(a) == 0, "backward refused");
     check_guards(out);
     for (Rows *r : {&out.d_query_weight, &out.d_key_weight, &out.d_query, &out.d_key}) {

@@ -228,7 +228,7 @@ int backward(const hf_attention &a) {
 // -------------------------------------------------------------------------------------------------- brute force
 
 struct Expected {
-    std::vector<double> output, logsumexp, d_value, d_query_weight, d_key_weight, d_scores;
+    std::vector<double> output, logsumexp, d_value, d_query_weight, d_key_weight, d_scores, score_terms;
     std::vector<double> query_terms, key_terms; // what the gradients of the weights are made of, without signs
     double largest_score = 0;
 };
@@ -277,6 +277,7 @@ Expected brute_force(Inputs &in) {
                 const double of_logsumexp = in.grad_logsumexp.empty() ? 0 : in.grad_logsumexp[row];
                 const double ds = p[j] * (dp[j] - delta + of_logsumexp), terms = p[j] * (fabs(dp[j]) + fabs(delta) + fabs(of_logsumexp));
                 e.d_scores.push_back(ds);
+                e.score_terms.push_back(terms);
                 for (int64_t m = 0; m < P; m++)
                     for (int64_t n = 0; n < P; n++) {
                         const int64_t q = row * P + m, k = (head * nk + j) * P + n;

@@ -10,6 +10,7 @@
 #include "convert.h"
 #include "saturate.h"
 #include "kernels.h"
+#include "straight_through.h"
 #include "ternary.h"
 
 namespace hf {

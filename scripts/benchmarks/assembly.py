@@ -26,7 +26,7 @@ from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VALUES = ("value", "output", "grad_output", "grad_value")
-SIGNS = ("query_signs", "key_signs")
+WHOLE = {"query_signs": "*i8", "key_signs": "*i8", "hashes": "*i32", "lengths": "*i64", "scale": "fp32"}
 NUMBERS = ("query_weight", "key_weight", "largest", "logsumexp", "delta")
 GRADIENTS = ("grad_query_weight", "grad_key_weight", "grad_query", "grad_key")
 STRIDES = re.compile("(value|output|grad_value)_[bhn]$")
@@ -62,13 +62,14 @@ KERNELS = ("attend", "backward_of_keys", "backward_of_queries")
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled kernel: its tiles and resources, and its assembly."""
+    """A compiled kernel: its tiles and resources, its assembly, and NVIDIA's machine code (AMD: empty)."""
 
     tiles: Tiles
     registers: int
     spilled: int
     shared: int
     text: str
+    cubin: bytes
 
 
 def tiles_of(name: str, sizes: Sizes) -> Tiles:
@@ -89,8 +90,6 @@ def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None, m
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     if not masked:
         constants["lengths"] = None
-    if name != "attend":
-        constants["SEED_ON_DEVICE"] = False
     names = [parameter.name for parameter in function.params]
     signature, aligned = {}, {}
     for place, parameter in enumerate(names):
@@ -99,15 +98,7 @@ def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None, m
         elif parameter in NUMBERS + GRADIENTS:
             kind = "*fp32"
         else:
-            kind = (
-                "*i64"
-                if parameter == "lengths"
-                else "*i8"
-                if parameter in SIGNS
-                else "fp32"
-                if parameter == "scale"
-                else "i32"
-            )
+            kind = WHOLE.get(parameter, "i32")
         signature[parameter] = "constexpr" if parameter in constants else kind
         if kind.startswith("*") or STRIDES.match(parameter):
             aligned[(place,)] = [["tt.divisibility", 16]]
@@ -122,7 +113,7 @@ def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None, m
     else:
         text = compiled.asm["ptx"]
         registers, spilled = resources(compiled.asm["cubin"])
-    return Built(tiles, registers, spilled, compiled.metadata.shared, text)
+    return Built(tiles, registers, spilled, compiled.metadata.shared, text, compiled.asm.get("cubin", b""))
 
 
 def tool(name: str) -> str:
