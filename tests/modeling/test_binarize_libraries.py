@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from binarize_cases import (
@@ -94,10 +95,11 @@ def test_state_dict_round_trip(name):
 
 
 @each_model
-def test_mode_and_frozen_parameters(name):
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_type_and_frozen_parameters(name, training):
     learned = config(attention_type="hamming", bit_gradient=None)
-    model = binarize_attention(random_model(name).train().requires_grad_(False), learned)
-    assert all(module.training for module in model.modules())
+    model = binarize_attention(random_model(name).train(training).requires_grad_(False), learned)
+    assert {module.training for module in model.modules()} == {training}
     assert not any(p.requires_grad for p in model.parameters())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
@@ -192,7 +194,7 @@ REFUSED = {
         r"config\.use_shared_relative_position_bias adds a bias",
     ),
     "timm swin": (
-        lambda: named_plain("swin_tiny_patch4_window7_224"),
+        lambda: small_swin(),
         r"holds no attention.*layers\.0\.blocks\.0\.attn \(WindowAttention\)",
     ),
     "transformers bert": (
@@ -209,9 +211,8 @@ REFUSED = {
 }
 
 
-def named_plain(name: str) -> nn.Module:
-    import timm
-
+def small_swin() -> nn.Module:
+    name = "swin_tiny_patch4_window7_224"
     return timm.create_model(name, pretrained=False, img_size=56, embed_dim=24, depths=(1, 1, 1, 1))
 
 
