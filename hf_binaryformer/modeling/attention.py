@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,23 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_binaryformer.kernels import pack_sign_bits
 from hf_binaryformer.kernels.backends import select_backend
-from hf_binaryformer.kernels.balance import balance
-from hf_binaryformer.modeling import attention_forms  # noqa: F401 (registers the forms)
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig, attention_form
-
-# What "hamming_bernoulli" draws from: one for the batch, one for each of its samples, or None: torch's own.
-Generators = torch.Generator | Sequence[torch.Generator] | None
+from hf_binaryformer.modeling.attention_core import Generators, ScoredAttention
 
 
-class BinaryAttention(nn.Module):
+class BinaryAttention(ScoredAttention):
     """Multi-head self-attention; ``config.attention_type`` picks the form of the scores before the softmax.
 
-    Every form has an entry in :mod:`hf_binaryformer.modeling.attention_forms`: "softmax", "sign" (STE), "sign_stopgrad",
-    "hamming", "hamming_grouped", "hamming_bernoulli", and the control "uniform".
-
-    With ``learned_logit_scale`` each head's scores are also multiplied by exp(``log_scale``), which starts at 1.
+    Forms and learned parts are those of :class:`ScoredAttention`.
 
     Args:
         dim: token channels D.
@@ -54,33 +45,19 @@ class BinaryAttention(nn.Module):
         config: AttentionConfig,
         **factory: Any,
     ) -> None:
-        super().__init__()
-        self.config = config
         config.check_heads(dim, num_heads)
+        super().__init__(config, num_heads, config.query_key_head_dim or dim // num_heads, attn_drop)
         if scale_norm:
             raise ValueError("scale_norm=True is not supported: build the transformer without scale_attn_norm")
-        form = config.form
-        if attn_drop and not form.takes_dropout:
-            raise ValueError(f"attn_drop is {attn_drop}; attention_type '{config.attention_type}' needs 0")
-        self.num_heads = num_heads
-        self.head_dim = config.query_key_head_dim or dim // num_heads
         self.value_head_dim = config.value_head_dim or dim // num_heads
-        self.scale = config.logit_scale / math.sqrt(self.head_dim)
-        self.attn_drop = attn_drop
-        self.backend: str | None = None
-        self.generator: Generators = None
-
-        self.query_key_dim = num_heads * self.head_dim if form.has_queries else 0
+        self.query_key_dim = num_heads * self.head_dim if config.form.has_queries else 0
         value_dim = num_heads * self.value_head_dim
         self.qkv = nn.Linear(dim, 2 * self.query_key_dim + value_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm and norm_layer else nn.Identity()
         self.proj = nn.Linear(value_dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-        learns_scale = config.learned_logit_scale and form.has_queries
-        self.log_scale = nn.Parameter(torch.zeros(num_heads, **factory)) if learns_scale else None
-        for name, part in (form.parts(config, self.head_dim, num_heads, factory) if form.parts else {}).items():
-            self.add_module(name, part)
+        self.add_learned_parts(factory)
 
     @classmethod
     def bound_to(cls, config: AttentionConfig) -> type[BinaryAttention]:
@@ -112,33 +89,6 @@ class BinaryAttention(nn.Module):
         query, key, value = self.qkv(x).split([qk, qk, heads * self.value_head_dim], dim=-1)
         query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         return self.q_norm(query), self.k_norm(key), value
-
-    def balance(self, x: Tensor, window: float | None = None) -> tuple[Tensor, Tensor]:
-        """Queries or keys (B, H, N, d), centred and normalised as the configuration says, and their sign bits.
-
-        Args:
-            x: queries or keys from :meth:`project`.
-            window: see :func:`hf_binaryformer.kernels.balance.balance`.
-        """
-        centering, norm = self.config.query_key_centering == "tokens", self.config.query_key_norm == "rms"
-        if not (centering or norm or window is not None):
-            return x, pack_sign_bits(x)
-        return balance(x, centering=centering, norm=norm, window=window)
-
-    @property
-    def balances(self) -> bool:
-        """Whether queries and keys are centred or normalised."""
-        return self.config.query_key_centering != "none" or self.config.query_key_norm != "none"
-
-    def scale_heads(self, x: Tensor) -> Tensor:
-        """Queries or their weights (B, H, N, ...), in which scores are linear, times their head's learned factor.
-
-        The result is float32 (or float64) whatever x is: a factor in bfloat16 would be one of few.
-        """
-        if self.log_scale is None:
-            return x
-        factor = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32)).exp()
-        return x * factor.view(-1, *(1,) * (x.dim() - 2))
 
 
 class SharedAttention(nn.Module):
@@ -201,9 +151,9 @@ class AttentionControl:
         return self._gradient_checkpointing_func(run, x)  # type: ignore[attr-defined]
 
 
-def attention_modules(model: nn.Module) -> list[BinaryAttention]:
-    """Every :class:`BinaryAttention` in a model."""
-    return [module for module in model.modules() if isinstance(module, BinaryAttention)]
+def attention_modules(model: nn.Module) -> list[ScoredAttention]:
+    """Every :class:`BinaryAttention` in a model, and every :class:`AttentionCore` in attention that was converted."""
+    return [module for module in model.modules() if isinstance(module, ScoredAttention)]
 
 
 @contextmanager
@@ -215,7 +165,7 @@ def drawing_from(model: nn.Module, generator: Generators) -> Iterator[None]:
 
 
 @contextmanager
-def _generators(attentions: Sequence[BinaryAttention], generators: Sequence[Generators]) -> Iterator[None]:
+def _generators(attentions: Sequence[ScoredAttention], generators: Sequence[Generators]) -> Iterator[None]:
     """Within this context each attention has the generators given for it."""
     before = [attention.generator for attention in attentions]
     try:
@@ -232,5 +182,5 @@ def attention_backend(model: Any, device_type: str) -> str | None:
     kind = getattr(model.config, "attention_type", None)
     if kind is None or not attention_form(kind).has_bits:
         return None
-    requested = next((m.backend for m in model.modules() if isinstance(m, BinaryAttention)), None)
+    requested = next((m.backend for m in attention_modules(model)), None)
     return select_backend(requested, device_type).name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_binaryformer.modeling.attention import attention_modules
+from hf_binaryformer.modeling.attention import BinaryAttention
 
 
 def rate_factor(step: int, train: dict[str, Any]) -> float:
@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, train: dict[str, Any]) -> torch.optim.Opti
     """
     frozen = train.get("freeze_query_key")  # recipes of networks without attention do not have this setting
     if frozen:
-        for attention in attention_modules(model):
+        for attention in (module for module in model.modules() if isinstance(module, BinaryAttention)):
             for parameter in attention.qkv.parameters():
                 parameter.register_hook(partial(_without_rows, rows=2 * attention.query_key_dim))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -25,7 +25,7 @@ import torch
 import typer
 from torch import Tensor
 
-from hf_binaryformer.modeling.attention import attention_modules
+from hf_binaryformer.modeling.attention import BinaryAttention, attention_modules
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel, elbo_loss
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.training.loop import Task
@@ -93,7 +93,7 @@ class Probe:
     def __call__(self) -> dict[str, float]:
         """Figures of the current network; neither the network nor its gradients change."""
         model, inputs = self._copy().train(), []
-        modules = attention_modules(model)
+        modules = [module for module in attention_modules(model) if isinstance(module, BinaryAttention)]
         hooks = [m.register_forward_hook(lambda m, x, _: inputs.append((m, x[0].detach()))) for m in modules]
         truth, noisy, masked, times = (
             t.to(model.device) for t in (self._truth, self._noisy, self._masked, self._times)

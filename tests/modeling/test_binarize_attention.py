@@ -232,5 +232,5 @@ def test_attention_dropout_that_the_form_lacks_changes_nothing():
 
 @pytest.mark.parametrize("module", [nn.Linear(2, 2), Attention(8, 2)], ids=["linear", "attention alone"])
 def test_patching_something_else_is_refused(module):
-    with pytest.raises(ValueError, match="holds no timm Attention"):
+    with pytest.raises(ValueError, match="holds no attention of timm or transformers"):
         binarize_attention(module)

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from vq_cases import components, inpainting, synthesis
 
 import hf_binaryformer as bf
@@ -40,6 +41,16 @@ def binarized() -> nn.Module:
     return bf.binarize_attention(vit)
 
 
+def binarized_eva() -> nn.Module:
+    vit = timm.create_model("eva02_tiny_patch14_224", pretrained=False, img_size=28, depth=2, num_classes=3)
+    return bf.binarize_attention(vit)
+
+
+def binarized_dinov3() -> nn.Module:
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 64}
+    return bf.binarize_attention(DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=32, patch_size=8)))
+
+
 def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
@@ -55,6 +66,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "autoencoder": (lambda: components()["vqmodel"], lambda: torch.rand(1, 1, 16, 16, 16)),
     "quantiser": (lambda: ProductQuantizer(2, 8, 4), lambda: torch.randn(1, 8, 2, 2, 2)),
     "binarized timm": (binarized, lambda: torch.randn(1, 3, 32, 32)),
+    "binarized rotary timm": (binarized_eva, lambda: torch.randn(1, 3, 28, 28)),
+    "binarized transformers": (binarized_dinov3, lambda: torch.randn(1, 3, 32, 32)),
     **{
         f"attention {kind}": (
             lambda kind=kind: BinaryAttention(24, 2, config=config(attention_type=kind)),  # type: ignore[misc]
