@@ -7,16 +7,16 @@ coronal one, left and right in different colours. Beneath each stands what was d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 from PIL import Image, ImageDraw
 
 from hf_binaryformer.data.synthesis.anatomy import read_anatomy
-from hf_binaryformer.data.synthesis.description import DESCRIPTIONS
+from hf_binaryformer.data.synthesis.description import DESCRIPTIONS, Description
 from hf_binaryformer.data.synthesis.engine import SynthVolume, synthesize
-from hf_binaryformer.pipelines.overlay import label_colour
+from hf_binaryformer.pipelines.overlay import label_colours
 from hf_binaryformer.pipelines.views import BACKGROUND, TEXT, font_of
 
 PANEL, GAP, CAPTION = 170, 4, 18
@@ -55,11 +55,13 @@ def main(
     page.save(out, optimize=True)
 
 
-def cell(volume: SynthVolume, title: str, description) -> Image.Image:
+def cell(volume: SynthVolume, title: str, description: Description) -> Image.Image:
     """Three slices, the labels, and a caption of one volume."""
-    ranks = {label: rank for rank, label in enumerate(description.label_names)}
+    colours = label_colours(volume.labels, description.label_names)
     spacing = np.sqrt((volume.affine[:3, :3] ** 2).sum(0))
-    middle = [int(np.median(where)) if len(where) else n // 2 for where, n in zip(np.nonzero(volume.labels), volume.labels.shape, strict=True)]  # fmt: skip
+    middle = [n // 2 for n in volume.labels.shape]
+    if volume.labels.any():
+        middle = [int(np.median(places)) for places in np.nonzero(volume.labels)]
     picture = Image.new("RGB", (4 * PANEL + 3 * GAP, PANEL + CAPTION), BACKGROUND)
     for column, axis in enumerate((*VIEWS, 1)):
         grey = np.take(volume.image, middle[axis], axis).astype(np.float32)
@@ -67,15 +69,16 @@ def cell(volume: SynthVolume, title: str, description) -> Image.Image:
         if column == len(VIEWS):
             chosen = np.take(volume.labels, middle[axis], axis)
             for label in np.unique(chosen[chosen > 0]):
-                rgb[chosen == label] = 0.55 * np.array(label_colour(ranks[int(label)])) + 0.45 * rgb[chosen == label]
+                rgb[chosen == label] = 0.55 * np.array(colours[int(label)]) + 0.45 * rgb[chosen == label]
         sizes = [n * mm for a, (n, mm) in enumerate(zip(volume.image.shape, spacing, strict=True)) if a != axis]
         scale = PANEL / max(*sizes, 1)
         shape = (max(1, round(sizes[0] * scale)), max(1, round(sizes[1] * scale)))
         panel = Image.fromarray(np.rot90(rgb).astype(np.uint8)).resize(shape, Image.Resampling.BICUBIC)
         picture.paste(panel, (column * (PANEL + GAP) + (PANEL - shape[0]) // 2, (PANEL - shape[1]) // 2))
-    drawn = volume.drawn
+    drawn: dict[str, Any] = volume.drawn
     extra = ["agent"] * bool(drawn["agent"]) + [f"{drawn['lesions']} lesions"] * bool(drawn["lesions"])
-    words = [title, drawn["contrast"], "whole" if drawn["whole"] else drawn["strip"], f"cut {drawn['cut']}", drawn["scanned_mm"], *extra]  # fmt: skip
+    place = "whole" if drawn["whole"] else drawn["strip"]
+    words = [title, drawn["contrast"], place, f"cut {drawn['cut']}", drawn["scanned_mm"], *extra]
     text = ", ".join(str(word) for word in words)
     ImageDraw.Draw(picture).text((2, PANEL + 2), text, fill=TEXT, font=font_of(12))
     return picture
