@@ -44,8 +44,8 @@ def plan_scan(low: np.ndarray, high: np.ndarray, ranges: Ranges, rng: np.random.
         spacing[axis], profile[axis] = rng.uniform(*rule["slice"]), rng.uniform(*ranges.slice_profile)
     axes, fine = [], []
     for mm, start, stop in zip(spacing, low, high, strict=True):
-        count = max(2, int(np.ceil((stop - start) / mm)))
-        # Half of what the voxels reach too far lies on each side.
+        # The corners are centres of voxels of 1 mm. Half of what a grid reaches too far lies on each side.
+        count = max(2, int(np.ceil((stop - start) / mm - 1e-6)) + 1)
         axes.append((start + stop) / 2 + mm * (np.arange(count) - (count - 1) / 2))
         step = float(np.clip(mm / ranges.oversampling, *ranges.fine))
         reach = (count + 1) * mm

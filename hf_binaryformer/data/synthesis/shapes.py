@@ -18,6 +18,10 @@ from hf_binaryformer.data.synthesis.description import Ranges
 PART = 2**20
 # The field of view is found on a grid of this spacing, mm.
 COARSE = 4.0
+# It may reach so far beyond the anatomy's own box, mm.
+PAD_MM = 24.0
+# Share of the organ's extent.
+LARGEST_CUT = 0.8
 
 
 class Deformation:
@@ -107,6 +111,7 @@ def field_of_view(
     name, cut = choose(ranges.cuts, rng)
     if "axis" in cut:
         axis, mm = cut["axis"], rng.uniform(*cut["mm"])
+        mm = min(mm, LARGEST_CUT * (organ[1, axis] - organ[0, axis]))
         if cut["side"] == "low":
             low[axis] = organ[0, axis] + mm
         elif cut["side"] == "high":
@@ -116,9 +121,6 @@ def field_of_view(
             low[axis] = organ[0, axis] + rng.uniform(0, 1) * room
             high[axis] = low[axis] + mm
     return np.floor(low), np.ceil(high), name
-
-
-PAD_MM = 24.0
 
 
 def stripped(
