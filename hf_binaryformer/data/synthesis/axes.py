@@ -7,6 +7,7 @@ A scanner's slice profile, its finite resolution, ringing and resampling are all
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -76,10 +77,11 @@ def ringing_matrix(size: int, kept: float) -> np.ndarray:
     return np.fft.ifft(np.fft.fft(np.eye(size), axis=0) * passed[:, None], axis=0).real
 
 
-def motion_matrix(size: int, shifts: Sequence[float], shares: Sequence[float]) -> np.ndarray:
+def motion_matrix(size: int, shifts: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray) -> np.ndarray:
     """Weighted mean of copies that are shifted by fractions of a sample, as a head that moves during the scan."""
     place = np.arange(size, dtype=float)
-    return sum(share * linear_matrix(place + shift, place) for shift, share in zip(shifts, shares, strict=True))
+    copies = [share * linear_matrix(place + shift, place) for shift, share in zip(shifts, shares, strict=True)]
+    return reduce(np.add, copies)
 
 
 class SmoothField:

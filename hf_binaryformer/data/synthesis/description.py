@@ -191,7 +191,10 @@ def _ranges(content: dict[str, Any]) -> Ranges:
     known = {field.name for field in dataclasses.fields(Ranges)}
     if set(content) != known:
         raise ValueError(f"ranges lack {sorted(known - set(content))} and have unknown {sorted(set(content) - known)}")
-    return Ranges(**{key: tuple(v) if isinstance(v, list) and key != "elastic" else v for key, v in content.items()})
+    fields: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) and key != "elastic" else v for key, v in content.items()
+    }
+    return Ranges(**fields)
 
 
 @lru_cache

@@ -68,7 +68,7 @@ def vessels(anatomy: Anatomy, ranges: Ranges, rng: np.random.Generator) -> torch
 def lesion_places(anatomy: Anatomy, count: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Voxels in which lesions start."""
     values = [v for r in anatomy.description.regions if r.name in anatomy.description.lesions_in for v in r.values]
-    places = []
+    places: list[np.ndarray] = []
     allowed = np.zeros(int(anatomy.values.max()) + 1, bool)
     allowed[[value for value in values if value < len(allowed)]] = True
     while len(places) < count:
