@@ -52,7 +52,7 @@ def main(
     page = Image.new("RGB", (columns * (width + 2 * GAP), rows * (height + 2 * GAP)), BACKGROUND)
     for index, picture in enumerate(pictures):
         page.paste(picture, (index % columns * (width + 2 * GAP), index // columns * (height + 2 * GAP)))
-    page.quantize(256).save(out, optimize=True)
+    page.save(out, optimize=True)
 
 
 def cell(volume: SynthVolume, title: str, description: Description) -> Image.Image:

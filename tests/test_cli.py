@@ -360,12 +360,6 @@ def test_label_names_from_any_of_our_files(content, tmp_path):
     assert (names[1], names[2]) == ("cube", "corner")
 
 
-def test_label_names_of_a_model_with_values_of_its_own(tmp_path):
-    content = {"id2label": {"0": "background", "1": "cube", "2": "corner"}, "label_values": [0, 17, 53]}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    assert jobs.read_label_names(tmp_path / "config.json") == {0: "background", 17: "cube", 53: "corner"}
-
-
 def test_evaluate_errors(pair, tmp_path, out):
     pred, truth = pair
     other = save_labels(tmp_path / "other.nii.gz", np.ones((12, 12, 13)))

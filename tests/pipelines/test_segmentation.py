@@ -337,35 +337,6 @@ def tiny_model(**changes: Any) -> BinaryFormerForSemanticSegmentation:
     return BinaryFormerForSemanticSegmentation(BinaryFormerConfig(**{**fields, **changes})).eval()
 
 
-def test_classes_become_the_label_values_of_the_checkpoint(tmp_path: Path) -> None:
-    """The same weights with FreeSurfer's numbers write those, with the same voxels for each name."""
-    volume, p = smooth_volume(), processor(image_size=(32, 32))
-    torch.manual_seed(3)
-    plain = tiny_model()
-    numbered = tiny_model(label_values=[0, 17, 53])
-    numbered.load_state_dict(plain.state_dict())
-    numbered.save_pretrained(tmp_path / "numbered")
-    p.save_pretrained(tmp_path / "numbered")
-    assert plain.config.label_values is None
-    expected = VolumeSegmentationPipeline(plain, p)(volume, return_probabilities=True)
-    result = VolumeSegmentationPipeline.from_pretrained(tmp_path / "numbered")(volume, return_probabilities=True)
-    np.testing.assert_array_equal(result.labels, np.array([0, 17, 53])[expected.labels])
-    assert len(np.unique(result.labels)) > 1 and result.labels.dtype == np.int32
-    np.testing.assert_array_equal(result.probabilities, expected.probabilities)
-    assert result.label_names == {0: "background", 17: "left", 53: "right"}
-    rows = [(row["label"], row["name"], row["voxels"]) for row in result.report["labels"]]
-    counts = np.bincount(expected.labels.ravel(), minlength=3).tolist()
-    assert rows == [(0, "background", counts[0]), (17, "left", counts[1]), (53, "right", counts[2])]
-    saved = nib.load(result.save(tmp_path / "labels.nii.gz"))
-    assert set(np.unique(saved.dataobj).astype(int)) == set(np.unique(result.labels))
-
-
-@pytest.mark.parametrize("values", [[0, 17], [1, 17, 53], [0, 53, 17], [0, 17, 17]])
-def test_label_values_that_do_not_fit_are_refused(values: list[int]) -> None:
-    with pytest.raises(Exception, match=r"label_values are .* expected 3 ascending numbers from 0"):
-        tiny_model(label_values=values)
-
-
 def test_real_classes_from_a_saved_checkpoint(tmp_path: Path) -> None:
     model, p = tiny_model(), processor(image_size=(32, 32))
     model.save_pretrained(tmp_path / "tiny")
