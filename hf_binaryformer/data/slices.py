@@ -60,8 +60,10 @@ class SliceSamples(Dataset):
     ) -> None:
         self.processor, self.augment, self.seed, self.length = processor, augment, seed, length
         self.axes: list[int] = augment.get("slice_axes") or [processor.slice_axis]
-        classes, self.mirrored_classes = class_tables(label_names)
-        if augment["flip_axis"] is not None and (self.mirrored_classes != torch.arange(256)).any():
+        classes, self.mirrored_classes = class_tables(label_names, strict=bool(augment.get("mirror")))
+        # The first axis of a coronal or axial slice is left-right.
+        crosses = augment["flip_axis"] == 0 and any(axis != 0 for axis in self.axes)
+        if crosses and (self.mirrored_classes != torch.arange(256)).any():
             raise ValueError("labels are of the left or right: set augment.flip_axis to null and use augment.mirror")
         self.images: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -153,15 +155,19 @@ class SliceSamples(Dataset):
         return cut[0][..., : size[0], : size[1]], cut[1][: size[0], : size[1]]
 
 
-def class_tables(label_names: dict[int, str] | None) -> tuple[np.ndarray, Tensor]:
-    """Class of each label (256,), -1 for those without a name, and the class that each class is in a mirror (256,)."""
+def class_tables(label_names: dict[int, str] | None, *, strict: bool) -> tuple[np.ndarray, Tensor]:
+    """Class of each label (256,), -1 for those without a name, and the class that each class is in a mirror (256,).
+
+    Raises:
+        ValueError: a label is above 255, or, if ``strict``, is of one side alone.
+    """
     if label_names is None:
         return np.arange(256, dtype=np.int16), torch.arange(256)
     if max(label_names) > 255:
         raise ValueError(f"a label is {max(label_names)}, expected at most 255 for training")
     classes, mirrored = np.full(256, -1, dtype=np.int16), torch.arange(256)
     classes[sorted(label_names)] = np.arange(len(label_names))
-    for label, other in mirrored_labels(label_names).items():
+    for label, other in mirrored_labels(label_names, strict=strict).items():
         mirrored[int(classes[label])] = int(classes[other])
     return classes, mirrored
 

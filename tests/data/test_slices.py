@@ -240,6 +240,8 @@ def test_half_of_the_samples_are_mirrored_and_all_axes_occur(tmp_path: Path) -> 
 def test_a_plain_flip_of_labels_with_sides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set augment.flip_axis to null and use augment.mirror"):
         face_samples(tmp_path, [1], 0.0, count=1, flip_axis=0)
+    face_samples(tmp_path, [1], 0.0, count=1, flip_axis=1)  # upside down, each side stays
+    face_samples(tmp_path, [0], 0.0, count=1, flip_axis=0)  # back to front
 
 
 def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_sides_of_names() -> None:
     assert mirrored_labels(names) == {0: 0, 3: 7, 7: 3, 9: 8, 8: 9, 5: 5}
     with pytest.raises(ValueError, match="label 3 is 'left eye' and no label is the same on the right"):
         mirrored_labels({3: "left eye"})
+    assert mirrored_labels({3: "left eye", 4: "right ear", 5: "left ear"}, strict=False) == {3: 3, 4: 5, 5: 4}
 
 
 # The data set
