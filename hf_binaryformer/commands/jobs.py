@@ -137,6 +137,8 @@ def read_label_names(path: Path) -> dict[int, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         names = next((content[key] for key in ("labels", "label_names", "id2label") if key in content), content)
+        if content.get("label_values") and names is content.get("id2label"):
+            names = dict(zip(content["label_values"], (names[key] for key in sorted(names, key=int)), strict=True))
         if isinstance(names, list):
             names = {row["label"]: row["name"] for row in names}
         return {int(number): str(name) for number, name in names.items()}

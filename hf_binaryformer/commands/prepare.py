@@ -3,7 +3,8 @@
 In a clone: ``scripts/prepare_data.py``. Writes a data folder to train on: images/CASE.nii.gz and labels/CASE.nii.gz on one
 grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
 `amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; ``data/data_sets/*.yaml``), `hippocampus` (any folder
-in the layout of the Medical Segmentation Decathlon), `synth-brain` (images synthesised from label maps) and `shards` (the
+in the layout of the Medical Segmentation Decathlon), `synth-brain` (T1-like heads synthesised from
+label maps), `synth-brain-sides` (the same in any contrast and resolution, left and right apart) and `shards` (the
 Parquet shards of a folder that was prepared elsewhere, by their folder or Hub id).
 """
 
@@ -22,6 +23,8 @@ from hf_binaryformer.data.prepared_folder import read_manifest
 from hf_binaryformer.data.public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from hf_binaryformer.data.shards import fetch_shards, read_shards
 from hf_binaryformer.data.synth_dataset import Contrast, Skull, prepare_synth_brain, read_settings
+from hf_binaryformer.data.synthesis.dataset import prepare_synthetic
+from hf_binaryformer.data.synthesis.description import DESCRIPTIONS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
 
@@ -90,6 +93,45 @@ def hippocampus(
         fail(str(error))
 
 
+def add_synthetic(file: Path) -> None:
+    """Register the command of a data set that is synthesised as a YAML file describes."""
+
+    def command(
+        labels: Annotated[Path, typer.Option(help="Folder of label maps (for heads: training_seg_NN.nii.gz, 1 mm).")],
+        out: Annotated[Path, typer.Option(help="New folder to write.")],
+        variants: Annotated[int, typer.Option(min=1, help="Volumes per training anatomy.")] = 19,
+        eval_variants: Annotated[int, typer.Option(min=1, help="Of each set, per other anatomy.")] = 1,
+        description: Annotated[
+            Path, typer.Option(help="Structures, tissues, ranges.", show_default="the data set's own")
+        ] = file,
+        train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = "1-16",
+        validation: Annotated[str, typer.Option()] = "17-18",
+        test: Annotated[str, typer.Option()] = "19-20",
+        seed: Annotated[int, typer.Option(min=0)] = 0,
+        workers: Annotated[int, typer.Option(min=1, help="Processes; about 2 GB each.")] = 1,
+        qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 20,
+    ) -> None:
+        splits = {"train": parse_numbers(train), "validation": parse_numbers(validation), "test": parse_numbers(test)}
+        try:
+            prepare_synthetic(
+                f"synth-{file.stem}",
+                description,
+                labels,
+                out,
+                splits,
+                variants=variants,
+                eval_variants=eval_variants,
+                seed=seed,
+                workers=workers,
+                qc_every=qc_every,
+            )
+        except ValueError as error:
+            fail(str(error))
+
+    what = "images of random contrast and resolution synthesised from label maps, split by anatomy"
+    app.command(f"synth-{file.stem}", help=f"{file.stem}: {what}.")(command)
+
+
 def add_public(file: Path) -> None:
     """Register the command of a public data set, which its YAML file describes."""
 
@@ -129,6 +171,8 @@ def unpack_shards(
     typer.echo(f"{len(manifest['cases'])} volumes -> {out}")
 
 
+for described in sorted(DESCRIPTIONS.glob("*.yaml")):
+    add_synthetic(described)
 for described in sorted(DATA_SETS.glob("*.yaml")):
     add_public(described)
 

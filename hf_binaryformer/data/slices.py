@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_binaryformer.data.prepared_folder import Case, read_labels
+from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.pipelines.grids import (
     add_margin,
@@ -32,23 +33,41 @@ class SliceSamples(Dataset):
     """Augmented training windows.
 
     Args:
-        cases: volumes to draw from; held in memory, slice axis first, scaled and at the processor's spacing.
+        cases: volumes to draw from; held in memory, scaled and at the processor's spacing.
         processor: scaling, slicing and window size.
-        augment: the recipe's ``augment`` section.
+        augment: the recipe's ``augment`` section. Optional in it: ``slice_axes``, which replace the processor's slice axis
+            by one of them at random, and ``mirror``, the probability that left and right are exchanged, labels included.
         seed: random seed of the whole run.
         length: number of samples.
+        label_names: of the labels in the cases' files. The k-th smallest label becomes class k. None: labels are
+            classes and have no sides.
 
     Attributes:
         foreground_extent: smallest extent of the cases' foreground in mm, (R, A, S).
+
+    Raises:
+        ValueError: a case has a label without a name, or a flip along a slice's axis would exchange labels with sides.
     """
 
     def __init__(
-        self, cases: list[Case], processor: BinaryFormerImageProcessor, augment: dict[str, Any], seed: int, length: int
+        self,
+        cases: list[Case],
+        processor: BinaryFormerImageProcessor,
+        augment: dict[str, Any],
+        seed: int,
+        length: int,
+        label_names: dict[int, str] | None = None,
     ) -> None:
         self.processor, self.augment, self.seed, self.length = processor, augment, seed, length
+        self.axes: list[int] = augment.get("slice_axes") or [processor.slice_axis]
+        classes, self.mirrored_classes = class_tables(label_names, strict=bool(augment.get("mirror")))
+        # The first axis of a coronal or axial slice is left-right.
+        crosses = augment["flip_axis"] == 0 and any(axis != 0 for axis in self.axes)
+        if crosses and (self.mirrored_classes != torch.arange(256)).any():
+            raise ValueError("labels are of the left or right: set augment.flip_axis to null and use augment.mirror")
         self.images: list[Tensor] = []
         self.labels: list[Tensor] = []
-        self.foreground: list[np.ndarray] = []
+        self.foreground: list[list[np.ndarray]] = []
         extents = []
         for case in cases:
             image, label = read_volume(case.image), read_labels(case).array
@@ -62,10 +81,21 @@ class SliceSamples(Dataset):
             if not same_spacing(image.spacing, spacing):
                 scaled, _ = resample(scaled, affine, spacing, order=1)
                 label, _ = resample(label, affine, spacing, order=0)
-            axis = processor.slice_axis
-            self.images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(scaled, axis, 0))).half())
-            self.labels.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(label, axis, 0))).to(torch.uint8))
-            self.foreground.append(np.flatnonzero(self.labels[-1].flatten(1).any(1).numpy()))
+            if label.max() > 255 or (unnamed := np.setdiff1d(np.unique(label), np.flatnonzero(classes >= 0))).size:
+                found = label.max() if label.max() > 255 else unnamed.tolist()
+                raise ValueError(f"{case.label} has the labels {found}, which have no name: prepare the data anew")
+            # A single slice axis lies outermost in memory, where its slices are read fastest.
+            order = [self.axes[0], *(a for a in range(3) if a != self.axes[0])]
+            for kept, array in (
+                (self.images, scaled.astype(np.float16)),
+                (self.labels, classes[label].astype(np.uint8)),
+            ):
+                inner = np.ascontiguousarray(array.transpose(order))
+                kept.append(torch.from_numpy(inner).movedim(0, self.axes[0]))
+            occupied = self.labels[-1].numpy() > 0
+            self.foreground.append(
+                [np.flatnonzero(occupied.any(tuple(b for b in range(3) if b != a))) for a in range(3)]
+            )
         self.foreground_extent = tuple(np.min(extents, axis=0).tolist())
         self.spatial, self.intensity = build_augmentation(augment, processor)
 
@@ -76,8 +106,9 @@ class SliceSamples(Dataset):
         """``pixel_values`` (C, H, W) float32 and ``labels`` (H, W) int64 of sample ``number``."""
         rng = np.random.default_rng([self.seed, number])
         volume = int(rng.integers(len(self.images)))
-        image, label = self.images[volume], self.labels[volume]
-        slices = self.foreground[volume]
+        axis = self.axes[int(rng.integers(len(self.axes)))] if len(self.axes) > 1 else self.axes[0]
+        image, label = self.images[volume].movedim(axis, 0), self.labels[volume].movedim(axis, 0)
+        slices = self.foreground[volume][axis]
         if rng.random() >= self.augment["foreground_fraction"] or len(slices) == 0:
             slices = np.arange(len(image))
         index = int(rng.choice(slices))
@@ -87,7 +118,13 @@ class SliceSamples(Dataset):
         pixels, position = channels[: processor.num_slices], channels[processor.num_slices :]
         # Augmentation works on the scaled intensities, in which 0 is background.
         pixels = pixels * processor.image_std + processor.image_mean
-        pixels, target = self._window(pixels, label[index], rng)
+        target = label[index]
+        if self.augment.get("mirror") and rng.random() < self.augment["mirror"]:
+            # In a sagittal slice, left and right are the neighbours and the sign of the position.
+            pixels = pixels.flip(0 if axis == 0 else 1)
+            position = -position if axis == 0 else position
+            target = self.mirrored_classes[(target if axis == 0 else target.flip(0)).long()]
+        pixels, target = self._window(pixels, target, rng)
 
         for transform in (self.spatial, self.intensity):
             transform.set_random_state(seed=int(rng.integers(2**31)))
@@ -116,6 +153,23 @@ class SliceSamples(Dataset):
         padding = [int(p) for p in (before[1], after[1], before[0], after[0])]
         cut = [torch.nn.functional.pad(t[..., inner[0], inner[1]], padding) for t in (pixels, label)]
         return cut[0][..., : size[0], : size[1]], cut[1][: size[0], : size[1]]
+
+
+def class_tables(label_names: dict[int, str] | None, *, strict: bool) -> tuple[np.ndarray, Tensor]:
+    """Class of each label (256,), -1 for those without a name, and the class that each class is in a mirror (256,).
+
+    Raises:
+        ValueError: a label is above 255, or, if ``strict``, is of one side alone.
+    """
+    if label_names is None:
+        return np.arange(256, dtype=np.int16), torch.arange(256)
+    if max(label_names) > 255:
+        raise ValueError(f"a label is {max(label_names)}, expected at most 255 for training")
+    classes, mirrored = np.full(256, -1, dtype=np.int16), torch.arange(256)
+    classes[sorted(label_names)] = np.arange(len(label_names))
+    for label, other in mirrored_labels(label_names, strict=strict).items():
+        mirrored[int(classes[label])] = int(classes[other])
+    return classes, mirrored
 
 
 def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProcessor) -> tuple[mt.Compose, mt.Compose]:

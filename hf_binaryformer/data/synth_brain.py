@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from hf_binaryformer.data.boxes import bounding_box, shifted
 from hf_binaryformer.pipelines.label_values import label_numbers
 
 # Class index -> (name, FreeSurfer values left and right, T1-weighted mean as a fraction of the brightest brain tissue).
@@ -137,18 +138,6 @@ def read_anatomy(path: Path) -> Anatomy:
     values = np.pad(values[box], pad)
     start = np.array([side.start for side in box]) - pad
     return Anatomy(values, shifted(source.affine, start))
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Smallest box that holds all true voxels of `mask` (at least one must be true)."""
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
-
-
-def shifted(affine: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Affine of the sub-volume whose first voxel is `start`."""
-    moved = affine.copy()
-    moved[:3, 3] += affine[:3, :3] @ start
-    return moved
 
 
 def smooth_noise(shape: tuple[int, ...], spacing: float, rng: np.random.Generator, channels: int = 1) -> torch.Tensor:

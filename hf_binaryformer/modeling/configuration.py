@@ -28,6 +28,8 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
         decoder_image_skip: add a 3x3 convolution of the image itself before them. This is not in the paper, whose
             decoder sees only tokens. Without pretraining, boundaries are learned from far fewer images.
         pooling: "mean", "max" or "cls" over tokens, for classification.
+        label_values: number of each class in label volumes, such as FreeSurfer's, ascending from 0, the background. None:
+            the class's own number.
 
     Example:
         >>> config = BinaryFormerConfig(attention_type="sign", bit_gradient="ternary", image_size=320, num_labels=14)
@@ -55,6 +57,7 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
     decoder_num_convs: int = 2
     decoder_image_skip: bool = False
     pooling: Literal["mean", "max", "cls"] = "mean"
+    label_values: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_size, tuple):
@@ -64,6 +67,14 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
     def validate_sizes(self) -> None:
         """Relations between width and heads."""
         self.check_heads(self.hidden_size, self.num_heads)
+
+    def validate_label_values(self) -> None:
+        """One number for each class."""
+        values = self.label_values
+        if values is not None and (len(values) != self.num_labels or values[0] != 0 or values != sorted(set(values))):
+            raise ValueError(
+                f"label_values are {values}, expected {self.num_labels} ascending numbers from 0, one for each class"
+            )
 
     def validate_tokens(self) -> None:
         """Relations between image and tokens."""

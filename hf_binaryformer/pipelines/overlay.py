@@ -34,16 +34,24 @@ _RGB = bytes.fromhex(
     "6428f4 a0b828 705894 dc28f4 d02858 887c28 e8aca0 dc88f4 ac6494 88b8a0"
     "8828c4 88f4f4 70f494 c45828 28b828 28a0dc c494b8 288828 287ca0 b8dc28"
 )
-PALETTE: tuple[tuple[int, int, int], ...] = tuple(zip(_RGB[0::3], _RGB[1::3], _RGB[2::3], strict=True))
+Colour = tuple[int, int, int]
+PALETTE: tuple[Colour, ...] = tuple(zip(_RGB[0::3], _RGB[1::3], _RGB[2::3], strict=True))
 FILL_OPACITY = 0.7
 # Panels are drawn this much larger and then reduced, which smooths the outlines of the labels.
 SUPERSAMPLING = 2
 COLUMN_WIDTH = 260
 
 
-def label_colour(label: int) -> tuple[int, int, int]:
+def label_colour(label: int) -> Colour:
     """RGB colour, 0-255, of a label number >= 1; the same in every picture, repeating after 40 labels."""
     return PALETTE[(label - 1) % len(PALETTE)]
+
+
+def label_colours(labels: np.ndarray, label_names: Mapping[int, str]) -> dict[int, Colour]:
+    """Colour of every label > 0 that occurs or is named: by its place among the names, or else by its number."""
+    places = {label: place for place, label in enumerate(sorted(n for n in label_names if n > 0), 1)}
+    found = {int(label) for label in np.unique(labels[labels > 0])}
+    return {label: label_colour(places.get(label, label)) for label in found | set(places)}
 
 
 def label_overlay(
@@ -65,7 +73,8 @@ def label_overlay(
             shown between its 0.5 and 99.5 percentiles.
         labels: whole numbers, the same shape, 0 is background.
         spacing: voxel size along I, J, K in mm.
-        label_names: name of each label for the legend; a label without one is called "label 3".
+        label_names: name of each label for the legend; a label without one is called "label 3". If numbers are missing
+            between the names, as among FreeSurfer's, the k-th name has the k-th colour.
         title: first line beside the legend, such as the file name.
         max_width: largest width of the picture in pixels, at least 700.
         max_height: largest height of all views together in pixels; only a long legend makes the picture higher.
@@ -87,6 +96,7 @@ def label_overlay(
     box = content_box(grey, labels, spacing)
     extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
     legend = _legend_rows(labels, spacing, label_names or {})
+    colours = label_colours(labels, label_names or {})
     least_text = COLUMN_WIDTH * min(3, 1 + len(legend) // 20)
     room = max_width - 2 * MARGIN - 3 * GAP
     # Top row: coronal and sagittal pairs, 2 (I + J) wide. Bottom row: the axial pair, and text where it leaves room.
@@ -98,7 +108,7 @@ def label_overlay(
     sizes = [max(1, round(e * scale)) for e in extent]
 
     text_width = max(2 * sizes[1] + GAP, least_text)
-    text = _text_block(legend, text_width, sizes[1], title, image.shape, spacing)
+    text = _text_block(legend, colours, text_width, sizes[1], title, image.shape, spacing)
     canvas = Image.new(
         "RGB",
         (2 * MARGIN + 2 * sizes[0] + 2 * GAP + text_width, 2 * MARGIN + sizes[2] + GAP + max(sizes[1], text.height)),
@@ -107,7 +117,7 @@ def label_overlay(
     bottom, right = MARGIN + sizes[2] + GAP, MARGIN + 2 * (sizes[0] + GAP)
     for view, x, y in ((CORONAL, MARGIN, MARGIN), (SAGITTAL, right, MARGIN), (AXIAL, MARGIN, bottom)):
         for with_labels in (False, True):
-            panel = _panel(view, grey, labels, centre, box, sizes, with_labels)
+            panel = _panel(view, grey, labels, centre, box, sizes, colours if with_labels else None)
             canvas.paste(panel, (x + with_labels * (panel.width + GAP), y))
     canvas.paste(text, (right, bottom))
     return canvas
@@ -120,21 +130,21 @@ def _panel(
     centre: tuple[int, int, int],
     box: list[slice],
     sizes: list[int],
-    with_labels: bool,
+    colours: Mapping[int, Colour] | None,
 ) -> Image.Image:
-    """One view at its final size, with its letters."""
+    """One view at its final size, with its letters, and with the labels if they have colours."""
     width, height = (sizes[a] for a in range(3) if a != view.axis)
     large = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     picture = enlarge(display_slice(grey, view, centre[view.axis], box), large, Image.Resampling.BICUBIC)
     rgb = np.repeat(np.clip(picture, 0, 1)[..., None] * 255, 3, axis=-1)
-    if with_labels:
-        rgb = _blend_labels(rgb, display_slice(labels, view, centre[view.axis], box))
+    if colours is not None:
+        rgb = _blend_labels(rgb, display_slice(labels, view, centre[view.axis], box), colours)
     panel = Image.fromarray(rgb.astype(np.uint8)).resize((width, height), Image.Resampling.BOX)
     draw_letters(panel, view)
     return panel
 
 
-def _blend_labels(rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _blend_labels(rgb: np.ndarray, labels: np.ndarray, colours: Mapping[int, Colour]) -> np.ndarray:
     """Colour (H, W, 3) grey values 0-255 by labels (h, w), with smooth borders and a stronger line along them."""
     size = (rgb.shape[1], rgb.shape[0])
     # Each label's mask is smoothed and enlarged separately, and the largest wins: resized label numbers would
@@ -151,7 +161,7 @@ def _blend_labels(rgb: np.ndarray, labels: np.ndarray) -> np.ndarray:
         for step in (-1, 1):
             edge |= np.roll(winner, step, axis) != winner
     numbers, index = np.unique(winner, return_inverse=True)
-    colour = np.array([label_colour(max(1, int(n))) for n in numbers], dtype=np.float32)[index.reshape(winner.shape)]
+    colour = np.array([colours.get(int(n), BACKGROUND) for n in numbers], np.float32)[index.reshape(winner.shape)]
     # The image shades the colour, so that anatomy can still be checked inside a label.
     blended = FILL_OPACITY * colour * (0.45 + 0.55 * rgb / 255) + (1 - FILL_OPACITY) * rgb
     return np.where((winner > 0)[..., None], np.where(edge[..., None], colour, blended), rgb)
@@ -178,6 +188,7 @@ def _legend_rows(
 
 def _text_block(
     legend: list[tuple[int, str, str]],
+    colours: Mapping[int, Colour],
     width: int,
     height: int,
     title: str,
@@ -203,7 +214,7 @@ def _text_block(
     for index, (label, name, volume) in enumerate(legend):
         x, y = inset + index // rows * column_width, head + index % rows * line
         middle, end = y + swatch / 2, x + column_width - 2 * inset
-        draw.rounded_rectangle((x, y, x + swatch, y + swatch), radius=3, fill=label_colour(label))
+        draw.rounded_rectangle((x, y, x + swatch, y + swatch), radius=3, fill=colours[label])
         draw.text((end, middle), volume, fill=DIM_TEXT, font=font, anchor="rm")
         name_width = end - font.getlength(volume) - x - swatch - 3 * GAP
         draw.text((x + swatch + GAP, middle), _shorten(name, font, name_width), fill=TEXT, font=font, anchor="lm")

@@ -118,6 +118,10 @@ class VolumeSegmentationPipeline:
         self.batch_size = batch_size
         self._number_format()  # raises if weights and dtype do not go together
         self.label_names = {int(label): str(name) for label, name in model.config.id2label.items()}
+        # The number of each class of the network in label volumes; None: its own.
+        self.label_values = getattr(model.config, "label_values", None)
+        if self.label_values is not None:
+            self.label_names = {value: self.label_names[index] for index, value in enumerate(self.label_values)}
 
     @classmethod
     def from_pretrained(
@@ -229,6 +233,8 @@ class VolumeSegmentationPipeline:
             labels[box] = _most_probable(found, network_affine, affine, crop.shape, kept)
         else:
             labels[box] = self._predict(network_input, progress, generator, keep=_as_labels).numpy()
+        if self.label_values is not None:
+            labels = np.array(self.label_values, dtype=np.int32)[labels]
 
         seconds = time.perf_counter() - start
         seen = getattr(self.processor, "foreground_extent", None)

@@ -53,13 +53,15 @@ from hf_binaryformer.training.segmentation_scores import evaluate_split, validat
 
 
 def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[Any, Any]:
-    """Network and image processor of a recipe."""
+    """Network and image processor of a recipe; the k-th smallest label is class k of the network."""
     processor = BinaryFormerImageProcessor(**recipe["processor"])
+    values = sorted(label_names)
     fields = {
         "image_size": processor.image_size,
         "num_channels": processor.num_channels,
-        "id2label": label_names,
-        "label2id": {name: label for label, name in label_names.items()},
+        "id2label": {index: label_names[value] for index, value in enumerate(values)},
+        "label2id": {label_names[value]: index for index, value in enumerate(values)},
+        "label_values": None if values == list(range(len(values))) else values,
         **recipe["model"],
     }
     timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
@@ -112,7 +114,9 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
         samples = RandomSamples((processor.num_channels, *size), size, classes, count)
     else:
         model, processor = build_model(recipe, folder.label_names)
-        samples = SliceSamples(folder.split("train"), processor, recipe["augment"], train["seed"], count)
+        samples = SliceSamples(
+            folder.split("train"), processor, recipe["augment"], train["seed"], count, folder.label_names
+        )
         folder.check_unchanged()
         processor.foreground_extent = list(samples.foreground_extent)
     criterion = build_criterion(train)

@@ -27,12 +27,13 @@ class PriorAtlas:
     def __init__(self, cases: list[Case], labels: list[int]) -> None:
         shapes = [read_labels(case).array.shape for case in cases]
         shape = np.mean(shapes, axis=0).round().astype(int)
-        votes = np.zeros((max(labels) + 1, *shape), dtype=np.uint16)
+        values = np.array([0, *labels])
+        votes = np.zeros((len(values), *shape), dtype=np.uint16)
         for case in cases:
             resized = resize_nearest(read_labels(case).array, shape)
-            for label in [0, *labels]:
-                votes[label] += resized == label
-        self.majority = votes.argmax(0)
+            for place, label in enumerate(values):
+                votes[place] += resized == label
+        self.majority = values[votes.argmax(0)]
 
     def predict(self, shape: tuple[int, ...]) -> np.ndarray:
         """The atlas resized to a volume's shape."""

@@ -174,3 +174,80 @@ def test_low_resolution_does_not_move_the_image_off_its_labels(side: int) -> Non
         assert abs(float(inner.mean())) < 0.05, f"shifted by {float(inner.mean()):.2f} pixels"
         lowered += bool(inner.abs().max() > 1e-3)
     assert lowered >= 3
+
+
+EYES = {0: "background", 3: "left eye", 9: "right eye", 20: "nose"}
+
+
+def face() -> np.ndarray:
+    """A left eye at low I, a right eye at high I, of different shapes, and a nose; unlike itself in every mirror."""
+    label = np.zeros((24, 24, 24), np.uint8)
+    label[3:7, 4:9, 5:11] = 3
+    label[15:22, 6:12, 4:9] = 9
+    label[10:13, 12:20, 12:20] = 20
+    return label
+
+
+def face_samples(folder: Path, axes: list[int], mirror: float, count: int = 60, num_slices: int = 3, **augment: Any):
+    image = bright(face()) + 0.3 * np.linspace(0, 1, 24)[:, None, None] * (face() > 0)
+    for name, array in (("image", image.astype(np.float32)), ("label", face())):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"{name}.nii.gz")
+    case = Case("c", "c", "train", folder / "image.nii.gz", folder / "label.nii.gz")
+    wanted = processor(num_slices=num_slices, slice_position=True, slice_axis=axes[0])
+    settings = STILL | {"slice_axes": axes, "mirror": mirror, "foreground_fraction": 1.0} | augment
+    samples = SliceSamples([case], wanted, settings, 0, count, EYES)
+    return samples, [samples[number] for number in range(count)]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirror_exchanges_the_sides_and_their_labels(axis: int, mirrored: bool, tmp_path: Path) -> None:
+    samples, found = face_samples(tmp_path, [axis], float(mirrored))
+    classes = np.searchsorted(sorted(EYES), face())
+    image = samples.images[0].float().numpy()
+    if mirrored:
+        # The whole volume in a mirror, where a left eye is a right one.
+        image, classes = image[::-1], np.array([0, 2, 1, 3])[classes[::-1]]
+    image, classes = (np.moveaxis(array, axis, 0) for array in (image, classes))
+    seen = set()
+    for sample in found:
+        place = round((float(sample["pixel_values"][-1, 0, 0]) + 1) / 2 * 23)
+        np.testing.assert_array_equal(sample["labels"].numpy(), classes[place])
+        neighbours = image[np.clip([place - 1, place, place + 1], 0, 23)]
+        np.testing.assert_allclose(sample["pixel_values"][:3].numpy(), neighbours, atol=2e-3)
+        seen |= set(sample["labels"].unique().tolist())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_half_of_the_samples_are_mirrored_and_all_axes_occur(tmp_path: Path) -> None:
+    samples, found = face_samples(tmp_path, [1, 2, 0], 0.5, count=240)
+    views = {axis: np.moveaxis(np.searchsorted(sorted(EYES), face()), axis, 0) for axis in range(3)}
+    other = {
+        axis: np.moveaxis(np.array([0, 2, 1, 3])[np.searchsorted(sorted(EYES), face())[::-1]], axis, 0)
+        for axis in views
+    }
+    counts = np.zeros((3, 2), int)
+    for sample in found:
+        labels, place = sample["labels"].numpy(), round((float(sample["pixel_values"][-1, 0, 0]) + 1) / 2 * 23)
+        fits = [[(v[axis][place] == labels).all() for v in (views, other)] for axis in range(3)]
+        assert np.any(fits)
+        counts += np.array(fits)
+    shares = counts.sum(1) / counts.sum()
+    assert (np.abs(shares - 1 / 3) < 0.13).all() and abs(counts[:, 1].sum() / counts.sum() - 0.5) < 0.13
+    assert torch.equal(samples[7]["labels"], found[7]["labels"])
+
+
+def test_a_plain_flip_of_labels_with_sides_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set augment.flip_axis to null and use augment.mirror"):
+        face_samples(tmp_path, [1], 0.0, count=1, flip_axis=0)
+    face_samples(tmp_path, [1], 0.0, count=1, flip_axis=1)  # upside down, each side stays
+    face_samples(tmp_path, [0], 0.0, count=1, flip_axis=0)  # back to front
+
+
+def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+    label = lopsided()
+    for name, array in (("image", bright(label).astype(np.float32)), ("label", label)):
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    case = Case("c", "c", "train", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
+    with pytest.raises(ValueError, match=r"has the labels \[5\], which have no name"):
+        SliceSamples([case], processor(), STILL, 0, 1, {0: "background", 1: "a"})

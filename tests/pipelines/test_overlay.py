@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from hf_binaryformer.pipelines.overlay import PALETTE, label_colour, label_overlay
+from hf_binaryformer.pipelines.overlay import PALETTE, label_colour, label_colours, label_overlay
 from hf_binaryformer.pipelines.views import AXIAL, CORONAL, SAGITTAL, draw_letters, view_centre
 
 
@@ -126,6 +126,18 @@ def test_view_centre_is_the_centre_of_mass():
     assert view_centre(labels) == (5, 6, 7)
     labels[1, 2, 3], labels[5, 6, 9] = 4, 9
     assert view_centre(labels) == (3, 4, 6)
+
+
+def test_numbers_forty_apart_have_colours_of_their_own():
+    """FreeSurfer's left and right white matter are 2 and 41, its right cortex 42; in a picture of all three they differ."""
+    labels = np.zeros((40, 30, 30), np.uint8)
+    labels[5:15, 5:25, 5:25], labels[15:25, 5:25, 5:25], labels[25:35, 5:25, 5:25] = 2, 41, 42
+    names = {0: "background", 2: "left white", 41: "right white", 42: "right cortex"}
+    picture = label_overlay(np.full(labels.shape, 0.5), labels, (1, 1, 1), names)
+    for place in (1, 2, 3):
+        assert colour_mask(picture, place).sum() > 500, place
+    # Names without gaps keep the colours of their numbers.
+    assert label_colours(labels, {0: "background", 1: "a", 2: "b"})[2] == label_colour(2)
 
 
 def test_forty_distinct_colours():

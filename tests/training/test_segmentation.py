@@ -202,6 +202,29 @@ def test_it_learns_and_is_evaluated_beside_the_prior_atlas(recipe, prepared, tmp
     assert again["cases"] == results["cases"]
 
 
+def test_labels_with_numbers_of_their_own_train_and_are_scored_as_those(recipe, tmp_path):
+    """Labels 17 and 53 in the files in place of 1 and 2 change numbers alone."""
+    outcomes = {}
+    for name, values in (("plain", [0, 1, 2]), ("numbered", [0, 17, 53])):
+        (tmp_path / name).mkdir()
+        data = toys.write_segmentation_data(tmp_path / name)
+        manifest = json.loads((data / "manifest.json").read_text())
+        for case in manifest["cases"]:
+            label = nib.load(data / case["label"])
+            array = np.array(values, np.uint8)[np.asarray(label.dataobj).astype(int)]
+            nib.save(nib.Nifti1Image(array, label.affine), data / case["label"])
+        names = manifest["label_names"].values()
+        manifest["label_names"] = {str(value): text for value, text in zip(values, names, strict=True)}
+        (data / "manifest.json").write_text(json.dumps(manifest))
+        out = tmp_path / f"{name}-run"
+        run(recipe, data, out, evaluate="test")
+        results = json.loads((out / "results.json").read_text())
+        config = json.loads((out / "model" / "config.json").read_text())
+        outcomes[name] = losses(out), results["rows"], config.get("label_values")
+    assert outcomes["plain"][:2] == outcomes["numbered"][:2]
+    assert outcomes["plain"][2] is None and outcomes["numbered"][2] == [0, 17, 53]
+
+
 def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     truth = np.zeros((20, 20, 20), np.uint8)
     truth[5:12, 5:12, 5:12] = 1
