@@ -98,7 +98,9 @@ def hamming_attention(
     if scale is None:
         scale = head_dim**-0.5
     if seed is None:
-        seed = torch.randint(2**62, ()) if bit_gradient == "ternary" else 0
+        # On a GPU the seed is drawn there, so that nothing waits for it and a CUDA graph draws anew when it is replayed.
+        device = value.device if value.is_cuda else None
+        seed = torch.randint(2**62, (), device=device) if bit_gradient == "ternary" else 0
     if bit_gradient == "none":
         query = key = None
     if backend is not None:

@@ -323,6 +323,7 @@ if (REASON := missing_reason()) is not None:
 else:
     import triton
 
+    from hf_binaryformer.kernels import triton_balance
     from hf_binaryformer.kernels import triton_kernels as kernels
 
     register_backend(
@@ -331,6 +332,8 @@ else:
             forward,
             backward,
             pack_sign_bits,
+            balance=triton_balance.balance,
+            balance_backward=triton_balance.balance_backward,
             takes_key_lengths=True,
             device_types=("cuda", "cpu") if INTERPRETED else ("cuda",),
             problem=problem,

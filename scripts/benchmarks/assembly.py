@@ -21,13 +21,15 @@ import typer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_binaryformer.kernels import triton_balance
 from hf_binaryformer.kernels import triton_kernels as kernels
-from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles
+from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles, padded
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-VALUES = ("value", "output", "grad_output", "grad_value")
-WHOLE = {"query_signs": "*i8", "key_signs": "*i8", "hashes": "*i32", "lengths": "*i64", "scale": "fp32"}
-NUMBERS = ("query_weight", "key_weight", "largest", "logsumexp", "delta")
+VALUES = ("value", "output", "grad_output", "grad_value", "x", "y", "grad", "grad_x")
+WHOLE = {"query_signs": "*i8", "key_signs": "*i8", "hashes": "*i32", "lengths": "*i64", "bits": "*i64"}
+WHOLE |= dict.fromkeys(("scale", "epsilon", "window"), "fp32")
+NUMBERS = ("query_weight", "key_weight", "largest", "logsumexp", "delta", "sums", "means", "inverse_rms")
 GRADIENTS = ("grad_query_weight", "grad_key_weight", "grad_query", "grad_key")
 STRIDES = re.compile("(value|output|grad_value)_[bhn]$")
 
@@ -84,17 +86,42 @@ def tiles_of(name: str, sizes: Sizes) -> Tiles:
 
 def build(name: str, sizes: Sizes, target: Target, tiles: Tiles | None = None, masked: bool = False) -> Built:
     """Compile a kernel, with or without a number of keys for each sample; no GPU is needed."""
-    function = getattr(kernels, name)
     tiles = tiles or tiles_of(name, sizes)
     constants = sizes.constants(tiles, backward=name != "attend")
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     if not masked:
         constants["lengths"] = None
+    return compile_for(target, getattr(kernels, name), sizes.dtype, constants, options, tiles)
+
+
+def build_balance(name: str, head_dim: int, dtype: torch.dtype, target: Target) -> Built:
+    """Compile a kernel of balanced bits, with centring and norm."""
+    function = getattr(triton_balance, name)
+    constants: dict[str, Any] = {"DIM": head_dim, "D": padded(head_dim, 64), "WORDS": -(-head_dim // 64), "SUMS": False}
+    constants |= {"R": min(64, triton_balance.TILE // constants["D"]), "CENTERING": True, "NORM": True}
+    known = {parameter.name for parameter in function.params}
+    chosen = {key: value for key, value in constants.items() if key in known}
+    return compile_for(target, function, dtype, chosen, {"num_warps": 4}, Tiles(constants["R"], 0, 4, 1))
+
+
+def compile_for(
+    target: Target, function: Any, dtype: torch.dtype, constants: dict[str, Any], options: dict[str, Any], tiles: Tiles
+) -> Built:
+    """Compile device code, as :func:`triton.compile` does for a GPU that is not there.
+
+    Args:
+        target: the kind of GPU.
+        function: device code; what its parameters are follows from their names.
+        dtype: of the values.
+        constants: compile-time arguments.
+        options: of the compiler.
+        tiles: for the result.
+    """
     names = [parameter.name for parameter in function.params]
     signature, aligned = {}, {}
     for place, parameter in enumerate(names):
         if parameter in VALUES:
-            kind = "*" + TYPES[sizes.dtype]
+            kind = "*" + TYPES[dtype]
         elif parameter in NUMBERS + GRADIENTS:
             kind = "*fp32"
         else:

@@ -41,7 +41,7 @@ def exact_attention(x: Inputs, grad_output: Tensor) -> dict[str, Tensor]:
 
     Returns:
         "output"; the gradients "query_weight", "key_weight", "value"; the gradients "ternary query", "ternary key" with
-        the ternary numbers of the seed SEED; and "largest score".
+        the ternary numbers of the seed SEED, and "ste query", "ste key"; and "largest score".
     """
     heads = [_exact_head(x, grad_output, head) for head in range(x.value.shape[1])]
     return {name: torch.stack([result[name] for result in heads])[None] for name in heads[0]}
@@ -74,15 +74,17 @@ def _exact_head(x: Inputs, grad_output: Tensor, head: int) -> dict[str, Tensor]:
         * key_weight[:, None]
         * (ternary(d_scores * query_weight, 0).T @ query_sign)
         * (key.abs() <= 1),
+        "ste query": scale * query_weight * ((d_scores * key_weight) @ key_sign) * (query.abs() <= 1),
+        "ste key": scale * key_weight[:, None] * ((d_scores * query_weight).T @ query_sign) * (key.abs() <= 1),
         "largest score": scores.abs().max(),
     }
 
 
-def kernel_results(x: Inputs, grad_output: Tensor, backend: str, ternary: bool) -> dict[str, Tensor]:
+def kernel_results(x: Inputs, grad_output: Tensor, backend: str, bit_gradient: str) -> dict[str, Tensor]:
     """The kernel's results for the same operands, under the names of :func:`exact_attention`."""
     leaves = {"query_weight": x.query_weight, "key_weight": x.key_weight, "value": x.value}
-    if ternary:
-        leaves |= {"ternary query": x.query, "ternary key": x.key}
+    if bit_gradient != "none":
+        leaves |= {f"{bit_gradient} query": x.query, f"{bit_gradient} key": x.key}
     for leaf in leaves.values():
         leaf.requires_grad_()
     output = hamming_attention(
@@ -94,7 +96,7 @@ def kernel_results(x: Inputs, grad_output: Tensor, backend: str, ternary: bool) 
         head_dim=x.query.shape[-1],
         query=x.query,
         key=x.key,
-        bit_gradient="ternary" if ternary else "none",
+        bit_gradient=bit_gradient,
         seed=SEED,
         backend=backend,
     )
@@ -123,7 +125,10 @@ def measure_errors(tokens: list[int], backend: str) -> Iterator[dict[str, Any]]:
                 generator = torch.Generator().manual_seed(SEED + 1)
                 grad_output = torch.randn(x.value.shape, generator=generator).to(torch_dtype)
                 exact = exact_attention(x, grad_output)
-                computed = kernel_results(x, grad_output, backend, ternary=dtype == "float32")
+                kinds = ("ternary", "ste") if dtype == "float32" else ("none",)
+                computed: dict[str, Tensor] = {}
+                for kind in kinds:
+                    computed |= kernel_results(x, grad_output, backend, kind)
                 largest = float(exact["largest score"].max())
                 if not 0.9 * SCORE_LIMIT < largest < 1.1 * SCORE_LIMIT:
                     raise AssertionError(f"the largest score is {largest:.1f}, the check is meant for {SCORE_LIMIT}")

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+
+from hf_binaryformer.kernels.processor import processor_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A runtime's threads keep spinning after their work (OpenBLAS: tens of milliseconds). They would take the cores of the
@@ -246,17 +247,4 @@ def _status_bytes(key: str) -> int:
 
 def describe_device() -> dict[str, Any]:
     """Name of the processor, number of cores, system; nothing that names the machine itself."""
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if names:
-            return names[0]
-    if sys.platform == "darwin":
-        return subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    return platform.processor() or platform.machine()
+    return {"cpu": processor_name(), "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}

@@ -250,11 +250,12 @@ def attention_subjects(tokens: int, backend: str, dense_limit: int) -> list[Subj
                     name = f"hamming ({backend}, {SECOND_SET})"
                     subjects.append(hamming(name=name, value_dim=value_dim, instruction_set=SECOND_SET))
                 if step and dtype == "float32":
-                    ternary = partial(hamming, value_dim=value_dim, bit_gradient="ternary")
                     bits = ("value", "query", "key")
                     weights = ("query_weight", "key_weight")
-                    subjects.append(ternary(name=f"{kernel}, ternary q k", leaves=bits))
-                    subjects.append(ternary(name=f"{kernel}, ternary q k + weights", leaves=weights + bits))
+                    for name, gradient in (("ternary", "ternary"), ("straight-through", "ste")):
+                        learned = partial(hamming, value_dim=value_dim, bit_gradient=gradient)
+                        subjects.append(learned(name=f"{kernel}, {name} q k", leaves=bits))
+                        subjects.append(learned(name=f"{kernel}, {name} q k + weights", leaves=weights + bits))
     return subjects
 
 

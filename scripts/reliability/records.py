@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
+from hf_binaryformer.kernels.processor import processor_name
 from hf_binaryformer.pipelines.provenance import versions
 from hf_binaryformer.pipelines.whole_files import write_text
-
-
-def processor_name() -> str:
-    """The processor's own name, or its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def write_record(path: Path | None, seed: int, figures: dict[str, Any]) -> None:

@@ -63,6 +63,16 @@ def test_builds_with_a_key_mask(kernel, gradient) -> None:
     check_build("sm_90", kernel, gradient, 64, 16, torch.bfloat16, masked=True)
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("kernel", ["sum_tokens", "balance_rows", "balance_gradient"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("head_dim", [64, 24, 512])
+def test_balance_builds_without_spills(target, kernel, head_dim) -> None:
+    built = assembly.build_balance(kernel, head_dim, torch.bfloat16, assembly.TARGETS[target])
+    assert built.spilled == 0, f"{kernel} for {target} spills {built.spilled} bytes"
+    assert built.shared <= assembly.TARGETS[target].shared
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("kernel", "gradient"), GRADIENTS + MORE)

@@ -14,9 +14,10 @@ import triton.language as tl
 from cpu_cases import ALLOWED, HALVES, SHAPES, assert_near, distance, row_bounds, with_bounds
 from hamming_cases import Case, make_case
 
-from hf_binaryformer.kernels import backend_report, pack_sign_bits
+from hf_binaryformer.kernels import backend_report, pack_sign_bits, triton_balance
 from hf_binaryformer.kernels import triton as backend
 from hf_binaryformer.kernels import triton_kernels as kernels
+from hf_binaryformer.kernels.balance import reference_balance, reference_balance_backward
 from hf_binaryformer.kernels.draws import seed_hash, uniform
 
 # The interpreter cuts numbers off where a GPU rounds them to bfloat16.
@@ -153,6 +154,29 @@ def test_packing(head_dim, dtype) -> None:
     assert found is not None
     assert torch.equal(found, pack_sign_bits(x.double()))  # The reference packs float64.
     assert torch.equal(backend.pack_sign_bits(x.transpose(1, 2)), pack_sign_bits(x.transpose(1, 2).double()))
+
+
+@pytest.mark.parametrize("window", [torch.inf, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 24), (1, 2, 300, 65), (2, 1, 129, 130)])
+def test_balance_is_the_reference_one(shape, dtype, window) -> None:
+    """Catches padding that enters a mean, lost blocks of tokens, bits of numbers before rounding, strides."""
+    batch, heads, tokens, dim = shape
+    wide = (torch.randn(batch, tokens, 2 * heads * dim) + torch.randn(2 * heads * dim)).to(dtype)
+    x = wide[..., : heads * dim].unflatten(-1, (heads, dim)).transpose(1, 2)
+    grad = torch.randn(shape).to(dtype)
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for centering in (True, False):
+        for norm in (True, False):
+            found, expected = triton_balance.balance(x, centering, norm), reference_balance(x, centering, norm)
+            torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(found[2], expected[2], rtol=tolerance, atol=tolerance)
+            assert torch.equal(found[1], pack_sign_bits(found[0].double())), "bits are not the signs of y"
+            y, _, factors = expected
+            gradient = triton_balance.balance_backward(y, grad, factors, centering, norm, window)
+            wanted = reference_balance_backward(grad, y, factors, centering, norm, window)
+            largest = float(wanted.abs().max()) + 1e-3
+            assert float((gradient.float() - wanted.float()).abs().max()) <= tolerance * largest
 
 
 def test_what_is_left_to_the_reference() -> None:
