@@ -78,6 +78,8 @@ PASSES = [
     ("attend", "none", ("d",), ("v",)),
     ("backward_of_keys", "none", ("d",), ("v", "v")),
     ("backward_of_queries", "none", ("d",), ("v",)),
+    ("backward_of_keys", "ste", ("d",), ("v", "v", "d")),
+    ("backward_of_queries", "ste", ("d",), ("v", "d")),
     ("backward_of_keys", "ternary", ("d",), ("v", "v", "d")),
     ("backward_of_queries", "ternary", ("d",), ("v", "d")),
 ]
