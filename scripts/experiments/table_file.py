@@ -2,8 +2,8 @@
 
 A table's file has these keys:
 
-- ``title`` and ``question``. ``source``: the usual name of the folder {data}. ``prepare``: commands that run once to
-  make the data.
+- ``title``, ``question``, and ``answer``: what was found, once it is known. ``source``: the usual name of the folder
+  {data}. ``prepare``: commands that run once to make the data.
 - ``script`` and ``arguments`` of the training. ``settings`` of every run (``section.key: value``). ``scales``: the
   settings of each ``--scale``, among them iterations and warm-up.
 - ``forms``: names in ``forms.yaml``, or ``standard`` for its list of that name, or forms of its own. ``network`` is the
@@ -68,6 +68,7 @@ def read_words(path: Path) -> dict[str, Any]:
     """A table's entries, together with those of the table that it is like."""
     words: dict[str, Any] = yaml.safe_load(path.read_text())
     if "like" in words:
+        words = {"answer": None} | words  # that of the other table is no answer to this one's question
         words = read_words(path.with_name(f"{words['like']}.yaml")) | words
         words["settings"] = words["settings"] | words.pop("changes", {})
     return words

@@ -77,6 +77,8 @@ def markdown(
         they = f"{' and '.join(tied)} {'is' if len(tied) == 1 else 'are'}"
         lines += [f"**No evidence about attention: {they} not clearly worse than {reference}.**", ""]
     lines += [table.words["question"].strip(), ""]
+    if answer := table.words.get("answer"):
+        lines += [answer.strip(), ""]
     seeds, tried = (", ".join(map(str, numbers)) for numbers in (table.seeds, table.tuning["rates"]))
     lines += [
         f"Seeds {seeds}, scale `{table.scale}`; mean ± standard deviation over seeds; differences are paired by seed, with "
