@@ -1,7 +1,7 @@
 """Extension of griffe, which reads the docstrings for the site: the few habits of this package that it does not know.
 
-One line may describe several arguments (``height, width: pixels``), fields may stand under headings of their own, and
-names are marked as in Sphinx.
+One line may describe several arguments (``height, width: pixels``), fields may stand under headings of their own, names
+are marked as in Sphinx, and the base class of a configuration makes it a dataclass.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import griffe
 
+CONFIGURATIONS = ("modeling.configuration.BinaryFormerConfig",)
 SECTIONS = {"Args", "Attributes", "Returns", "Raises", "Yields", "Examples"}
 TOGETHER = re.compile(r"^( +)(\w+(?:, \w+)+): (.*)$")
 HEADING = re.compile(r"^([A-Z][^.:]*):$")
@@ -26,7 +27,7 @@ def tidy(text: str) -> str:
         if line == "Example:":
             line = "Examples:"
         elif (heading := HEADING.match(line)) and heading[1] not in SECTIONS and deeper:
-            line = f"Attributes: {heading[1]}"
+            line = f"Attributes: {heading[1].replace('`', '')}"
         if match := TOGETHER.match(line):
             indent, names, rest = match.groups()
             more = []
@@ -49,3 +50,17 @@ class Docstrings(griffe.Extension):
         """Called for each module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = tidy(obj.docstring.value)
+
+    def on_package(self, *, pkg: Any, **_: Any) -> None:
+        """Called when all is read: transformers makes a dataclass of each configuration, which no decorator shows."""
+        for name in CONFIGURATIONS:
+            configuration = pkg[name]
+            fields = [
+                griffe.Parameter(
+                    one.name, kind=griffe.ParameterKind.keyword_only, annotation=one.annotation, default=one.value
+                )
+                for one in configuration.attributes.values()
+                if one.annotation is not None and one.value is not None and "property" not in one.labels
+            ]
+            made = griffe.Function("__init__", parameters=griffe.Parameters(*fields), returns="None")
+            configuration.set_member("__init__", made)
