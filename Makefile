@@ -1,4 +1,4 @@
-# make install | demo | test | slow | mutants | sanitize | style | types | clean
+# make install | demo | test | slow | mutants | sanitize | style | types | docs | clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: install demo test slow mutants sanitize style types clean
+.PHONY: install demo test slow mutants sanitize style types docs clean
 
 install: $(VENV)/.installed
 
@@ -43,5 +43,10 @@ style: install
 types: install
 	$(BIN)/mypy
 
+# The site, in site/; a warning, such as a link that leads nowhere, is an error.
+docs: install
+	$(BIN)/python scripts/site/draw_figures.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
