@@ -78,7 +78,9 @@ class Problem:
         on_device = seed.device.type != "cpu"
         start = seed_hash(seed) if on_device else int(seed_hash(seed))
         found = self.value.new_empty((self.batch * self.heads, self.queries), dtype=torch.int32)
-        kernels.hash_rows[self.grid(self.queries, 256)](found, start, self.queries, SEED_ON_DEVICE=on_device, R=256)
+        triton_draws.hash_rows[self.grid(self.queries, 256)](
+            found, start, self.queries, SEED_ON_DEVICE=on_device, R=256
+        )
         return found
 
     def weight_like(self, weight: Tensor, found: Tensor) -> Tensor:
@@ -323,7 +325,7 @@ if (REASON := missing_reason()) is not None:
 else:
     import triton
 
-    from hf_binaryformer.kernels import triton_balance
+    from hf_binaryformer.kernels import triton_balance, triton_draws
     from hf_binaryformer.kernels import triton_kernels as kernels
 
     register_backend(

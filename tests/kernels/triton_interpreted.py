@@ -14,9 +14,8 @@ import triton.language as tl
 from cpu_cases import ALLOWED, HALVES, SHAPES, assert_near, distance, row_bounds, with_bounds
 from hamming_cases import Case, make_case
 
-from hf_binaryformer.kernels import backend_report, pack_sign_bits, triton_balance
+from hf_binaryformer.kernels import backend_report, pack_sign_bits, triton_balance, triton_draws
 from hf_binaryformer.kernels import triton as backend
-from hf_binaryformer.kernels import triton_kernels as kernels
 from hf_binaryformer.kernels.balance import reference_balance, reference_balance_backward
 from hf_binaryformer.kernels.draws import seed_hash, uniform
 
@@ -62,7 +61,9 @@ def test_draws_are_the_reference_ones_bit_by_bit() -> None:
     @triton.jit
     def draw(found, base, group, M: tl.constexpr, N: tl.constexpr):
         i, j = tl.arange(0, M), tl.arange(0, N)
-        number = kernels.draws(kernels.row_hash(base, tl.full((), 0, tl.int64) + group, i)[:, None], j[None, :])
+        number = triton_draws.draws(
+            triton_draws.row_hash(base, tl.full((), 0, tl.int64) + group, i)[:, None], j[None, :]
+        )
         tl.store(found + i[:, None] * N + j[None, :], number)
 
     for seed in (0, 2**40 + 7, -5):
