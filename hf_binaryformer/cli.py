@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
@@ -16,10 +17,10 @@ from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer.commands import generation_jobs, jobs
+from hf_binaryformer.commands.outputs import TRACEBACK_VARIABLE
 from hf_binaryformer.pipelines.provenance import versions
 
 P = ParamSpec("P")
-TRACEBACK_VARIABLE = "BINARYFORMER_TRACEBACK"
 
 app = typer.Typer(
     name="binaryformer",
@@ -38,6 +39,15 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Views(str, Enum):
+    """Slices that a network sees."""
+
+    all = "all"
+    coronal = "coronal"
+    axial = "axial"
+    sagittal = "sagittal"
 
 
 class Selection(str, Enum):
@@ -109,36 +119,136 @@ def progress_bar(text: str) -> Iterator[jobs.Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def scans_bar() -> Iterator[Callable[[float, int], None]]:
+    """The same for many scans, with the time that is left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("scan {task.fields[scan]}"), BarColumn(), TextColumn("time left"), TimeRemainingColumn())
+    # Scans take minutes, so the pace of the last ten counts.
+    options: dict[str, Any] = {"transient": True, "disable": not err.is_terminal, "speed_estimate_period": 600}
+    with Progress(*columns, console=err, **options) as bar:
+        task = bar.add_task("", total=None, scan="")
+
+        def tell(done: float, total: int) -> None:
+            bar.update(task, completed=done, total=total, scan=f"{min(int(done) + 1, total)} of {total}")
+
+        yield tell
+
+
 @app.command()
 @one_line_errors
 def segment(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Label volume to write: .nii.gz, .nii or .mha.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IN...",
+            help="NIfTI, .mha, .mhd or .nrrd files, DICOM folders, BIDS folders, folders of any of these, or patterns.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Label volume to write: .nii.gz, .nii or .mha. For many scans: a folder."),
+    ],
     overlay: Annotated[Path | None, typer.Option(help="Picture of the labels on the image to write: .png.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Label volumes, settings, versions to write: .json.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Label volumes, quality, settings, versions to write: .json.")
+    ] = None,
     probabilities: Annotated[Path | None, typer.Option(help="4D volume of probabilities to write: .nii.gz.")] = None,
+    views: Annotated[
+        Views | None,
+        typer.Option(
+            help="Slices that the network sees; all averages three views, in 3 times the time.  [default: model's]"
+        ),
+    ] = None,
+    keep_largest: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-largest/--no-keep-largest", help="Largest piece of each structure only.  [default: model's]"
+        ),
+    ] = None,
+    head_only: Annotated[
+        bool | None,
+        typer.Option("--head-only/--no-head-only", help="No labels outside the head.  [default: model's]"),
+    ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing", help="Leave out scans that the folder has whole results of, made the same way."
+        ),
+    ] = False,
+    bids_suffix: Annotated[str, typer.Option(help="Which scans of a BIDS folder: T1w, T2w, FLAIR.")] = "T1w",
     model: Model = jobs.DEFAULT_MODEL,
     backend: Backend = None,
     dtype: NumberFormat = DType.float32,
     device: Device = None,
 ) -> None:
-    """Segment a volume; labels come back on its own grid."""
+    """Segment a volume, or many; labels come back on the grid of each.
+
+    One scan and -o FILE: the labels, and what else is asked for.
+
+    Several scans, or -o FOLDER: labels, a report and a picture of each, volumes.csv with ml and quality scores, report.html to
+    look through. A scan that fails does not stop the others.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "backend": backend,
+        "dtype": dtype.value,
+        "device": device,
+        "views": views.value if views else None,
+        "keep_largest": keep_largest,
+        "head_only": head_only,
+    }
+    # A volume's name has an ending; whoever types none means a folder.
+    one = len(sources) == 1 and output.suffix and not output.is_dir()
+    if not one or not (sources[0].exists() or not has_magic(str(sources[0]))):
+        if overlay or report or probabilities:
+            raise ValueError(
+                f"--overlay, --report and --probabilities go with one scan and -o FILE; in the folder '{output}', each scan has "
+                f"a report and a picture anyway: leave them out"
+            )
+        segment_many(sources, output, skip_existing=skip_existing, bids_suffix=bids_suffix, **options)
+        return
+    if skip_existing:
+        raise ValueError(f"--skip-existing goes with a folder of results, -o is the file '{output}': leave it out")
     with progress_bar("segmenting") as progress:
         content = jobs.segment_file(
-            source,
+            sources[0],
             output,
             overlay=overlay,
             report=report,
             probabilities=probabilities,
-            model=model,
-            backend=backend,
-            dtype=dtype.value,
-            device=device,
             progress=progress,
+            **options,
         )
     tell_notes(content)
     show_volumes(content)
     tell_written(output, probabilities, overlay, report)
+
+
+def segment_many(sources: list[Path], output: Path, **options: Any) -> None:
+    """Segment scans into a folder; exit with 1 if one of them failed."""
+    from hf_binaryformer.commands.many_scans import segment_scans
+    from hf_binaryformer.pipelines.volumes import OUTPUT_SUFFIXES
+
+    if output.name.lower().endswith(OUTPUT_SUFFIXES) and not output.is_dir():
+        raise ValueError(f"-o is '{output}', expected a folder for several scans: leave out its ending")
+
+    def finished(name: str, content: Mapping[str, Any]) -> None:
+        tell_notes({"notes": [f"{name}: {note}" for note in content["notes"]]})
+        if not err.is_terminal:
+            err.print(f"{name}: {content['seconds']:.1f} s", markup=False, highlight=False, soft_wrap=True)
+
+    with scans_bar() as progress:
+        content = segment_scans(sources, output, progress=progress, finished=finished, **options)
+    tell_notes(content)
+    for name, why in content["failed"]:
+        err.print(f"error: {name}: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+    counts = {what: len(content[what]) for what in ("segmented", "skipped", "failed")}
+    out.print(", ".join(f"{n} {what}" for what, n in counts.items()), markup=False, highlight=False)
+    tell_written(content["table"], content["page"])
+    if content["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -230,12 +340,29 @@ def evaluate(
     pred: Annotated[Path, typer.Option(help="Predicted label volume, or a folder of them.")],
     truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same names, subfolders too.")],
     report: Annotated[Path | None, typer.Option(help="All scores to write: .json.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Label names, or the report of `segment`: .json.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label names, or the report of `segment`: .json; or the word freesurfer.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Distance up to which a surface is right, mm.")] = 1.0,
+    merge_sides: Annotated[bool, typer.Option("--merge-sides", help="Score left and right as one structure.")] = False,
+    map_pred: Annotated[
+        Path | None, typer.Option(help="New labels of the prediction: .json or .csv of number, and number or name.")
+    ] = None,
+    map_truth: Annotated[Path | None, typer.Option(help="The same for the truth; * stands for all others.")] = None,
 ) -> None:
     """Score labels against the truth: Dice, NSD and HD95."""
     with progress_bar("scoring") as progress:
-        content = jobs.evaluate_files(pred, truth, report=report, labels=labels, tolerance=tolerance, progress=progress)
+        content = jobs.evaluate_files(
+            pred,
+            truth,
+            report=report,
+            labels=labels,
+            tolerance=tolerance,
+            merge_sides=merge_sides,
+            map_pred=map_pred,
+            map_truth=map_truth,
+            progress=progress,
+        )
     tell_notes(content)
     show_scores(content)
 
@@ -355,6 +482,10 @@ def show_volumes(content: dict[str, Any]) -> None:
             continue
         table.add_row(str(row["label"]), row["name"], f"{row['volume_ml']:,.1f}")
     show(table)
+    if score := content.get("quality", {}).get("score"):
+        volume = content["intracranial_ml"]
+        skull = "" if volume is None else f", intracranial volume about {volume:,.0f} ml"
+        out.print(f"quality {score:.2f}{skull}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show(table: Table) -> None:

@@ -166,6 +166,11 @@ class VolumeSegmentationPipeline:
         return pipeline
 
     @property
+    def name(self) -> str:
+        """What the model is called: its folder, or its class if it was loaded from none."""
+        return Path(getattr(self.model.config, "name_or_path", "")).name or type(self.model).__name__
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -189,6 +194,24 @@ class VolumeSegmentationPipeline:
                 f"or of that type: call model.float(), or leave dtype out to run the weights in their own type"
             )
         return self.dtype
+
+    def settings(
+        self, views: str | None = None, keep_largest: bool | None = None, head_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What decides about labels beside the weights: number format, views, steps after the network.
+
+        Arguments as in a call; the result says what such a call takes.
+
+        Raises:
+            ValueError: there is no such view.
+        """
+        axes = self.processor.slice_axes if views is None else axes_of(views)
+        return {
+            "dtype": str(self._number_format()).removeprefix("torch."),
+            "views": [name for name, along in VIEWS.items() if len(along) == 1 and along[0] in axes],
+            "keep_largest": bool(self.processor.keep_largest if keep_largest is None else keep_largest),
+            "head_only": bool(self.processor.head_only if head_only is None else head_only),
+        }
 
     def __call__(
         self,
@@ -222,9 +245,8 @@ class VolumeSegmentationPipeline:
         """
         start = time.perf_counter()
         self._number_format()  # the model may have been cast since
-        axes = self.processor.slice_axes if views is None else axes_of(views)
-        keep_largest = bool(self.processor.keep_largest) if keep_largest is None else keep_largest
-        head_only = bool(self.processor.head_only) if head_only is None else head_only
+        settings = self.settings(views, keep_largest, head_only)
+        axes = [axis for view in settings["views"] for axis in axes_of(view)]
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
         scale = self.processor.intensity_scale(volume.array)
@@ -254,9 +276,9 @@ class VolumeSegmentationPipeline:
             inside, confidence = winners.labels.numpy(), winners.confidence.numpy()
         if self.label_values is not None:
             inside = np.array(self.label_values, dtype=np.int32)[inside]
-        if head_only:
+        if settings["head_only"]:
             inside = np.where(head_mask(bright[box], volume.spacing), inside, 0)
-        if keep_largest:
+        if settings["keep_largest"]:
             inside = largest_pieces(inside, self.label_names)
         labels[box] = inside
         quality = quality_report(inside, confidence, self.label_names, getattr(self.model.config, "quality", None))
@@ -271,15 +293,12 @@ class VolumeSegmentationPipeline:
             ],
             "quality": quality,
             "intracranial_ml": intracranial_ml(inside, volume.spacing) if is_brain(self.label_names) else None,
-            "views": [name for name, (axis, *others) in VIEWS.items() if axis in axes and not others],
-            "keep_largest": keep_largest,
-            "head_only": head_only,
+            **settings,
             "intensities": scale.as_dict(),
-            "model": Path(getattr(self.model.config, "name_or_path", "")).name or type(self.model).__name__,
+            "model": self.name,
             "attention_type": getattr(self.model.config, "attention_type", None),
             "backend": attention_backend(self.model, self.device.type),
             "device": str(self.device),
-            "dtype": str(self._number_format()).removeprefix("torch."),
             "network_grid": {"shape": list(network_input.shape), "affine": network_affine.tolist()},
             "seconds": seconds,
         }
