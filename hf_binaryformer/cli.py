@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer.commands import generation_jobs, jobs
+from hf_binaryformer.commands.display import (
+    err,
+    progress_bar,
+    scans_bar,
+    show_demo,
+    show_generation,
+    show_info,
+    show_scores,
+    show_volumes,
+    tell,
+    tell_error,
+    tell_notes,
+    tell_written,
+)
 from hf_binaryformer.commands.outputs import TRACEBACK_VARIABLE
 from hf_binaryformer.pipelines.provenance import versions
 
@@ -30,7 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-out, err = Console(), Console(stderr=True)
 
 
 class DType(str, Enum):
@@ -103,37 +113,8 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 def _fail(error: Exception) -> NoReturn:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    message = " ".join(str(error).split())
-    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    tell_error(str(error))
     raise typer.Exit(1) from None
-
-
-@contextmanager
-def progress_bar(text: str) -> Iterator[jobs.Progress]:
-    """Show a temporary progress bar on stderr if that is a terminal; yields a function to call with (done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def scans_bar() -> Iterator[Callable[[float, int], None]]:
-    """The same for many scans, with the time that is left."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("scan {task.fields[scan]}"), BarColumn(), TextColumn("time left"), TimeRemainingColumn())
-    # Scans take minutes, so the pace of the last ten counts.
-    options: dict[str, Any] = {"transient": True, "disable": not err.is_terminal, "speed_estimate_period": 600}
-    with Progress(*columns, console=err, **options) as bar:
-        task = bar.add_task("", total=None, scan="")
-
-        def tell(done: float, total: int) -> None:
-            bar.update(task, completed=done, total=total, scan=f"{min(int(done) + 1, total)} of {total}")
-
-        yield tell
 
 
 @app.command()
@@ -243,9 +224,9 @@ def segment_many(sources: list[Path], output: Path, **options: Any) -> None:
         content = segment_scans(sources, output, progress=progress, finished=finished, **options)
     tell_notes(content)
     for name, why in content["failed"]:
-        err.print(f"error: {name}: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+        tell_error(f"{name}: {why}")
     counts = {what: len(content[what]) for what in ("segmented", "skipped", "failed")}
-    out.print(", ".join(f"{n} {what}" for what, n in counts.items()), markup=False, highlight=False)
+    tell(", ".join(f"{n} {what}" for what, n in counts.items()))
     tell_written(content["table"], content["page"])
     if content["failed"]:
         raise typer.Exit(1)
@@ -392,17 +373,7 @@ def info() -> None:
     from hf_binaryformer.kernels import backend_report
     from hf_binaryformer.modeling.pretrained import known_checkpoints, resolve_checkpoint
 
-    table = Table("library", "version")
-    for name, version in versions().items():
-        table.add_row(name, version)
-    show(table)
-    out.print("attention backends:")
-    for name, state in backend_report().items():
-        out.print(f"  {name:<10} {state}", markup=False, highlight=False, soft_wrap=True)
-    out.print("packaged checkpoints:" if known_checkpoints() else "packaged checkpoints: none")
-    for name in known_checkpoints():
-        size = sum(path.stat().st_size for path in resolve_checkpoint(name).rglob("*") if path.is_file())
-        out.print(f"  {name:<30} {size / 1e6:.2f} MB", markup=False, highlight=False)
+    show_info(versions(), backend_report(), {name: resolve_checkpoint(name) for name in known_checkpoints()})
 
 
 @app.command()
@@ -413,86 +384,8 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the resu
 
     with progress_bar("segmenting and filling MNI152") as progress:
         content = run_demo(folder, progress=progress)
-    show_volumes(content["segmentation"])
-    table = Table("on MNI152, never seen in training", "Dice", title="agreement with the template's own tissue maps")
-    for tissue, dice in content["segmentation"]["dice"].items():
-        table.add_row(tissue, f"{dice:.3f}")
-    show(table)
-    table = Table("fill of the hole", "PSNR dB", title=f"inpainting, {content['inpainting']['seconds']:.1f} s")
-    for name, value in content["inpainting"]["psnr_hole"].items():
-        if name != "samples":
-            table.add_row(name, f"{value:.2f}")
-    show(table)
-    for name in content["files"]:
-        out.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_written(*paths: Path | None) -> None:
-    """Name the files that were written."""
-    for path in filter(None, paths):
-        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_notes(content: dict[str, Any]) -> None:
-    """Print what a result's reader has to know, on stderr."""
-    for note in content["notes"]:
-        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_generation(content: dict[str, Any]) -> None:
-    """Print how much was generated, and how long it took."""
-    size = f"{content['hole_ml'][0]:,.1f} ml filled" if "hole_ml" in content else "nothing given"
-    out.print(
-        f"{content['model']}: {content['samples']} sample(s), {size}, {content['steps']} steps, {content['seconds']:.1f} s. "
-        f"{content['generated']} {content['notice']}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def show_scores(content: dict[str, Any]) -> None:
-    """Print the scores of each label, averaged over cases, and their mean."""
-    number_of_cases = len(content["cases"])
-    table = Table(
-        "label",
-        "name",
-        "Dice",
-        f"NSD {content['tolerance_mm']:g} mm",
-        "HD95 mm",
-        "NaN",
-        title=f"{number_of_cases} case(s)",
-    )
-    formats = {"dice": ".3f", "nsd": ".3f", "hd95": ".2f"}
-    for row in (*content["labels"], content["mean"]):
-        numbers = ["NaN" if row[metric] is None else format(row[metric], style) for metric, style in formats.items()]
-        missing = "/".join(str(row["nan"][metric]) for metric in formats)
-        if row is content["mean"]:
-            table.add_section()
-        table.add_row("" if row["label"] is None else str(row["label"]), row["name"], *numbers, missing)
-    show(table)
-    out.print(f"NaN: how many of Dice/NSD/HD95 are left out. {content['absent_labels']}", style="dim", highlight=False)
-
-
-def show_volumes(content: dict[str, Any]) -> None:
-    """Print the labels that were found and their volumes."""
-    table = Table("label", "name", "volume ml", title=f"{content['model']}, {content['seconds']:.1f} s")
-    for row in content["labels"]:
-        if row["label"] == 0:
-            continue
-        table.add_row(str(row["label"]), row["name"], f"{row['volume_ml']:,.1f}")
-    show(table)
-    if score := content.get("quality", {}).get("score"):
-        volume = content["intracranial_ml"]
-        skull = "" if volume is None else f", intracranial volume about {volume:,.0f} ml"
-        out.print(f"quality {score:.2f}{skull}", markup=False, highlight=False, soft_wrap=True)
-
-
-def show(table: Table) -> None:
-    """Print a table with numbers aligned to the right; names are not read as markup."""
-    for column in table.columns[2:]:
-        column.justify = "right"
-    out.print(table, markup=False)
+    show_demo(content)
+    tell_written(*(folder / name for name in content["files"]))
 
 
 def main() -> None:

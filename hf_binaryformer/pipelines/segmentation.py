@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_binaryformer.modeling.at_rest import unchanged
@@ -32,7 +31,14 @@ from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.provenance import NOTICE
 from hf_binaryformer.pipelines.quality import quality_notes, quality_report
 from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
-from hf_binaryformer.pipelines.slice_results import VIEWS, Probabilities, ProgressCallback, Winners, axes_of
+from hf_binaryformer.pipelines.slice_results import (
+    VIEWS,
+    Probabilities,
+    ProgressCallback,
+    Winners,
+    axes_of,
+    pad_in_plane,
+)
 from hf_binaryformer.pipelines.structure_names import is_brain
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
@@ -316,7 +322,7 @@ class VolumeSegmentationPipeline:
         """Run the slices of (I, J, K) along each of the axes, and hand the logits (B, C, H, W) of each batch to the result."""
         training = self.model.training
         self.model.eval()
-        views = [_pad_in_plane(torch.from_numpy(scaled).movedim(axis, 0), self.processor.image_size) for axis in axes]
+        views = [pad_in_plane(torch.from_numpy(scaled).movedim(axis, 0), self.processor.image_size) for axis in axes]
         try:
             for view, index in self._steps([len(slices) for slices, _ in views], progress):
                 slices, inner = views[view]
@@ -361,17 +367,6 @@ class VolumeSegmentationPipeline:
                     bar.update(len(index))
                     if callable(progress):
                         progress(done, total)
-
-
-def _pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[slice, slice]]:
-    """Pad (S, H, W) with 0 to at least the window, half on each side; also returns the slices' place in the result."""
-    padding: list[int] = []
-    inner = []
-    for size, wanted in zip(slices.shape[1:], window, strict=True):
-        missing = max(wanted - size, 0)
-        padding = [missing // 2, missing - missing // 2, *padding]
-        inner.append(slice(missing // 2, missing // 2 + size))
-    return F.pad(slices, padding), (inner[0], inner[1])
 
 
 def _most_probable(

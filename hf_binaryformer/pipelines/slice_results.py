@@ -1,10 +1,11 @@
-"""What is kept of a network's answers while it runs over the slices of a volume, along one axis or along several."""
+"""Slices of a volume for a network: padded to its window, and what is kept of its answers, along one axis or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Axes along which the slices of a view are taken, in RAS order.
@@ -22,6 +23,17 @@ def axes_of(views: str) -> tuple[int, ...]:
     if views not in VIEWS:
         raise ValueError(f"views is '{views}', expected one of {', '.join(VIEWS)}")
     return VIEWS[views]
+
+
+def pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[slice, slice]]:
+    """Pad (S, H, W) with 0 to at least the window, half on each side; also returns the slices' place in the result."""
+    padding: list[int] = []
+    inner = []
+    for size, wanted in zip(slices.shape[1:], window, strict=True):
+        missing = max(wanted - size, 0)
+        padding = [missing // 2, missing - missing // 2, *padding]
+        inner.append(slice(missing // 2, missing // 2 + size))
+    return F.pad(slices, padding), (inner[0], inner[1])
 
 
 class Winners:
