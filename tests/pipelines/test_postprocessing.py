@@ -74,6 +74,8 @@ def test_intracranial_volume_of_a_ball_with_sulci_and_ventricles(spacing):
 def test_labels_that_reach_the_edge_of_the_volume_are_not_cut_back():
     labels = np.ones((40, 40, 40), np.int32)
     assert intracranial_ml(labels, (1.0, 1.0, 1.0)) == pytest.approx(64.0, rel=0.01)
+    # Nor do they grow into the gap before it.
+    assert intracranial_ml(np.pad(labels, 6), (1.0, 1.0, 1.0)) == pytest.approx(64.0, rel=0.01)
 
 
 def test_what_names_say():
