@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer.commands import generation_jobs, jobs
+from hf_binaryformer.commands.display import (
+    err,
+    progress_bar,
+    scans_bar,
+    show_demo,
+    show_generation,
+    show_info,
+    show_scores,
+    show_volumes,
+    tell,
+    tell_error,
+    tell_notes,
+    tell_written,
+)
+from hf_binaryformer.commands.outputs import TRACEBACK_VARIABLE
 from hf_binaryformer.pipelines.provenance import versions
 
 P = ParamSpec("P")
-TRACEBACK_VARIABLE = "BINARYFORMER_TRACEBACK"
 
 app = typer.Typer(
     name="binaryformer",
@@ -29,7 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-out, err = Console(), Console(stderr=True)
 
 
 class DType(str, Enum):
@@ -38,6 +49,15 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Views(str, Enum):
+    """Slices that a network sees."""
+
+    all = "all"
+    coronal = "coronal"
+    axial = "axial"
+    sagittal = "sagittal"
 
 
 class Selection(str, Enum):
@@ -93,52 +113,123 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 def _fail(error: Exception) -> NoReturn:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    message = " ".join(str(error).split())
-    err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    tell_error(str(error))
     raise typer.Exit(1) from None
-
-
-@contextmanager
-def progress_bar(text: str) -> Iterator[jobs.Progress]:
-    """Show a temporary progress bar on stderr if that is a terminal; yields a function to call with (done, total)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command()
 @one_line_errors
 def segment(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Label volume to write: .nii.gz, .nii or .mha.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IN...",
+            help="NIfTI, .mha, .mhd or .nrrd files, DICOM folders, BIDS folders, folders of any of these, or patterns.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Label volume to write: .nii.gz, .nii or .mha. For many scans: a folder."),
+    ],
     overlay: Annotated[Path | None, typer.Option(help="Picture of the labels on the image to write: .png.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Label volumes, settings, versions to write: .json.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Label volumes, quality, settings, versions to write: .json.")
+    ] = None,
     probabilities: Annotated[Path | None, typer.Option(help="4D volume of probabilities to write: .nii.gz.")] = None,
+    views: Annotated[
+        Views | None,
+        typer.Option(
+            help="Slices that the network sees; all averages three views, in 3 times the time.  [default: model's]"
+        ),
+    ] = None,
+    keep_largest: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-largest/--no-keep-largest", help="Largest piece of each structure only.  [default: model's]"
+        ),
+    ] = None,
+    head_only: Annotated[
+        bool | None,
+        typer.Option("--head-only/--no-head-only", help="No labels outside the head.  [default: model's]"),
+    ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing", help="Leave out scans that the folder has whole results of, made the same way."
+        ),
+    ] = False,
+    bids_suffix: Annotated[str, typer.Option(help="Which scans of a BIDS folder: T1w, T2w, FLAIR.")] = "T1w",
     model: Model = jobs.DEFAULT_MODEL,
     backend: Backend = None,
     dtype: NumberFormat = DType.float32,
     device: Device = None,
 ) -> None:
-    """Segment a volume; labels come back on its own grid."""
+    """Segment a volume, or many; labels come back on the grid of each.
+
+    One scan and -o FILE: the labels, and what else is asked for.
+
+    Several scans, or -o FOLDER: labels, a report and a picture of each, volumes.csv with ml and quality scores, report.html to
+    look through. A scan that fails does not stop the others.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "backend": backend,
+        "dtype": dtype.value,
+        "device": device,
+        "views": views.value if views else None,
+        "keep_largest": keep_largest,
+        "head_only": head_only,
+    }
+    # A volume's name has an ending; whoever types none means a folder.
+    one = len(sources) == 1 and output.suffix and not output.is_dir()
+    if not one or not (sources[0].exists() or not has_magic(str(sources[0]))):
+        if overlay or report or probabilities:
+            raise ValueError(
+                f"--overlay, --report and --probabilities go with one scan and -o FILE; in the folder '{output}', each scan has "
+                f"a report and a picture anyway: leave them out"
+            )
+        segment_many(sources, output, skip_existing=skip_existing, bids_suffix=bids_suffix, **options)
+        return
+    if skip_existing:
+        raise ValueError(f"--skip-existing goes with a folder of results, -o is the file '{output}': leave it out")
     with progress_bar("segmenting") as progress:
         content = jobs.segment_file(
-            source,
+            sources[0],
             output,
             overlay=overlay,
             report=report,
             probabilities=probabilities,
-            model=model,
-            backend=backend,
-            dtype=dtype.value,
-            device=device,
             progress=progress,
+            **options,
         )
     tell_notes(content)
     show_volumes(content)
     tell_written(output, probabilities, overlay, report)
+
+
+def segment_many(sources: list[Path], output: Path, **options: Any) -> None:
+    """Segment scans into a folder; exit with 1 if one of them failed."""
+    from hf_binaryformer.commands.many_scans import segment_scans
+    from hf_binaryformer.pipelines.volumes import OUTPUT_SUFFIXES
+
+    if output.name.lower().endswith(OUTPUT_SUFFIXES) and not output.is_dir():
+        raise ValueError(f"-o is '{output}', expected a folder for several scans: leave out its ending")
+
+    def finished(name: str, content: Mapping[str, Any]) -> None:
+        tell_notes({"notes": [f"{name}: {note}" for note in content["notes"]]})
+        if not err.is_terminal:
+            err.print(f"{name}: {content['seconds']:.1f} s", markup=False, highlight=False, soft_wrap=True)
+
+    with scans_bar() as progress:
+        content = segment_scans(sources, output, progress=progress, finished=finished, **options)
+    tell_notes(content)
+    for name, why in content["failed"]:
+        tell_error(f"{name}: {why}")
+    counts = {what: len(content[what]) for what in ("segmented", "skipped", "failed")}
+    tell(", ".join(f"{n} {what}" for what, n in counts.items()))
+    tell_written(content["table"], content["page"])
+    if content["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -230,12 +321,29 @@ def evaluate(
     pred: Annotated[Path, typer.Option(help="Predicted label volume, or a folder of them.")],
     truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same names, subfolders too.")],
     report: Annotated[Path | None, typer.Option(help="All scores to write: .json.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Label names, or the report of `segment`: .json.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label names, or the report of `segment`: .json; or the word freesurfer.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Distance up to which a surface is right, mm.")] = 1.0,
+    merge_sides: Annotated[bool, typer.Option("--merge-sides", help="Score left and right as one structure.")] = False,
+    map_pred: Annotated[
+        Path | None, typer.Option(help="New labels of the prediction: .json or .csv of number, and number or name.")
+    ] = None,
+    map_truth: Annotated[Path | None, typer.Option(help="The same for the truth; * stands for all others.")] = None,
 ) -> None:
     """Score labels against the truth: Dice, NSD and HD95."""
     with progress_bar("scoring") as progress:
-        content = jobs.evaluate_files(pred, truth, report=report, labels=labels, tolerance=tolerance, progress=progress)
+        content = jobs.evaluate_files(
+            pred,
+            truth,
+            report=report,
+            labels=labels,
+            tolerance=tolerance,
+            merge_sides=merge_sides,
+            map_pred=map_pred,
+            map_truth=map_truth,
+            progress=progress,
+        )
     tell_notes(content)
     show_scores(content)
 
@@ -265,17 +373,7 @@ def info() -> None:
     from hf_binaryformer.kernels import backend_report
     from hf_binaryformer.modeling.pretrained import known_checkpoints, resolve_checkpoint
 
-    table = Table("library", "version")
-    for name, version in versions().items():
-        table.add_row(name, version)
-    show(table)
-    out.print("attention backends:")
-    for name, state in backend_report().items():
-        out.print(f"  {name:<10} {state}", markup=False, highlight=False, soft_wrap=True)
-    out.print("packaged checkpoints:" if known_checkpoints() else "packaged checkpoints: none")
-    for name in known_checkpoints():
-        size = sum(path.stat().st_size for path in resolve_checkpoint(name).rglob("*") if path.is_file())
-        out.print(f"  {name:<30} {size / 1e6:.2f} MB", markup=False, highlight=False)
+    show_info(versions(), backend_report(), {name: resolve_checkpoint(name) for name in known_checkpoints()})
 
 
 @app.command()
@@ -286,82 +384,8 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the resu
 
     with progress_bar("segmenting and filling MNI152") as progress:
         content = run_demo(folder, progress=progress)
-    show_volumes(content["segmentation"])
-    table = Table("on MNI152, never seen in training", "Dice", title="agreement with the template's own tissue maps")
-    for tissue, dice in content["segmentation"]["dice"].items():
-        table.add_row(tissue, f"{dice:.3f}")
-    show(table)
-    table = Table("fill of the hole", "PSNR dB", title=f"inpainting, {content['inpainting']['seconds']:.1f} s")
-    for name, value in content["inpainting"]["psnr_hole"].items():
-        if name != "samples":
-            table.add_row(name, f"{value:.2f}")
-    show(table)
-    for name in content["files"]:
-        out.print(f"wrote {folder / name}", markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_written(*paths: Path | None) -> None:
-    """Name the files that were written."""
-    for path in filter(None, paths):
-        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_notes(content: dict[str, Any]) -> None:
-    """Print what a result's reader has to know, on stderr."""
-    for note in content["notes"]:
-        err.print(f"note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_generation(content: dict[str, Any]) -> None:
-    """Print how much was generated, and how long it took."""
-    size = f"{content['hole_ml'][0]:,.1f} ml filled" if "hole_ml" in content else "nothing given"
-    out.print(
-        f"{content['model']}: {content['samples']} sample(s), {size}, {content['steps']} steps, {content['seconds']:.1f} s. "
-        f"{content['generated']} {content['notice']}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def show_scores(content: dict[str, Any]) -> None:
-    """Print the scores of each label, averaged over cases, and their mean."""
-    number_of_cases = len(content["cases"])
-    table = Table(
-        "label",
-        "name",
-        "Dice",
-        f"NSD {content['tolerance_mm']:g} mm",
-        "HD95 mm",
-        "NaN",
-        title=f"{number_of_cases} case(s)",
-    )
-    formats = {"dice": ".3f", "nsd": ".3f", "hd95": ".2f"}
-    for row in (*content["labels"], content["mean"]):
-        numbers = ["NaN" if row[metric] is None else format(row[metric], style) for metric, style in formats.items()]
-        missing = "/".join(str(row["nan"][metric]) for metric in formats)
-        if row is content["mean"]:
-            table.add_section()
-        table.add_row("" if row["label"] is None else str(row["label"]), row["name"], *numbers, missing)
-    show(table)
-    out.print(f"NaN: how many of Dice/NSD/HD95 are left out. {content['absent_labels']}", style="dim", highlight=False)
-
-
-def show_volumes(content: dict[str, Any]) -> None:
-    """Print the labels that were found and their volumes."""
-    table = Table("label", "name", "volume ml", title=f"{content['model']}, {content['seconds']:.1f} s")
-    for row in content["labels"]:
-        if row["label"] == 0:
-            continue
-        table.add_row(str(row["label"]), row["name"], f"{row['volume_ml']:,.1f}")
-    show(table)
-
-
-def show(table: Table) -> None:
-    """Print a table with numbers aligned to the right; names are not read as markup."""
-    for column in table.columns[2:]:
-        column.justify = "right"
-    out.print(table, markup=False)
+    show_demo(content)
+    tell_written(*(folder / name for name in content["files"]))
 
 
 def main() -> None:

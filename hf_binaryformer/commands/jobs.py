@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_binaryformer.commands.label_schemes import common_scheme, read_label_names
 from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.whole_files import all_or_nothing
@@ -14,6 +14,7 @@ from hf_binaryformer.pipelines.whole_files import all_or_nothing
 if TYPE_CHECKING:
     import numpy as np
 
+    from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
     from hf_binaryformer.pipelines.volumes import Volume
 
 DEFAULT_MODEL = "binaryformer-tiny-brain"
@@ -32,6 +33,9 @@ def segment_file(
     backend: str | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    views: str | None = None,
+    keep_largest: bool | None = None,
+    head_only: bool | None = None,
     title: str = "",
     progress: Progress | bool = False,
 ) -> dict[str, Any]:
@@ -47,6 +51,8 @@ def segment_file(
         backend: backend of Hamming attention; None leaves the choice to the operator.
         dtype: "float32", "bfloat16" or "float16".
         device: torch device; None takes CUDA if it is available, otherwise the CPU.
+        views, keep_largest, head_only: as for
+            :meth:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline.__call__`.
         title: first line of the overlay; the source's name if empty.
         progress: called with (done, total), or whether to show the pipeline's own bar.
 
@@ -61,19 +67,17 @@ def segment_file(
     volume = read_volume(source)
     check_output_path(output, volume)
 
-    import torch
-    from transformers.utils import logging
-
     from hf_binaryformer.pipelines.overlay import label_overlay
-    from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 
-    # Progress bars for loading small files would disturb the main one.
-    logging.disable_progress_bar()
-    pipeline = VolumeSegmentationPipeline.from_pretrained(
-        model, device=usable_device(device), dtype=getattr(torch, dtype)
+    pipeline = load_pipeline(model, backend=backend, dtype=dtype, device=device)
+    result = pipeline(
+        volume,
+        return_probabilities=probabilities is not None,
+        progress=progress,
+        views=views,
+        keep_largest=keep_largest,
+        head_only=head_only,
     )
-    pipeline.model.set_attention_backend(backend)
-    result = pipeline(volume, return_probabilities=probabilities is not None, progress=progress)
     with all_or_nothing(targets) as temporary:
         result.save(temporary[output])
         if probabilities is not None:
@@ -87,6 +91,24 @@ def segment_file(
         if report is not None:
             write_json(temporary[report], result.report)
     return result.report
+
+
+def load_pipeline(
+    model: str, *, backend: str | None = None, dtype: str = "float32", device: str | None = None
+) -> VolumeSegmentationPipeline:
+    """The network that labels volumes, on a device that works; arguments as for :func:`segment_file`."""
+    import torch
+    from transformers.utils import logging
+
+    from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+
+    # Progress bars for loading small files would disturb the main one.
+    logging.disable_progress_bar()
+    pipeline = VolumeSegmentationPipeline.from_pretrained(
+        model, device=usable_device(device), dtype=getattr(torch, dtype)
+    )
+    pipeline.model.set_attention_backend(backend)
+    return pipeline
 
 
 def usable_device(name: str | None) -> str | None:
@@ -128,24 +150,6 @@ def _write_probabilities(path: Path, probabilities: np.ndarray, like: Volume) ->
     image.to_filename(path)
 
 
-def read_label_names(path: Path) -> dict[int, str]:
-    """Label names from JSON: {"1": "cortex", ...}, the report of `segment`, a data set's manifest, or a model's config.
-
-    Raises:
-        ValueError: the file holds none of these.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = next((content[key] for key in ("labels", "label_names", "id2label") if key in content), content)
-        if content.get("label_values") and names is content.get("id2label"):
-            names = dict(zip(content["label_values"], (names[key] for key in sorted(names, key=int)), strict=True))
-        if isinstance(names, list):
-            names = {row["label"]: row["name"] for row in names}
-        return {int(number): str(name) for number, name in names.items()}
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise ValueError(f'{path} does not hold label names ({error}); expected JSON like {{"1": "cortex"}}') from error
-
-
 def evaluate_files(
     pred: Path,
     truth: Path,
@@ -153,6 +157,9 @@ def evaluate_files(
     report: Path | None = None,
     labels: Path | None = None,
     tolerance: float = 1.0,
+    merge_sides: bool = False,
+    map_pred: Path | None = None,
+    map_truth: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Dice, NSD and HD95 of one prediction, or of a folder of them against a folder of truths with equal file names.
@@ -163,8 +170,12 @@ def evaluate_files(
         pred: label volume or folder.
         truth: label volume or folder.
         report: JSON to write, with the same content as the return value.
-        labels: JSON with label names, see :func:`read_label_names`; None scores the labels that occur.
+        labels: JSON with label names, or the word "freesurfer"
+            (:func:`~hf_binaryformer.commands.label_schemes.read_label_names`); None scores the labels that occur.
         tolerance: tolerance of the NSD in mm.
+        merge_sides: score "left hippocampus" and "right hippocampus" as one; needs names.
+        map_pred, map_truth: new labels of the prediction and of the truth, see
+            :func:`~hf_binaryformer.commands.label_schemes.read_mapping`.
         progress: called with (done, total) after each case.
 
     Returns:
@@ -172,7 +183,8 @@ def evaluate_files(
         NaN. "notes" has what was rounded, and which files of a folder are no volumes.
 
     Raises:
-        ValueError, OSError: see :func:`~hf_binaryformer.commands.pairing.pair_volumes`; unreadable volumes, or grids that differ.
+        ValueError, OSError: see :func:`~hf_binaryformer.commands.pairing.pair_volumes`; unreadable volumes or mappings, labels
+            that a mapping does not name, or grids that differ.
     """
     from hf_binaryformer.commands.pairing import pair_volumes
 
@@ -180,6 +192,7 @@ def evaluate_files(
     if report is not None:
         check_outputs([(report, (".json",))], [pred, truth])
     names = None if labels is None else read_label_names(labels)
+    scheme = common_scheme(names, map_pred, map_truth, merge_sides=merge_sides)
 
     from hf_binaryformer.pipelines.metrics import ABSENT_LABELS, score_labels, summarize
     from hf_binaryformer.pipelines.volumes import check_same_grid, read_volume
@@ -190,7 +203,8 @@ def evaluate_files(
         check_same_grid(ours, theirs)
         notes += [*ours.notes, *theirs.notes]
         try:
-            cases.append(score_labels(ours.array, theirs.array, theirs.spacing, label_names=names, tolerance=tolerance))
+            found, true = scheme.pred(ours.array), scheme.truth(theirs.array)
+            cases.append(score_labels(found, true, theirs.spacing, label_names=scheme.names, tolerance=tolerance))
         except ValueError as error:
             raise ValueError(f"'{pred_path}' against '{truth_path}': {error}") from error
         if progress is not None:
@@ -201,6 +215,9 @@ def evaluate_files(
         "prediction": str(pred),
         "truth": str(truth),
         "tolerance_mm": tolerance,
+        "merge_sides": merge_sides,
+        "map_pred": None if map_pred is None else str(map_pred),
+        "map_truth": None if map_truth is None else str(map_truth),
         "absent_labels": ABSENT_LABELS,
         "notes": notes,
         "mean": mean.as_json(),

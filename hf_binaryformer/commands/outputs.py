@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Set to 1 in the environment, it has errors told with their traceback.
+TRACEBACK_VARIABLE = "BINARYFORMER_TRACEBACK"
+
 
 def check_outputs(wanted: Sequence[tuple[Path | None, Sequence[str]]], inputs: Sequence[Path]) -> list[Path]:
     """Fail before the work starts if one of its results could not be written.

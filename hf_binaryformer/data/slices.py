@@ -59,7 +59,7 @@ class SliceSamples(Dataset):
         label_names: dict[int, str] | None = None,
     ) -> None:
         self.processor, self.augment, self.seed, self.length = processor, augment, seed, length
-        self.axes: list[int] = augment.get("slice_axes") or [processor.slice_axis]
+        self.axes: list[int] = augment.get("slice_axes") or list(processor.slice_axes)
         classes, self.mirrored_classes = class_tables(label_names, strict=bool(augment.get("mirror")))
         # The first axis of a coronal or axial slice is left-right.
         crosses = augment["flip_axis"] == 0 and any(axis != 0 for axis in self.axes)

@@ -30,6 +30,8 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
         pooling: "mean", "max" or "cls" over tokens, for classification.
         label_values: number of each class in label volumes, such as FreeSurfer's, ascending from 0, the background. None:
             the class's own number.
+        quality: for each structure group, or "all" for those not named, pairs of quality score and Dice (both 0 to 1),
+            scores ascending: what a score meant on validation volumes (``scripts/calibrate_quality.py``). None: not known.
 
     Example:
         >>> config = BinaryFormerConfig(attention_type="sign", bit_gradient="ternary", image_size=320, num_labels=14)
@@ -58,6 +60,7 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
     decoder_image_skip: bool = False
     pooling: Literal["mean", "max", "cls"] = "mean"
     label_values: list[int] | None = None
+    quality: dict[str, list[list[float]]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_size, tuple):
@@ -75,6 +78,16 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
             raise ValueError(
                 f"label_values are {values}, expected {self.num_labels} ascending numbers from 0, one for each class"
             )
+
+    def validate_quality(self) -> None:
+        """Pairs of numbers from 0 to 1, by ascending score."""
+        for group, pairs in (self.quality or {}).items():
+            scores = [pair[0] for pair in pairs if len(pair) == 2]
+            in_range = all(0 <= number <= 1 for pair in pairs for number in pair)
+            if not pairs or len(scores) < len(pairs) or scores != sorted(set(scores)) or not in_range:
+                raise ValueError(
+                    f"quality of '{group}' is {pairs}, expected pairs of score and Dice from 0 to 1, scores ascending"
+                )
 
     def validate_tokens(self) -> None:
         """Relations between image and tokens."""

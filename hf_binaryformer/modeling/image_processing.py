@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     Args:
         orientation: axis codes that a volume is brought to before slicing; "RAS" is the only one supported.
         slice_axis: axis that slices are taken along: 0 left-right (sagittal), 1 posterior-anterior (coronal),
-            2 inferior-superior (axial).
+            2 inferior-superior (axial); "all": along each of them, and pipelines average the three views.
         spacing: voxel size in mm, (R, A, S), that a volume is resampled to. None, for all axes or for one, keeps the
             volume's own.
         num_slices: odd number of neighbouring slices that become channels.
@@ -39,6 +39,9 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
             deviation.
         foreground_extent: smallest extent in mm, (R, A, S), of the foreground of the images that the network was trained
             on; pipelines tell when an image shows less. None: not known.
+        keep_largest: pipelines keep the largest connected piece of each structure only. None: False.
+        head_only: pipelines remove labels outside the head (:func:`~hf_binaryformer.pipelines.postprocessing.head_mask`).
+            None: False.
 
     Example:
         >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)
@@ -52,7 +55,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     def __init__(
         self,
         orientation: str = "RAS",
-        slice_axis: int = 1,
+        slice_axis: int | Literal["all"] = 1,
         spacing: Sequence[float | None] | None = (1.0, 1.0, 1.0),
         num_slices: int = 3,
         slice_position: bool = False,
@@ -64,13 +67,15 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         image_mean: float = 0.0,
         image_std: float = 1.0,
         foreground_extent: Sequence[float] | None = None,
+        keep_largest: bool | None = None,
+        head_only: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if orientation != "RAS":
             raise ValueError(f"orientation is '{orientation}', expected 'RAS'")
-        if slice_axis not in (0, 1, 2):
-            raise ValueError(f"slice_axis is {slice_axis}, expected 0, 1 or 2")
+        if slice_axis not in (0, 1, 2, "all"):
+            raise ValueError(f"slice_axis is {slice_axis}, expected 0, 1, 2 or 'all'")
         if num_slices < 1 or num_slices % 2 == 0:
             raise ValueError(f"num_slices is {num_slices}, expected an odd number of at least 1")
         if not 0 <= window_overlap < 1:
@@ -88,6 +93,8 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         self.image_mean = image_mean
         self.image_std = image_std
         self.foreground_extent = None if foreground_extent is None else [float(mm) for mm in foreground_extent]
+        self.keep_largest = keep_largest
+        self.head_only = head_only
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -103,6 +110,11 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
     def num_channels(self) -> int:
         """Channels of the network's input."""
         return self.num_slices + self.slice_position
+
+    @property
+    def slice_axes(self) -> tuple[int, ...]:
+        """The axes that slices are taken along: one, or all three."""
+        return (0, 1, 2) if self.slice_axis == "all" else (self.slice_axis,)
 
     def target_spacing(self, spacing: Sequence[float]) -> tuple[float, float, float]:
         """Voxel size in mm that a volume of this spacing is resampled to."""
@@ -126,8 +138,11 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         """All slices of a scaled volume (I, J, K): (S, C, H, W) float32, with each slice's neighbours as its channels.
 
         H and W are the two other axes in their order. Beyond the ends, the first and last slices are repeated.
+
+        Raises:
+            ValueError: ``slice_axis`` is "all".
         """
-        volume = torch.as_tensor(scaled, dtype=torch.float32).movedim(self.slice_axis, 0)
+        volume = torch.as_tensor(scaled, dtype=torch.float32).movedim(self._one_axis(), 0)
         return self.slices_at(volume, torch.arange(len(volume)))
 
     def slices_at(self, volume: Tensor, index: Tensor) -> Tensor:
@@ -142,8 +157,17 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         return channels
 
     def slices_to_volume(self, slices: Tensor) -> Tensor:
-        """Stack slices to a volume: (S, ..., H, W) to (..., I, J, K)."""
-        return slices.movedim(0, -3).movedim(-3, self.slice_axis - 3)
+        """Stack slices to a volume: (S, ..., H, W) to (..., I, J, K).
+
+        Raises:
+            ValueError: ``slice_axis`` is "all".
+        """
+        return slices.movedim(0, -3).movedim(-3, self._one_axis() - 3)
+
+    def _one_axis(self) -> int:
+        if self.slice_axis == "all":
+            raise ValueError("slice_axis is 'all', expected 0, 1 or 2: set processor.slice_axis to one of them first")
+        return self.slice_axis
 
     def preprocess(
         self,

@@ -123,6 +123,36 @@ def label_overlay(
     return canvas
 
 
+def label_strip(
+    image: np.ndarray,
+    labels: np.ndarray,
+    spacing: tuple[float, float, float],
+    label_names: Mapping[int, str] | None = None,
+    *,
+    height: int = 180,
+) -> Image.Image:
+    """A small picture: the coronal, sagittal and axial view of :func:`label_overlay` with labels, in one row.
+
+    Args:
+        image, labels, spacing, label_names: as for :func:`label_overlay`.
+        height: of the highest view in pixels.
+    """
+    low, high = np.percentile(image, (0.5, 99.5))
+    grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    centre, box = view_centre(labels), content_box(grey, labels, spacing)
+    extent = [(b.stop - b.start) * mm for b, mm in zip(box, spacing, strict=True)]
+    sizes = [max(1, round(e * height / max(extent[1], extent[2]))) for e in extent]
+    colours = label_colours(labels, label_names or {})
+    views = (CORONAL, SAGITTAL, AXIAL)
+    panels = [_panel(view, grey, labels, centre, box, sizes, colours) for view in views]
+    canvas = Image.new("RGB", (sum(p.width for p in panels) + 2 * GAP, height), BACKGROUND)
+    left = 0
+    for panel in panels:
+        canvas.paste(panel, (left, (height - panel.height) // 2))
+        left += panel.width + GAP
+    return canvas
+
+
 def _panel(
     view: View,
     grey: np.ndarray,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_binaryformer.modeling.at_rest import unchanged
@@ -27,13 +26,22 @@ from hf_binaryformer.pipelines.grids import (
     resample_to,
     same_spacing,
 )
+from hf_binaryformer.pipelines.postprocessing import head_mask, intracranial_ml, largest_pieces
 from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.provenance import NOTICE
+from hf_binaryformer.pipelines.quality import quality_notes, quality_report
 from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
+from hf_binaryformer.pipelines.slice_results import (
+    VIEWS,
+    Probabilities,
+    ProgressCallback,
+    Winners,
+    axes_of,
+    pad_in_plane,
+)
+from hf_binaryformer.pipelines.structure_names import is_brain
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
 
-# Called with (slices done, all slices).
-ProgressCallback = Callable[[int, int], None]
 DEFAULT_SEED = 0
 
 
@@ -47,8 +55,8 @@ class VolumeSegmentationOutput:
         volume: the input, in canonical orientation.
         label_names: name of each label number.
         seconds: time taken, including reading.
-        report: the same and more in machine-readable form: names and volumes in ml of all labels, grid, model, backend,
-            versions.
+        report: the same and more in machine-readable form: names and volumes in ml of all labels, "quality", "intracranial_ml"
+            (None if the labels are no brain), "notes", grid, model, backend, versions.
     """
 
     labels: np.ndarray
@@ -69,7 +77,8 @@ class VolumeSegmentationPipeline:
 
     The volume is scaled by the processor, cut to its foreground, brought to the processor's spacing, and run through
     the network slice by slice, in overlapping windows where a slice is larger than the window. Probabilities are
-    resampled back, one label at a time, and the most probable label is taken on the volume's own grid.
+    resampled back, one label at a time, and the most probable label is taken on the volume's own grid. The mean probability
+    of what was taken is the quality score of each structure (:mod:`hf_binaryformer.pipelines.quality`).
 
     Args:
         model: ``BinaryFormerForSemanticSegmentation``, or any module that takes (B, C, H, W), returns an object with
@@ -163,6 +172,11 @@ class VolumeSegmentationPipeline:
         return pipeline
 
     @property
+    def name(self) -> str:
+        """What the model is called: its folder, or its class if it was loaded from none."""
+        return Path(getattr(self.model.config, "name_or_path", "")).name or type(self.model).__name__
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -187,6 +201,24 @@ class VolumeSegmentationPipeline:
             )
         return self.dtype
 
+    def settings(
+        self, views: str | None = None, keep_largest: bool | None = None, head_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What decides about labels beside the weights: number format, views, steps after the network.
+
+        Arguments as in a call; the result says what such a call takes.
+
+        Raises:
+            ValueError: there is no such view.
+        """
+        axes = self.processor.slice_axes if views is None else axes_of(views)
+        return {
+            "dtype": str(self._number_format()).removeprefix("torch."),
+            "views": [name for name, along in VIEWS.items() if len(along) == 1 and along[0] in axes],
+            "keep_largest": bool(self.processor.keep_largest if keep_largest is None else keep_largest),
+            "head_only": bool(self.processor.head_only if head_only is None else head_only),
+        }
+
     def __call__(
         self,
         volume: Volume | str | os.PathLike[str],
@@ -194,6 +226,9 @@ class VolumeSegmentationPipeline:
         return_probabilities: bool = False,
         progress: ProgressCallback | bool = False,
         generator: torch.Generator | None = None,
+        views: str | None = None,
+        keep_largest: bool | None = None,
+        head_only: bool | None = None,
     ) -> VolumeSegmentationOutput:
         """Segment one volume.
 
@@ -203,18 +238,27 @@ class VolumeSegmentationPipeline:
             progress: True shows a bar; a function is called with (slices done, all slices).
             generator: what attention draws from, if it draws ("hamming_bernoulli"). None: a new one with the same seed for
                 each volume, so that a volume gets the same labels each time.
+            views: "sagittal", "coronal" or "axial" slices, or "all": the mean of the three views' probabilities, in three
+                times the time and with 2 bytes per label and voxel. None: the processor's ``slice_axis``.
+            keep_largest: keep the largest piece of each structure
+                (:func:`~hf_binaryformer.pipelines.postprocessing.largest_pieces`). None: as the processor says.
+            head_only: remove labels outside the head (:func:`~hf_binaryformer.pipelines.postprocessing.head_mask`). None: as
+                the processor says. Probabilities do not change.
 
         Raises:
             VolumeError: the file cannot be used.
-            ValueError: the model was cast to a type that does not go with ``dtype``.
+            ValueError: the model was cast to a type that does not go with ``dtype``, or there is no such view.
         """
         start = time.perf_counter()
         self._number_format()  # the model may have been cast since
+        settings = self.settings(views, keep_largest, head_only)
+        axes = [axis for view in settings["views"] for axis in axes_of(view)]
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
         scale = self.processor.intensity_scale(volume.array)
         scaled = scale.apply(volume.array)
-        foreground = occupied_box(foreground_mask(scaled))
+        bright = foreground_mask(scaled)
+        foreground = occupied_box(bright)
         box = add_margin(foreground, scaled.shape, volume.spacing)
         crop, affine = scaled[box], crop_affine(volume.affine, box)
         spacing = self.processor.target_spacing(volume.spacing)
@@ -227,26 +271,40 @@ class VolumeSegmentationPipeline:
             probabilities = np.zeros((len(self.label_names), *labels.shape), dtype=np.float16)
             probabilities[0] = 1  # outside the foreground
         generator = generator or torch.Generator(self.device).manual_seed(DEFAULT_SEED)
-        if resampled or return_probabilities:
-            found = self._predict(network_input, progress, generator, keep=_as_half)
+        if resampled or return_probabilities or len(axes) > 1:
+            found = Probabilities(network_input.shape, axes)
+            self._predict(network_input, axes, progress, generator, found)
             kept = probabilities[(slice(None), *box)] if probabilities is not None else None
-            labels[box] = _most_probable(found, network_affine, affine, crop.shape, kept)
+            inside, confidence = _most_probable(found.volume, network_affine, affine, crop.shape, kept)
         else:
-            labels[box] = self._predict(network_input, progress, generator, keep=_as_labels).numpy()
+            winners = Winners(network_input.shape, axes[0])
+            self._predict(network_input, axes, progress, generator, winners)
+            inside, confidence = winners.labels.numpy(), winners.confidence.numpy()
         if self.label_values is not None:
-            labels = np.array(self.label_values, dtype=np.int32)[labels]
+            inside = np.array(self.label_values, dtype=np.int32)[inside]
+        if settings["head_only"]:
+            inside = np.where(head_mask(bright[box], volume.spacing), inside, 0)
+        if settings["keep_largest"]:
+            inside = largest_pieces(inside, self.label_names)
+        labels[box] = inside
+        quality = quality_report(inside, confidence, self.label_names, getattr(self.model.config, "quality", None))
 
         seconds = time.perf_counter() - start
         seen = getattr(self.processor, "foreground_extent", None)
         report = {
             **segmentation_report(volume, labels, self.label_names),
-            "notes": segmentation_notes(volume, labels, extent_mm(foreground, volume.spacing), seen),
+            "notes": [
+                *segmentation_notes(volume, labels, extent_mm(foreground, volume.spacing), seen),
+                *quality_notes(quality),
+            ],
+            "quality": quality,
+            "intracranial_ml": intracranial_ml(inside, volume.spacing) if is_brain(self.label_names) else None,
+            **settings,
             "intensities": scale.as_dict(),
-            "model": Path(getattr(self.model.config, "name_or_path", "")).name or type(self.model).__name__,
+            "model": self.name,
             "attention_type": getattr(self.model.config, "attention_type", None),
             "backend": attention_backend(self.model, self.device.type),
             "device": str(self.device),
-            "dtype": str(self._number_format()).removeprefix("torch."),
             "network_grid": {"shape": list(network_input.shape), "affine": network_affine.tolist()},
             "seconds": seconds,
         }
@@ -256,29 +314,24 @@ class VolumeSegmentationPipeline:
     def _predict(
         self,
         scaled: np.ndarray,
+        axes: Sequence[int],
         progress: ProgressCallback | bool,
         generator: torch.Generator,
-        keep: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """Run all slices of (I, J, K); ``keep`` reduces the logits of a batch to what is stored: (..., I, J, K)."""
-        axis = self.processor.slice_axis
-        slices, inner = _pad_in_plane(torch.from_numpy(scaled).movedim(axis, 0), self.processor.image_size)
+        result: Winners | Probabilities,
+    ) -> None:
+        """Run the slices of (I, J, K) along each of the axes, and hand the logits (B, C, H, W) of each batch to the result."""
         training = self.model.training
         self.model.eval()
-        stored: Tensor | None = None
+        views = [pad_in_plane(torch.from_numpy(scaled).movedim(axis, 0), self.processor.image_size) for axis in axes]
         try:
-            for first in self._steps(len(slices), progress):
-                index = torch.arange(first, min(first + self.batch_size, len(slices)))
+            for view, index in self._steps([len(slices) for slices, _ in views], progress):
+                slices, inner = views[view]
                 pixel_values = self.processor.slices_at(slices, index).to(self.device)
                 with drawing_from(self.model, generator):
-                    batch = keep(self._logits(pixel_values)[(..., *inner)]).cpu()
-                if stored is None:
-                    stored = batch.new_empty((len(slices), *batch.shape[1:]))
-                stored[index] = batch
+                    logits = self._logits(pixel_values)[(..., *inner)]
+                result.add(axes[view], index, logits)
         finally:
             self.model.train(training)
-        assert stored is not None
-        return self.processor.slices_to_volume(stored)
 
     def _logits(self, pixel_values: Tensor) -> Tensor:
         """Logits (B, C, H, W) float32 of slices that are at least as large as the window."""
@@ -301,38 +354,19 @@ class VolumeSegmentationPipeline:
             logits = self.model(pixel_values.to(self.weight_dtype)).logits
         return logits.float()
 
-    def _steps(self, slices: int, progress: ProgressCallback | bool) -> Iterable[int]:
-        """Yield the first slice of every batch, and report progress."""
+    def _steps(self, lengths: Sequence[int], progress: ProgressCallback | bool) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of the view and the slices of every batch, and report progress over all views."""
         from tqdm.auto import tqdm
 
-        with tqdm(total=slices, unit="slice", desc="segmenting", disable=progress is not True) as bar:
-            for first in range(0, slices, self.batch_size):
-                yield first
-                done = min(first + self.batch_size, slices)
-                bar.update(done - first)
-                if callable(progress):
-                    progress(done, slices)
-
-
-def _as_half(logits: Tensor) -> Tensor:
-    return logits.softmax(1).half()
-
-
-def _as_labels(logits: Tensor) -> Tensor:
-    # Round to the stored precision first, so that labels do not depend on whether probabilities are returned. max is 4
-    # times as fast as argmax.
-    return _as_half(logits).max(1).indices.int()
-
-
-def _pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[slice, slice]]:
-    """Pad (S, H, W) with 0 to at least the window, half on each side; also returns the slices' place in the result."""
-    padding: list[int] = []
-    inner = []
-    for size, wanted in zip(slices.shape[1:], window, strict=True):
-        missing = max(wanted - size, 0)
-        padding = [missing // 2, missing - missing // 2, *padding]
-        inner.append(slice(missing // 2, missing // 2 + size))
-    return F.pad(slices, padding), (inner[0], inner[1])
+        done, total = 0, sum(lengths)
+        with tqdm(total=total, unit="slice", desc="segmenting", disable=progress is not True) as bar:
+            for view, length in enumerate(lengths):
+                for index in torch.arange(length).split(self.batch_size):
+                    yield view, index
+                    done += len(index)
+                    bar.update(len(index))
+                    if callable(progress):
+                        progress(done, total)
 
 
 def _most_probable(
@@ -341,18 +375,21 @@ def _most_probable(
     affine: np.ndarray,
     shape: tuple[int, ...],
     kept: np.ndarray | None,
-) -> np.ndarray:
-    """Resample (C, I', J', K') float16 to ``shape`` and take the arg-max, one label in float32 at a time.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample (C, I', J', K') float16 to ``shape``; most probable label and its probability, one label at a time.
 
     ``kept`` receives the resampled probabilities, if given.
     """
+    same_grid = tuple(probabilities.shape[1:]) == shape and np.array_equal(network_affine, affine)
     labels = np.zeros(shape, dtype=np.int32)
     best = np.full(shape, -1, dtype=np.float32)
     for label, one in enumerate(probabilities):
-        value = resample_to(one.float().numpy(), network_affine, shape, affine, order=1)
+        value = one.float().numpy()
+        if not same_grid:
+            value = resample_to(value, network_affine, shape, affine, order=1)
         if kept is not None:
             kept[label] = value
         winner = value > best
         labels[winner] = label
         best[winner] = value[winner]
-    return labels
+    return labels, best

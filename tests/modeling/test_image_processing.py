@@ -123,7 +123,7 @@ def test_saved_and_loaded_also_by_auto_class(tmp_path):
     ("fields", "message"),
     [
         ({"orientation": "LPS"}, "expected 'RAS'"),
-        ({"slice_axis": 3}, "expected 0, 1 or 2"),
+        ({"slice_axis": 3}, "expected 0, 1, 2 or 'all'"),
         ({"num_slices": 2}, "expected an odd number"),
         ({"window_overlap": 1.0}, "below 1"),
     ],

@@ -254,7 +254,7 @@ def test_labels_are_brought_back_one_at_a_time() -> None:
     fine, coarse = np.eye(4), np.diag([2.0, 2.0, 2.0, 1.0])
     coarse[:3, 3] = 0.5
     tracemalloc.start()
-    labels = segmentation._most_probable(p, coarse, fine, (side,) * 3, None)
+    labels, _ = segmentation._most_probable(p, coarse, fine, (side,) * 3, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(labels)) > count // 2
