@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from hf_binaryformer.pipelines.structure_names import side_of
 
@@ -29,6 +28,8 @@ def largest_pieces(labels: np.ndarray, label_names: Mapping[int, str]) -> np.nda
         labels: (I, J, K) int32.
         label_names: name of each label number.
     """
+    from scipy import ndimage  # loaded when used
+
     result = labels.copy()
     for label, box in enumerate(ndimage.find_objects(labels), 1):
         name = label_names.get(label, "")
@@ -84,6 +85,8 @@ def intracranial_ml(labels: np.ndarray, spacing: Sequence[float]) -> float:
         labels: (I, J, K) whole numbers.
         spacing: voxel size along I, J, K in mm.
     """
+    from scipy import ndimage  # loaded when used
+
     factors = _factors(CLOSING_BLOCK_MM, spacing)
     block_mm = [factor * mm for factor, mm in zip(factors, spacing, strict=True)]
     blocks = _blocks(labels > 0, factors).mean(axis=(1, 3, 5)) >= 0.5
@@ -110,6 +113,8 @@ def _blocks(mask: np.ndarray, factors: Sequence[int]) -> np.ndarray:
 
 def _filled(mask: np.ndarray, slice_axis: int | None = None) -> np.ndarray:
     """The mask with its holes, in 3D or slice by slice: what is dark and does not reach the edge of volume or slice."""
+    from scipy import ndimage  # loaded when used
+
     structure = ndimage.generate_binary_structure(3, 1)
     if slice_axis is not None:
         np.moveaxis(structure, slice_axis, 0)[[0, 2]] = False

@@ -15,6 +15,7 @@ from hf_binaryformer.training.recipes import RECIPES, known_recipes, trainings_o
 # The first column of what a recipe is for, written here by hand.
 EXPECTED = {
     "amos": ["segmentation"],
+    "brain": ["segmentation"],
     "crossmoda": ["segmentation"],
     "hippocampus": ["segmentation"],
     "spine": ["segmentation"],
