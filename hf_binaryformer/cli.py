@@ -280,6 +280,30 @@ def info() -> None:
 
 @app.command()
 @one_line_errors
+def models() -> None:
+    """List every known model: what it is for, what it was trained on, its size, and where its weights are."""
+    from hf_binaryformer.modeling.catalogue import KNOWN_MODELS
+    from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints, local_checkpoint, published_checkpoints
+
+    for name in sorted({*KNOWN_MODELS, *known_checkpoints(), *published_checkpoints()}):
+        folder, known = local_checkpoint(name), KNOWN_MODELS.get(name)
+        lines = ["not described"]
+        if known is not None:
+            lines = [f"{known.does}; trained on {known.trained_on}", f"{known.parameters} parameters"]
+        if folder is not None:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            place = "in the package" if folder.parent == PACKAGED else f"in {folder}"
+            lines[-1] += f", {size / 1e6:.1f} MB, weights {place}"
+        elif known is not None:
+            lines[-1] += ", weights not here: on the Hub if they are published"
+            lines += [f"train: {known.command}", f"data: {known.data}"]
+        out.print(name, style="bold", markup=False, highlight=False)
+        for line in lines:
+            out.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@one_line_errors
 def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo")) -> None:
     """Try it on the MNI152 template, an average of real brains."""
     from hf_binaryformer.commands.demo import run_demo

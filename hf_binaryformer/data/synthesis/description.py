@@ -134,7 +134,7 @@ class Description:
         by_contrast: ranges that differ in volumes of a contrast.
         signed: contrasts in which tissues of negative means cancel positive ones, and the scanner gives the magnitude.
         body: for maps of organs alone: ranges of the body that is drawn around them
-            (:class:`~hf_binaryformer.data.synthesis.body.BodyRanges`).
+            (:class:`~hf_binaryformer.data.synthesis.canvas.BodyRanges`).
     """
 
     source: str

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy import ndimage
 
 from hf_binaryformer.data.boxes import bounding_box
+from hf_binaryformer.data.synthesis.canvas import Canvas
 from hf_binaryformer.data.synthesis.tubes import paint_line
-
-if TYPE_CHECKING:
-    from hf_binaryformer.data.synthesis.body import Canvas
 
 
 def paint_organs(canvas: Canvas) -> None:

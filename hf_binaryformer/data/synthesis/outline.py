@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
 
 from hf_binaryformer.data.synthesis.anatomy import Anatomy
-
-if TYPE_CHECKING:
-    from hf_binaryformer.data.synthesis.body import BodyRanges, Canvas
+from hf_binaryformer.data.synthesis.canvas import BodyRanges, Canvas
 
 ANGLES = 360
 BACK, FRONT = 270, 90  # degrees from the right

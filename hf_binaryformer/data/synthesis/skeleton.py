@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy import ndimage
 
+from hf_binaryformer.data.synthesis.canvas import Canvas
 from hf_binaryformer.data.synthesis.outline import BACK, Shell, at_angles
-
-if TYPE_CHECKING:
-    from hf_binaryformer.data.synthesis.body import Canvas
 
 DIAPHRAGM_MM = 4.0
 UPPER_ORGANS = ("liver", "spleen", "stomach", "right kidney", "left kidney")

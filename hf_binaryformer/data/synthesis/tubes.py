@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 
+from hf_binaryformer.data.synthesis.canvas import Canvas
 from hf_binaryformer.data.synthesis.outline import Shell, at_angles
 
-if TYPE_CHECKING:
-    from hf_binaryformer.data.synthesis.body import Canvas
-
 STEP_MM = 3.0
-# Tries for the next step of a bent line, and length of what it may touch behind itself, steps.
-TRIES, TAIL = 8, 12
+# Tries for the next step of a bent line.
+TRIES = 8
 FAR = 9.0
 
 
@@ -163,7 +161,9 @@ def _paint_cava(canvas: Canvas, shell: Shell, lowest: float) -> np.ndarray:
     return found
 
 
-def _paint_upper(canvas: Canvas, shell: Shell, middles: dict[str, np.ndarray], trunk_at) -> None:  # type: ignore[no-untyped-def]
+def _paint_upper(
+    canvas: Canvas, shell: Shell, middles: dict[str, np.ndarray], trunk_at: Callable[[float], np.ndarray]
+) -> None:
     """Portal and splenic vein, mesenteric vessels, oesophagus, adrenal glands and duodenum."""
     rng = canvas.rng
     fat = ("visceral fat",)
