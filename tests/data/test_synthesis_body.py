@@ -239,6 +239,8 @@ def test_fat_cancels_water_out_of_phase(anatomy: Anatomy) -> None:
         spleen = body.labels == 1
         ring = ndimage.binary_dilation(spleen, np.ones((3, 3, 1))) ^ ndimage.binary_erosion(spleen, np.ones((3, 3, 1)))
         dark[contrast] = float(np.quantile(body.image[ring], 0.15)) / contrast_of(body, 1)
+        # Alone, fat is bright in both.
+        assert np.quantile(body.image[(body.labels == 0) & (body.image > 10)], 0.9) > 1.15 * contrast_of(body, 1)
     assert dark["out"] < 0.6 < dark["t1"], dark
 
 
@@ -277,6 +279,9 @@ def test_ct_is_no_mr(anatomy: Anatomy) -> None:
     assert bone.sum() > 50 and (volume.image == 0).mean() > 0.2
     liver = (contrast_of(volume, 6) / 255 * 0.25 + 0.55) * 1500 - 1000
     assert liver == pytest.approx(50, abs=45)
+    # Most of what has no label is fat, nearly black in this window, and a little darker than the liver without it.
+    fat = np.quantile(volume.image[(volume.labels == 0) & (volume.image > 0)], 0.3)
+    assert fat < 0.5 * contrast_of(volume, 6)
 
 
 def test_gas_is_dark_in_random_contrasts() -> None:

@@ -85,5 +85,6 @@ def test_amos_from_the_download_to_scores(download: Path, dino: Path, tmp_path: 
     assert set(scores["rows"]["network"]["labels"]) >= {"liver", "spleen"}
 
     pipeline = bf.VolumeSegmentationPipeline.from_pretrained(output / "model")
+    assert pipeline.processor.target_spacing((1.5, 1.5, 5.0)) == (1.5, 1.5, 5.0), "the scan's own, as in training"
     found = pipeline(download / "imagesTr" / "amos_0507.nii.gz")
     assert found.labels.shape == (40, 32, 4)
