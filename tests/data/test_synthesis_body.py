@@ -245,7 +245,8 @@ def test_fat_cancels_water_out_of_phase(anatomy: Anatomy) -> None:
 
 
 def test_a_scan_keeps_its_slices_and_gets_the_grid_in_the_plane(anatomy: Anatomy) -> None:
-    volume = synthesize(anatomy, still(contrasts={"t2": 1.0}), (5,))
+    finer = {"axial": {"probability": 1.0, "plane": [3.0, 3.0], "slice": [8.0, 8.0], "axis": 2}}
+    volume = synthesize(anatomy, still(contrasts={"t2": 1.0}, resolutions=finer), (5,))
     np.testing.assert_allclose(np.diag(volume.affine)[:3], [MM, MM, 8.0])
     for label in (1, 2, 3, 6):
         where = np.argwhere(volume.labels == label).mean(0)
