@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from enum import Enum
 from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -14,6 +13,7 @@ import typer
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer.commands import generation_jobs, jobs
+from hf_binaryformer.commands.choices import DType, Selection, Views
 from hf_binaryformer.commands.display import (
     err,
     progress_bar,
@@ -21,6 +21,7 @@ from hf_binaryformer.commands.display import (
     show_demo,
     show_generation,
     show_info,
+    show_models,
     show_scores,
     show_volumes,
     tell,
@@ -41,32 +42,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-
-class DType(str, Enum):
-    """Number formats that a network can run in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Views(str, Enum):
-    """Slices that a network sees."""
-
-    all = "all"
-    coronal = "coronal"
-    axial = "axial"
-    sagittal = "sagittal"
-
-
-class Selection(str, Enum):
-    """Orders in which tokens are drawn."""
-
-    random = "random"
-    halton = "halton"
-    confidence = "confidence"
-    raster = "raster"
 
 
 # For commands that pass their arguments on to another program; that program is imported only then.
@@ -374,6 +349,17 @@ def info() -> None:
     from hf_binaryformer.modeling.pretrained import known_checkpoints, resolve_checkpoint
 
     show_info(versions(), backend_report(), {name: resolve_checkpoint(name) for name in known_checkpoints()})
+
+
+@app.command()
+@one_line_errors
+def models() -> None:
+    """List every known model: what it is for, what it was trained on, its size, and where its weights are."""
+    from hf_binaryformer.modeling.catalogue import KNOWN_MODELS
+    from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints, local_checkpoint, published_checkpoints
+
+    names = sorted({*KNOWN_MODELS, *known_checkpoints(), *published_checkpoints()})
+    show_models({name: (KNOWN_MODELS.get(name), local_checkpoint(name)) for name in names}, PACKAGED)
 
 
 @app.command()

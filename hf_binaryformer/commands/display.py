@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from hf_binaryformer.commands import jobs
+
+if TYPE_CHECKING:
+    from hf_binaryformer.modeling.catalogue import KnownModel
 
 out, err = Console(), Console(stderr=True)
 
@@ -141,6 +144,30 @@ def show_info(libraries: Mapping[str, str], backends: Mapping[str, str], checkpo
     for name, folder in checkpoints.items():
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         tell(f"  {name:<30} {size / 1e6:.2f} MB")
+
+
+def show_models(models: Mapping[str, tuple[KnownModel | None, Path | None]], packaged: Path) -> None:
+    """Print what is known of models, by name: their descriptions, and the folders of those whose weights are here.
+
+    Args:
+        models: description and folder, each of which may be missing.
+        packaged: folder of the checkpoints that come with the package.
+    """
+    for name, (known, folder) in models.items():
+        lines = ["not described"]
+        if known is not None:
+            made_from = f"trained on {known.trained_on}" if folder else f"to be trained on {known.trained_on}"
+            lines = [f"{known.does}; {made_from}", f"{known.parameters} parameters"]
+        if folder is not None:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            place = "in the package" if folder.parent == packaged else f"in {folder}"
+            lines[-1] += f", {size / 1e6:.1f} MB, weights {place}"
+        elif known is not None:
+            lines[-1] += ", weights not here: on the Hub if they are published"
+            lines += [f"train: {known.command}", f"data: {known.data}"]
+        out.print(name, style="bold", markup=False, highlight=False)
+        for line in lines:
+            tell(f"    {line}")
 
 
 def show(table: Table) -> None:

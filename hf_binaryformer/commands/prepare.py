@@ -4,8 +4,9 @@ In a clone: ``scripts/prepare_data.py``. Writes a data folder to train on: image
 grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
 `amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; ``data/data_sets/*.yaml``), `hippocampus` (any folder
 in the layout of the Medical Segmentation Decathlon), `synth-brain` (T1-like heads synthesised from
-label maps), `synth-brain-sides` (the same in any contrast and resolution, left and right apart) and `shards` (the
-Parquet shards of a folder that was prepared elsewhere, by their folder or Hub id).
+label maps), `synth-brain-sides` (the same in any contrast and resolution, left and right apart), `synth-abdomen` (axial
+scans of any contrast around label maps of abdominal organs) and `shards` (the Parquet shards of a folder that was
+prepared elsewhere, by their folder or Hub id).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hf_binaryformer.data.public_data import DATA_SETS, load_data_set, parse_num
 from hf_binaryformer.data.shards import fetch_shards, read_shards
 from hf_binaryformer.data.synth_dataset import Contrast, Skull, prepare_synth_brain, read_settings
 from hf_binaryformer.data.synthesis.dataset import prepare_synthetic
-from hf_binaryformer.data.synthesis.description import DESCRIPTIONS
+from hf_binaryformer.data.synthesis.description import DESCRIPTIONS, load_description
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
 
@@ -95,18 +96,19 @@ def hippocampus(
 
 def add_synthetic(file: Path) -> None:
     """Register the command of a data set that is synthesised as a YAML file describes."""
+    told = load_description(file)
 
     def command(
-        labels: Annotated[Path, typer.Option(help="Folder of label maps (for heads: training_seg_NN.nii.gz, 1 mm).")],
+        labels: Annotated[Path, typer.Option(help="Folder of label maps.")],
         out: Annotated[Path, typer.Option(help="New folder to write.")],
         variants: Annotated[int, typer.Option(min=1, help="Volumes per training anatomy.")] = 19,
         eval_variants: Annotated[int, typer.Option(min=1, help="Of each set, per other anatomy.")] = 1,
         description: Annotated[
             Path, typer.Option(help="Structures, tissues, ranges.", show_default="the data set's own")
         ] = file,
-        train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = "1-16",
-        validation: Annotated[str, typer.Option()] = "17-18",
-        test: Annotated[str, typer.Option()] = "19-20",
+        train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = told.splits["train"],
+        validation: Annotated[str, typer.Option()] = told.splits["validation"],
+        test: Annotated[str, typer.Option()] = told.splits["test"],
         seed: Annotated[int, typer.Option(min=0)] = 0,
         workers: Annotated[int, typer.Option(min=1, help="Processes; about 2 GB each.")] = 1,
         qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 20,
@@ -129,7 +131,8 @@ def add_synthetic(file: Path) -> None:
             fail(str(error))
 
     what = "images of random contrast and resolution synthesised from label maps, split by anatomy"
-    app.command(f"synth-{file.stem}", help=f"{file.stem}: {what}.")(command)
+    maps = f"The maps are named like {told.files.format(number=1)}."
+    app.command(f"synth-{file.stem}", help=f"{file.stem}: {what}. {maps}")(command)
 
 
 def add_public(file: Path) -> None:

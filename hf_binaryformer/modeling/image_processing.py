@@ -82,7 +82,8 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
             raise ValueError(f"window_overlap is {window_overlap}, expected at least 0 and below 1")
         self.orientation = orientation
         self.slice_axis = slice_axis
-        self.spacing = None if spacing is None else [None if s is None else float(s) for s in spacing]
+        # A list even of None: transformers saves no None, and a loaded processor would get the default spacing.
+        self.spacing = [None if s is None else float(s) for s in spacing or (None, None, None)]
         self.num_slices = num_slices
         self.slice_position = slice_position
         self.image_size = [int(s) for s in image_size]
@@ -118,8 +119,7 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
 
     def target_spacing(self, spacing: Sequence[float]) -> tuple[float, float, float]:
         """Voxel size in mm that a volume of this spacing is resampled to."""
-        wanted = self.spacing or (None, None, None)
-        x, y, z = (own if asked is None else asked for asked, own in zip(wanted, spacing, strict=True))
+        x, y, z = (own if asked is None else asked for asked, own in zip(self.spacing, spacing, strict=True))
         return x, y, z
 
     def intensity_scale(self, array: np.ndarray) -> IntensityScale:

@@ -1,4 +1,4 @@
-"""Finds weights by name: an existing folder, a checkpoint that the package ships, or a repository on the Hub."""
+"""Finds weights by name: a folder, a checkpoint of the package or of the checkout, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from hf_binaryformer.modeling.catalogue import how_to_get
 from hf_binaryformer.modeling.checkpoint_files import CheckpointError, check_own, check_sizes, read_json, using
 from hf_binaryformer.modeling.file_names import stays_below
 
@@ -16,6 +17,8 @@ __all__ = [
     "CheckpointNotFoundError",
     "DiffusersCheckpointMixin",
     "known_checkpoints",
+    "local_checkpoint",
+    "published_checkpoints",
     "read_json",
     "resolve_checkpoint",
 ]
@@ -25,13 +28,6 @@ PACKAGED = Path(__file__).parent.parent / "checkpoints"
 PUBLISHED = Path(__file__).parents[2] / "published"
 NAMESPACE_VARIABLE = "HF_BINARYFORMER_NAMESPACE"
 DEFAULT_NAMESPACE = "hf-binaryformer"
-# How each published name is trained; shown when its weights cannot be found.
-TRAINING_COMMANDS = {
-    "binaryformer-tiny-brain": "accelerate launch -m hf_binaryformer.training.segmentation --recipe tiny-brain",
-    "binaryformer-tiny-hippocampus": "accelerate launch -m hf_binaryformer.training.segmentation --recipe hippocampus",
-    "binaryvq-tiny-brain": "accelerate launch -m hf_binaryformer.training.autoencoder --recipe brain-small, then "
-    "hf_binaryformer.training.encode_tokens and hf_binaryformer.training.sampler in the same way",
-}
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 # Weights that are mapped would change with their file as long as the network is used, or end the process if it is cut.
 IN_MEMORY = {"disable_mmap": True}
@@ -46,7 +42,23 @@ class CheckpointNotFoundError(FileNotFoundError):
 
 def known_checkpoints() -> list[str]:
     """Names of the checkpoints that this installation ships."""
-    return sorted(path.parent.name for kind in (MODEL_CONFIG, PIPELINE_CONFIG) for path in PACKAGED.glob(f"*/{kind}"))
+    return _checkpoints_in(PACKAGED)
+
+
+def published_checkpoints() -> list[str]:
+    """Names of the checkpoints in the checkout's ``published/``; none if the package is not used from a checkout."""
+    return _checkpoints_in(PUBLISHED)
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    return sorted(path.parent.name for kind in (MODEL_CONFIG, PIPELINE_CONFIG) for path in folder.glob(f"*/{kind}"))
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """The folder of a checkpoint that the package ships, or that the checkout publishes; the package comes first."""
+    if name in known_checkpoints():
+        return PACKAGED / name
+    return PUBLISHED / name if name in published_checkpoints() else None
 
 
 def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path:
@@ -77,7 +89,7 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
                 f"give the name of a repository on the Hub"
             )
         return folder
-    if local := _local_checkpoint(name):
+    if local := local_checkpoint(name):
         if revision is not None:
             raise CheckpointError(
                 f"revision '{revision}' was asked for, but '{name}' is installed with this package, and what is installed "
@@ -90,21 +102,11 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.md"], **hub_options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        command = TRAINING_COMMANDS.get(name.rpartition("/")[2])
         raise CheckpointNotFoundError(
             f"no checkpoint '{name}'. Tried: the folder '{folder.absolute()}'; the package's own "
-            f"({', '.join(known_checkpoints()) or 'none'}); '{repo_id}' on the Hub ({type(error).__name__}). "
-            + (f"Train it with: {command}" if command else f"Known names: {', '.join(sorted(TRAINING_COMMANDS))}")
+            f"({', '.join(known_checkpoints()) or 'none'}); the checkout's ({', '.join(published_checkpoints()) or 'none'}); "
+            f"'{repo_id}' on the Hub ({type(error).__name__}). {how_to_get(name.rpartition('/')[2])}"
         ) from error
-
-
-def _local_checkpoint(name: str) -> Path | None:
-    """The folder of a checkpoint that the package ships, or that the checkout publishes."""
-    if name in known_checkpoints():
-        return PACKAGED / name
-    if "/" not in name and any((PUBLISHED / name / kind).is_file() for kind in (MODEL_CONFIG, PIPELINE_CONFIG)):
-        return PUBLISHED / name
-    return None
 
 
 def _require_safetensors(folder: Path) -> None:

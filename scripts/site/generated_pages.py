@@ -248,16 +248,20 @@ def zoo() -> str:
         name, packaged = path.stem, (RECIPES.parents[1] / "checkpoints" / path.stem).is_dir()
         paragraphs = [part for part in text.strip().split("\n\n") if not part.startswith("#")]
         place = "comes with the package" if packaged else "in the repository, not in the package"
+        weights = f"Licence of the weights: {described_by.get('license')}. Where: {place}"
+        if "model-index" not in described_by:
+            weights = "There are no weights yet, only a recipe"
         results = (
             (cell(result["dataset"]["name"]), cell(metric["name"]), metric["value"])
-            for result in described_by["model-index"][0]["results"]
+            for index in described_by.get("model-index", [])
+            for result in index["results"]
             for metric in result["metrics"]
         )
         parts += [
             f"## {name}",
             " ".join(paragraphs[0].split()),
-            f"Licence of the weights: {described_by['license']}. Where: {place} ([card](../model_cards/{path.name})).",
-            table(("test", "measure", "value"), results),
+            f"{weights} ([card](../model_cards/{path.name})).",
+            table(("test", "measure", "value"), results) if "model-index" in described_by else "",
         ]
     return "\n\n".join(parts) + "\n"
 

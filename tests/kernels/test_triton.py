@@ -23,7 +23,18 @@ GRADIENTS = [("attend", "none"), ("backward_of_keys", "ternary"), ("backward_of_
 MORE = [("backward_of_keys", "none"), ("backward_of_keys", "ste"), ("backward_of_queries", "ste")]
 
 
-@pytest.mark.parametrize("part", ["test_accuracy and not halves", "halves", "not test_accuracy"])
+# Tests of triton_interpreted.py, in groups of about equal length.
+DRAWS, OTHERS = "draws or ternary or not_a_number", "balance or key_mask or test_accuracy"
+PARTS = {
+    "accuracy": "test_accuracy and not halves",
+    "halves": "halves",
+    "draws": DRAWS,
+    "balance": "balance or key_mask",
+    "rest": f"not ({DRAWS} or {OTHERS} or halves)",
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_interpreted(part) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(hf_binaryformer.__file__).parents[1])}
     words = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]

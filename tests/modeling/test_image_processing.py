@@ -131,3 +131,14 @@ def test_saved_and_loaded_also_by_auto_class(tmp_path):
 def test_fields_out_of_range(fields, message):
     with pytest.raises(ValueError, match=message):
         BinaryFormerImageProcessor(**fields)
+
+
+@pytest.mark.parametrize("spacing", [None, (None, 1.0, None), (2.0, 2.0, 3.0)])
+def test_spacing_survives_saving(spacing, tmp_path):
+    """None is a spacing too: that of the volume, not the default of the class."""
+    BinaryFormerImageProcessor(spacing=spacing).save_pretrained(tmp_path)
+    loaded = BinaryFormerImageProcessor.from_pretrained(tmp_path)
+    expected = tuple(
+        own if asked is None else asked for asked, own in zip(spacing or [None] * 3, (0.7, 0.8, 5.0), strict=True)
+    )
+    assert loaded.target_spacing((0.7, 0.8, 5.0)) == expected

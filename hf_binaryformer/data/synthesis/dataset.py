@@ -82,7 +82,7 @@ def prepare_synthetic(
         "name": name,
         "source": told.source,
         "licence": told.licence,
-        "spacing": [1.0, 1.0, 1.0],
+        "spacing": list(told.grid_mm),
         "label_names": told.label_names,
         "seed": seed,
         "settings": dataclasses.asdict(told),

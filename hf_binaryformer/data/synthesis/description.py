@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ class Ranges:
         bias_log, bias_mm: amplitude of the logarithm of the coil's shading, and its control points.
         noise: Rician standard deviation.
         log_gamma: largest logarithm of the power.
-        keep_grid: write volumes at the scan's own resolution; otherwise interpolated to 1 mm, as pipelines do.
+        keep_grid: write volumes at the scan's own resolution; otherwise interpolated to the description's ``grid_mm``.
+        window, window_probability: the scan is clipped to intensities from … to …, each drawn from a range, as CT is
+            shown; None: never.
     """
 
     rotation_degrees: float
@@ -91,6 +93,8 @@ class Ranges:
     noise: Range
     log_gamma: float
     keep_grid: bool
+    window: tuple[Range, Range] | None = None
+    window_probability: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,25 @@ class Description:
         source, licence: for the manifest.
         files: name of the label map of an anatomy, with ``{number}``.
         case: first word of the cases' names.
-        tissues: mean of each tissue by contrast, (low, high).
+        tissues: mean of each tissue by contrast, (low, high). With a key "random" these are its means in random contrasts
+            too, for example of air; otherwise any.
         structures: by name: ``left`` and ``right``, or ``middle``: values of the label map, the first of which is the
             label that is written; ``tissue``: shares of tissues. ``core: false`` is left out of the stripped organ.
-        parts: values with a tissue of their own that carry another structure's label: ``values``, ``labels``, ``tissue``.
+        parts: values with a tissue of their own that carry another structure's label: ``values``, ``labels``, ``tissue``;
+            ``core`` as above.
         surroundings: tissue -> values without a label.
         agents: ``tissues`` that a contrast agent brightens; ``membrane``: voxels of ``of`` within ``mm`` of ``beside``;
             ``vessels_in``: values in which vessels are drawn.
         lesions_in: names of structures that lesions start in.
         ranges: of the training volumes.
         evaluation: ``ranges`` that differ in validation and test volumes, and ``sets``, by name, that differ further.
+        splits: numbers of the anatomies of each split, unless the command says others.
+        resample_mm: spacing that label maps are brought to when they are read; None: they have 1 mm.
+        grid_mm: spacing of the volumes along R, A, S; None: the scan's own.
+        by_contrast: ranges that differ in volumes of a contrast.
+        signed: contrasts in which tissues of negative means cancel positive ones, and the scanner gives the magnitude.
+        body: for maps of organs alone: ranges of the body that is drawn around them
+            (:class:`~hf_binaryformer.data.synthesis.canvas.BodyRanges`).
     """
 
     source: str
@@ -136,6 +149,12 @@ class Description:
     lesions_in: list[str]
     ranges: dict[str, Any]
     evaluation: dict[str, Any]
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "1-16", "validation": "17-18", "test": "19-20"})
+    resample_mm: float | None = None
+    grid_mm: tuple[float | None, ...] = (1.0, 1.0, 1.0)
+    by_contrast: dict[str, dict[str, Any]] = field(default_factory=dict)
+    signed: list[str] = field(default_factory=list)
+    body: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         names = {*self.train_ranges.contrasts} | {key for means in self.tissues.values() for key in means}
@@ -152,6 +171,10 @@ class Description:
                 raise ValueError(f"'{region.name}' has the labels {sorted(unnamed)}, which no structure has")
         for name in self.evaluation["sets"]:
             self.set_ranges(name)
+        for contrast in self.by_contrast:
+            if contrast not in names:
+                raise ValueError(f"by_contrast has '{contrast}', which no tissue has; expected one of {sorted(names)}")
+            self.contrast_ranges(self.train_ranges, contrast)
 
     @cached_property
     def regions(self) -> list[Region]:
@@ -162,7 +185,7 @@ class Description:
             labels = [group[0] for group in groups for _ in group]
             found.append(Region(name, tuple(sum(groups, [])), tuple(labels), one["tissue"], one.get("core", True)))
         for name, one in self.parts.items():
-            found.append(Region(name, tuple(one["values"]), tuple(one["labels"]), one["tissue"], True))
+            found.append(Region(name, tuple(one["values"]), tuple(one["labels"]), one["tissue"], one.get("core", True)))
         for tissue, values in self.surroundings.items():
             found.append(Region(tissue, tuple(values), (0,) * len(values), {tissue: 1.0}, False))
         return found
@@ -186,15 +209,37 @@ class Description:
         """Ranges of the evaluation set ``name``."""
         return _ranges({**self.ranges, **self.evaluation["ranges"], **(self.evaluation["sets"][name] or {})})
 
+    def contrast_ranges(self, ranges: Ranges, contrast: str) -> Ranges:
+        """Ranges of a volume of this contrast."""
+        return dataclasses.replace(ranges, **_tuples(self.by_contrast.get(contrast, {})))
+
+    def value_of(self, name: str, label: int = 0) -> int:
+        """The value of the label map by which the region ``name`` is drawn with this label."""
+        region = next(region for region in self.regions if region.name == name)
+        return region.values[region.labels.index(label)]
+
 
 def _ranges(content: dict[str, Any]) -> Ranges:
-    known = {field.name for field in dataclasses.fields(Ranges)}
-    if set(content) != known:
-        raise ValueError(f"ranges lack {sorted(known - set(content))} and have unknown {sorted(set(content) - known)}")
-    fields: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) and key != "elastic" else v for key, v in content.items()
-    }
-    return Ranges(**fields)
+    check_keys(Ranges, content, "ranges lack", "and have unknown")
+    return Ranges(**_tuples(content))
+
+
+def check_keys(kind: type, content: object, lacks: str, has: str) -> None:
+    """Whether a mapping has the fields of a dataclass, all that have no default and no others.
+
+    Raises:
+        ValueError: it does not; ``lacks`` and ``has`` are the words before the names.
+    """
+    fields = dataclasses.fields(kind)
+    known = {field.name for field in fields}
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    given = set(content) if isinstance(content, dict) else set()
+    if not needed <= given <= known:
+        raise ValueError(f"{lacks} {sorted(needed - given)} {has} {sorted(given - known)}")
+
+
+def _tuples(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) and key != "elastic" else v for key, v in content.items()}
 
 
 @lru_cache
@@ -208,10 +253,7 @@ def load_description(path: Path) -> Description:
         shipped = ", ".join(sorted(file.stem for file in DESCRIPTIONS.glob("*.yaml")))
         raise ValueError(f"{path} does not exist; those of the project are {shipped}, in {DESCRIPTIONS}")
     content = yaml.safe_load(path.read_text())
-    known = {field.name for field in dataclasses.fields(Description)}
-    given = set(content) if isinstance(content, dict) else set()
-    if given != known:
-        raise ValueError(f"{path} lacks {sorted(known - given)} and has the unknown keys {sorted(given - known)}")
+    check_keys(Description, content, f"{path} lacks", "and has the unknown keys")
     try:
         return Description(**content)
     except (ValueError, TypeError, KeyError) as error:

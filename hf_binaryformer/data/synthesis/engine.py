@@ -7,6 +7,7 @@ grid and averaged to the scan's voxels, so that voxels at the border of two tiss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.data.synthesis.anatomy import Anatomy
 from hf_binaryformer.data.synthesis.axes import SmoothField, along_axes, linear_matrix
+from hf_binaryformer.data.synthesis.body import embodied
 from hf_binaryformer.data.synthesis.description import Description, Ranges
 from hf_binaryformer.data.synthesis.paint import painted
-from hf_binaryformer.data.synthesis.scanner import ScanPlan, plan_scan, scan
+from hf_binaryformer.data.synthesis.scanner import Axes, ScanPlan, plan_scan, scan
 from hf_binaryformer.data.synthesis.shapes import Deformation, field_of_view, stripped
 
 # Quantile of the foreground that becomes 255.
@@ -45,12 +47,15 @@ def synthesize(anatomy: Anatomy, ranges: Ranges, seed: tuple[int, ...]) -> Synth
     names, shares = list(ranges.contrasts), np.array(list(ranges.contrasts.values()))
     contrast = names[int(rng.choice(len(names), p=shares / shares.sum()))]
     whole = bool(rng.random() < ranges.whole_probability)
-    deformation = Deformation(anatomy.values.shape, ranges, rng)
+    ranges = anatomy.description.contrast_ranges(ranges, contrast)
+    anatomy = embodied(anatomy, rng)
+    deformation = Deformation(anatomy.values.shape, ranges, rng, anatomy.mm, anatomy.beyond)
     low, high, cut = field_of_view(anatomy, deformation, whole, ranges, rng)
     plan = plan_scan(low, high, ranges, rng)
 
     appearance, found = painted(anatomy, contrast, ranges, rng)
-    image = scan(_draw(appearance, deformation, plan, ranges, rng), plan, ranges, rng)
+    drawn = _draw(appearance, deformation, plan, ranges, rng)
+    image = scan(drawn if contrast in anatomy.description.signed else drawn.clamp_(min=0), plan, ranges, rng)
     kind = "none"
     kept = torch.ones(image.shape, dtype=torch.bool)
     if not whole:
@@ -58,7 +63,7 @@ def synthesize(anatomy: Anatomy, ranges: Ranges, seed: tuple[int, ...]) -> Synth
         kept = torch.from_numpy(mask)
         image[~kept] = 0
 
-    axes = plan.axes if ranges.keep_grid else [np.arange(a, b + 1) for a, b in zip(low, high, strict=True)]
+    axes = plan.axes if ranges.keep_grid else _grid(plan, low, high, anatomy.description.grid_mm)
     if not ranges.keep_grid:
         to_grid = [linear_matrix(wanted, given) for wanted, given in zip(axes, plan.axes, strict=True)]
         image = along_axes(image, to_grid)
@@ -105,4 +110,12 @@ def _draw(
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     texture *= share**0.5
     texture += (1 - share) ** 0.5 * torch.randn(mean.shape, generator=generator)
-    return mean.addcmul_(spread, texture).clamp_(min=0)
+    return mean.addcmul_(spread, texture)
+
+
+def _grid(plan: ScanPlan, low: np.ndarray, high: np.ndarray, wanted: Sequence[float | None]) -> Axes:
+    """Coordinates of the volume that a scan is interpolated to, from corner to corner; None keeps the scan's own."""
+    return [
+        given if mm is None else np.arange(a, b + mm, mm)
+        for given, a, b, mm in zip(plan.axes, low, high, wanted, strict=True)
+    ]

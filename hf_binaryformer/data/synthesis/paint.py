@@ -16,9 +16,12 @@ def draw_means(
     description: Description, contrast: str, ranges: Ranges, rng: np.random.Generator, agent: float | None = None
 ) -> dict[str, float]:
     """Mean intensity of every region, left and right alike; ``agent`` is that of tissues with a contrast agent."""
+    signed = contrast in description.signed
     by_tissue = contrast != CONTRAST_RANDOM or rng.random() < ranges.random_by_tissue
     tissues = {
-        name: rng.uniform(0, 1) if contrast == CONTRAST_RANDOM else rng.uniform(*means[contrast])
+        name: rng.uniform(*means.get(CONTRAST_RANDOM, (0, 1)))
+        if contrast == CONTRAST_RANDOM
+        else rng.uniform(*means[contrast])
         for name, means in description.tissues.items()
     }
     if agent is not None:
@@ -28,7 +31,9 @@ def draw_means(
         mean = sum(share * tissues[tissue] for tissue, share in region.tissue.items())
         mean += ranges.mean_jitter * rng.standard_normal()
         own = rng.uniform(0, 1)
-        means[region.name] = max(DARKEST, mean if by_tissue else own)
+        # What is dark in every contrast, such as air, has its own means in random ones.
+        told = by_tissue or any(CONTRAST_RANDOM in description.tissues[tissue] for tissue in region.tissue)
+        means[region.name] = (mean if told else own) if signed else max(DARKEST, mean if told else own)
     return means
 
 
@@ -49,7 +54,7 @@ def painted(anatomy: Anatomy, contrast: str, ranges: Ranges, rng: np.random.Gene
         lesions = int(rng.integers(*ranges.lesion_count, endpoint=True))
         mean = rng.uniform(*ranges.lesion_mean)
         for place in lesion_places(anatomy, lesions, rng):
-            add_lesion(volume[0], anatomy, place, rng.uniform(*ranges.lesion_radius), mean, rng)
+            add_lesion(volume[0], anatomy, place, rng.uniform(*ranges.lesion_radius) / anatomy.mm, mean, rng)
     return volume, {"agent": agent is not None, "lesions": lesions}
 
 

@@ -78,4 +78,8 @@ def scan(drawn: torch.Tensor, plan: ScanPlan, ranges: Ranges, rng: np.random.Gen
     std = rng.uniform(*ranges.noise)
     real, imaginary = (std * torch.randn(image.shape, generator=generator) for _ in range(2))
     image = torch.hypot(image + real, imaginary)
-    return image ** float(np.exp(rng.uniform(-ranges.log_gamma, ranges.log_gamma)))
+    image **= float(np.exp(rng.uniform(-ranges.log_gamma, ranges.log_gamma)))
+    if ranges.window is not None and rng.random() < ranges.window_probability:
+        bottom, top = (float(rng.uniform(*end)) for end in ranges.window)
+        image = (image.clamp(bottom, top) - bottom) / (top - bottom)
+    return image

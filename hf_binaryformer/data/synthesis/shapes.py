@@ -25,12 +25,28 @@ LARGEST_CUT = 0.8
 
 
 class Deformation:
-    """Random affine and elastic map from positions in the new volume to positions in an anatomy, both in its voxels."""
+    """Random affine and elastic map from positions in the new volume to positions in an anatomy, both in mm.
 
-    def __init__(self, shape: Sequence[int], ranges: Ranges, rng: np.random.Generator) -> None:
-        self.centre = (np.array(shape) - 1) / 2
+    Args:
+        shape: of the anatomy, voxels.
+        ranges: what is drawn.
+        rng: random numbers.
+        mm: spacing of the anatomy.
+        beyond: what lies outside of the anatomy, as grid_sample calls it.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ranges: Ranges,
+        rng: np.random.Generator,
+        mm: float = 1.0,
+        beyond: str = "zeros",
+    ) -> None:
+        self.mm, self.beyond = mm, beyond
+        self.centre = (np.array(shape) - 1) / 2 * mm
         self.matrix = affine_matrix(ranges, rng)
-        low, high = np.full(3, -REACH), np.array(shape) + REACH
+        low, high = np.full(3, -REACH), np.array(shape) * mm + REACH
         self.fields = []
         for nearest, farthest, std in ranges.elastic:
             spacing, size = rng.uniform(nearest, farthest), rng.uniform(0, std)
@@ -55,18 +71,20 @@ class Deformation:
         axes: Sequence[np.ndarray],
         mode: str,
         first: Sequence[int] = (0, 0, 0),
-        padding: str = "zeros",
+        padding: str | None = None,
     ) -> torch.Tensor:
         """Volumes (C, I', J', K') float, whose first voxel is ``first`` of the anatomy, on a grid: (C, I, J, K)."""
         rows = max(1, PART // (len(axes[1]) * len(axes[2])))
-        scale = 2 / (torch.tensor(volumes.shape[1:]) - 1)
+        scale = 2 / (torch.tensor(volumes.shape[1:]) - 1) / self.mm
         parts = []
         for start in range(0, len(axes[0]), rows):
             places = self.places([axes[0][start : start + rows], axes[1], axes[2]])
             # grid_sample wants (x, y, z) = (K, J, I), each scaled to [-1, 1].
-            grid = torch.stack([(places[a] - int(first[a])) * scale[a] - 1 for a in (2, 1, 0)], dim=-1)
+            grid = torch.stack([(places[a] - int(first[a]) * self.mm) * scale[a] - 1 for a in (2, 1, 0)], dim=-1)
             parts.append(
-                F.grid_sample(volumes[None], grid[None], mode=mode, padding_mode=padding, align_corners=True)[0]
+                F.grid_sample(
+                    volumes[None], grid[None], mode=mode, padding_mode=padding or self.beyond, align_corners=True
+                )[0]
             )
         return torch.cat(parts, dim=1)
 
@@ -95,9 +113,9 @@ def field_of_view(
     anatomy: Anatomy, deformation: Deformation, whole: bool, ranges: Ranges, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Corners of the volume in whole mm, lower and upper (3,), and the name of what is cut off."""
-    axes = [np.arange(-PAD_MM, size + PAD_MM, COARSE) for size in anatomy.values.shape]
+    axes = [np.arange(-PAD_MM, size * anatomy.mm + PAD_MM, COARSE) for size in anatomy.values.shape]
     masks = torch.from_numpy(np.stack([anatomy.core, anatomy.values > 0]).astype(np.float32))
-    core, body = (deformation.sample(masks, axes, "nearest") > 0).numpy()
+    core, body = (deformation.sample(masks, axes, "nearest", padding="zeros") > 0).numpy()
 
     def corners(mask: np.ndarray) -> np.ndarray:
         box = bounding_box(mask)
