@@ -12,7 +12,7 @@ from hf_binaryformer.kernels.backends import Backend, register_backend, register
 from hf_binaryformer.kernels.balance import EPSILON
 from hf_binaryformer.kernels.bits import words_for
 from hf_binaryformer.kernels.cpu_library import TYPES, Balance, Call, Rows
-from hf_binaryformer.kernels.layout import token_major
+from hf_binaryformer.kernels.layout import channels_adjacent, token_major
 
 
 def forward(
@@ -56,7 +56,11 @@ def backward(
     if not _served(query_bits, value):
         return None
     call, _held = _prepare(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale)
-    grad_output, output, logsumexp = _rows(grad_output.to(value.dtype)), _rows(output), logsumexp.contiguous()
+    grad_output, output, logsumexp = (
+        channels_adjacent(grad_output.to(value.dtype)),
+        channels_adjacent(output),
+        logsumexp.contiguous(),
+    )
     call.grad_output, call.output, call.logsumexp = Rows.of(grad_output), Rows.of(output), logsumexp.data_ptr()
     if grad_logsumexp is not None:
         grad_logsumexp = grad_logsumexp.float().contiguous()
@@ -99,7 +103,7 @@ def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Ten
     """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for float64 and for empty inputs."""
     if x.dtype not in TYPES or not x.numel():
         return None
-    x = _rows(x)
+    x = channels_adjacent(x)
     y = token_major(x, x.shape, x.dtype)
     bits = x.new_empty((*x.shape[:3], words_for(x.shape[3])), dtype=torch.int64)
     inverse_rms = x.new_empty(x.shape[:3], dtype=torch.float32)
@@ -115,7 +119,7 @@ def balance_backward(
     """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for float64 and for empty inputs."""
     if y.dtype not in TYPES or not y.numel():
         return None
-    y, grad, inverse_rms = _rows(y), _rows(grad.to(y.dtype)), inverse_rms.contiguous()
+    y, grad, inverse_rms = channels_adjacent(y), channels_adjacent(grad.to(y.dtype)), inverse_rms.contiguous()
     grad_x = token_major(y, y.shape, y.dtype)
     call = _balance_call(y, inverse_rms, centering, norm)
     call.grad, call.grad_x, call.window = Rows.of(grad), Rows.of(grad_x), window
@@ -154,7 +158,7 @@ def _prepare(
     scale: float,
 ) -> tuple[Call, tuple[Tensor, ...]]:
     """The part of a call that forward and backward share, and the tensors that must outlive it."""
-    query_bits, key_bits, value = query_bits.contiguous(), key_bits.contiguous(), _rows(value)
+    query_bits, key_bits, value = query_bits.contiguous(), key_bits.contiguous(), channels_adjacent(value)
     query_weight, key_weight = query_weight.float().contiguous(), key_weight.float().contiguous()
     batch, heads, queries = query_bits.shape[:3]
     call = Call(
@@ -175,11 +179,6 @@ def _prepare(
         value=Rows.of(value),
     )
     return call, (query_bits, key_bits, query_weight, key_weight, value)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """The tensor with its channels adjacent in memory; a copy if they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _library() -> cpu_library.Library:

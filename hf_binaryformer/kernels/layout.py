@@ -12,6 +12,11 @@ def token_major(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.
     return like.new_empty((batch, tokens, heads, channels), dtype=dtype).transpose(1, 2)
 
 
+def channels_adjacent(x: Tensor) -> Tensor:
+    """The tensor with its channels adjacent in memory; a copy if they are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def compute_dtype(value: Tensor) -> torch.dtype:
     """Type of the log-sum-exp and of all gradients except the value's: float32, or float64 for float64 values."""
     return torch.promote_types(value.dtype, torch.float32)

@@ -19,7 +19,7 @@ from hf_binaryformer.kernels import self_check
 from hf_binaryformer.kernels.backends import Backend, register_backend, register_missing
 from hf_binaryformer.kernels.bits import words_for
 from hf_binaryformer.kernels.draws import seed_hash
-from hf_binaryformer.kernels.layout import token_major
+from hf_binaryformer.kernels.layout import channels_adjacent, token_major
 from hf_binaryformer.kernels.triton_tiles import BOUND_LIMITS, INTERPRETED, Sizes
 
 MINIMUM_VERSION = (3, 6)
@@ -52,7 +52,7 @@ class Problem:
         self.batch, self.heads, self.queries = query_bits.shape[:3]
         self.keys, self.value_dim = value.shape[2:]
         self.planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
-        self.scale, self.value = scale, rows(value)
+        self.scale, self.value = scale, channels_adjacent(value)
         self.sizes = Sizes(head_dim, self.value_dim, self.planes, value.dtype, **sizes, unit=unit_of(value.device))
         self.query_signs, self.key_signs = self._signs(query_bits), self._signs(key_bits)
         self.query_weight, self.key_weight = self._by_plane(query_weight), self._by_plane(key_weight)
@@ -182,7 +182,7 @@ def run_backward(
     """:func:`backward` without questions."""
     options = {"bit_gradient": bit_gradient, "weight_gradient": weight_gradient}
     one = Problem(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale, **options)
-    grad_output, logsumexp = rows(grad_output.to(value.dtype)), logsumexp.contiguous()
+    grad_output, logsumexp = channels_adjacent(grad_output.to(value.dtype)), logsumexp.contiguous()
     delta = (grad_output.float() * output).sum(-1)
     if grad_logsumexp is not None:
         delta -= grad_logsumexp
@@ -223,7 +223,7 @@ def pack_sign_bits(x: Tensor) -> Tensor | None:
     """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64 and for empty inputs."""
     if x.dtype not in BOUND_LIMITS or not x.numel():
         return None
-    flat = rows(x.reshape(-1, x.shape[-1]))
+    flat = channels_adjacent(x.reshape(-1, x.shape[-1]))
     words = words_for(x.shape[-1])
     bits = x.new_empty((*x.shape[:-1], words), dtype=torch.int64)
     count, height = flat.shape[0], 32
@@ -285,11 +285,6 @@ def agrees(
         stacklevel=2,
     )
     return False
-
-
-def rows(x: Tensor) -> Tensor:
-    """The tensor with its channels adjacent in memory; a copy if they are not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def unit_of(device: torch.device) -> str:

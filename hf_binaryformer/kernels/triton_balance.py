@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_binaryformer.kernels.balance import EPSILON
 from hf_binaryformer.kernels.bits import words_for
-from hf_binaryformer.kernels.layout import token_major
+from hf_binaryformer.kernels.layout import channels_adjacent, token_major
 from hf_binaryformer.kernels.triton_tiles import INTERPRETED, padded
 
 # Numbers that a program holds at once.
@@ -106,7 +106,7 @@ def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Ten
     """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for what :func:`served` excludes."""
     if not served(x):
         return None
-    x = _adjacent(x)
+    x = channels_adjacent(x)
     batch, heads, tokens, dim = x.shape
     d, rows, blocks = _sizes(x)
     y = token_major(x, x.shape, x.dtype)
@@ -131,7 +131,7 @@ def balance_backward(
     """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for what :func:`served` excludes."""
     if not served(y):
         return None
-    y, grad, inverse_rms = _adjacent(y), _adjacent(grad), inverse_rms.contiguous()
+    y, grad, inverse_rms = channels_adjacent(y), channels_adjacent(grad), inverse_rms.contiguous()
     batch, heads, tokens, dim = y.shape
     d, rows, blocks = _sizes(y)
     grad_x = token_major(y, y.shape, y.dtype)
@@ -154,8 +154,3 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     d = padded(x.shape[3], 64)
     rows = max(1, min(TILE // d, padded(x.shape[2], 1) if INTERPRETED else 64))
     return d, rows, -(-x.shape[2] // rows)
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    """The tensor with its channels adjacent in memory; a copy if they are not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
