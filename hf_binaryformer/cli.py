@@ -55,7 +55,9 @@ Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to 
 Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
 Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]
 Backend = Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")]
-NumberFormat = Annotated[DType, typer.Option(help="Number format of the network.")]
+NumberFormat = Annotated[
+    DType, typer.Option(help="Number format of the network; auto is bfloat16 where the processor has it in hardware.")
+]
 Device = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")]
 
 
@@ -136,7 +138,7 @@ def segment(
     bids_suffix: Annotated[str, typer.Option(help="Which scans of a BIDS folder: T1w, T2w, FLAIR.")] = "T1w",
     model: Model = jobs.DEFAULT_MODEL,
     backend: Backend = None,
-    dtype: NumberFormat = DType.float32,
+    dtype: NumberFormat = DType.auto,
     device: Device = None,
 ) -> None:
     """Segment a volume, or many; labels come back on the grid of each.

@@ -8,6 +8,7 @@ from enum import Enum
 class DType(str, Enum):
     """Number formats that a network can run in."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"

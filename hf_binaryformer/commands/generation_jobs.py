@@ -63,7 +63,7 @@ def inpaint_file(
         steps, temperature, feather, selection: see ``BinaryVQInpaintPipeline``.
         model: short name, folder or Hub id.
         backend: backend of Hamming attention; None leaves the choice to the operator.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto", see :func:`~hf_binaryformer.pipelines.precision.fast_format`.
         device: torch device; None takes CUDA if it is available, otherwise the CPU.
         truth: volume on the same grid, shown in the overlay.
         title: first line of the overlay; the source's name if empty.
@@ -262,11 +262,12 @@ def _settings(
     pipeline: VQSamplingPipeline, model: str, dtype: str, seed: int, steps: int, temperature: float
 ) -> dict[str, Any]:
     from hf_binaryformer.modeling.attention import attention_backend
+    from hf_binaryformer.pipelines.precision import number_format
 
     return {
         "model": Path(model).name,
         "backend": attention_backend(pipeline.transformer, pipeline.device.type),
-        "dtype": dtype,
+        "dtype": str(number_format(dtype, pipeline.device)).removeprefix("torch."),
         "seed": seed,
         "steps_asked_for": steps,
         "temperature": temperature,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_binaryformer.commands.label_schemes import common_scheme, read_label_names
 from hf_binaryformer.commands.outputs import check_outputs, write_json
+from hf_binaryformer.pipelines.label_schemes import common_scheme, read_label_names
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.whole_files import all_or_nothing
 
@@ -49,7 +49,7 @@ def segment_file(
         probabilities: NIfTI to write, 4D, one volume for each label from 0, values 0 to 1 in steps of 1/255.
         model: short name, folder or Hub id.
         backend: backend of Hamming attention; None leaves the choice to the operator.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device has it in hardware, or else float32.
         device: torch device; None takes CUDA if it is available, otherwise the CPU.
         views, keep_largest, head_only: as for
             :meth:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline.__call__`.
@@ -97,16 +97,13 @@ def load_pipeline(
     model: str, *, backend: str | None = None, dtype: str = "float32", device: str | None = None
 ) -> VolumeSegmentationPipeline:
     """The network that labels volumes, on a device that works; arguments as for :func:`segment_file`."""
-    import torch
     from transformers.utils import logging
 
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 
     # Progress bars for loading small files would disturb the main one.
     logging.disable_progress_bar()
-    pipeline = VolumeSegmentationPipeline.from_pretrained(
-        model, device=usable_device(device), dtype=getattr(torch, dtype)
-    )
+    pipeline = VolumeSegmentationPipeline.from_pretrained(model, device=usable_device(device), dtype=dtype)
     pipeline.model.set_attention_backend(backend)
     return pipeline
 
@@ -171,11 +168,11 @@ def evaluate_files(
         truth: label volume or folder.
         report: JSON to write, with the same content as the return value.
         labels: JSON with label names, or the word "freesurfer"
-            (:func:`~hf_binaryformer.commands.label_schemes.read_label_names`); None scores the labels that occur.
+            (:func:`~hf_binaryformer.pipelines.label_schemes.read_label_names`); None scores the labels that occur.
         tolerance: tolerance of the NSD in mm.
         merge_sides: score "left hippocampus" and "right hippocampus" as one; needs names.
         map_pred, map_truth: new labels of the prediction and of the truth, see
-            :func:`~hf_binaryformer.commands.label_schemes.read_mapping`.
+            :func:`~hf_binaryformer.pipelines.label_schemes.read_mapping`.
         progress: called with (done, total) after each case.
 
     Returns:

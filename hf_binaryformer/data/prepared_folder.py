@@ -28,6 +28,8 @@ class Case:
     image: Path
     # None in a folder without labels; the autoencoder can be trained on such a folder.
     label: Path | None
+    # Which kind of volume it is among those of a synthetic data set's validation and test.
+    set: str | None = None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class PreparedFolder:
                 c["split"],
                 folder / c["image"],
                 folder / c["label"] if "label" in c else None,
+                c.get("set"),
             )
             for c in self.manifest["cases"]
         ]

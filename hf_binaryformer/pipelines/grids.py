@@ -149,6 +149,25 @@ def add_margin(
     return parts[0], parts[1], parts[2]
 
 
+def narrow_margin(box: Box, foreground: Box, voxels: Sequence[int | None]) -> Box:
+    """The box with narrower margins along the axes where it then has no more than these voxels.
+
+    Args:
+        box: the foreground with its margin.
+        foreground: lies in the box.
+        voxels: most voxels along I, J, K; None, or fewer than the foreground has, leave an axis as it is.
+    """
+    parts = []
+    for part, inner, most in zip(box, foreground, voxels, strict=True):
+        left = -1 if most is None else most - (inner.stop - inner.start)
+        if left >= 0 and part.stop - part.start > left + inner.stop - inner.start:
+            # Half on each side, or less where the volume ends.
+            before = min(inner.start - part.start, max(left // 2, left - (part.stop - inner.stop)))
+            part = slice(inner.start - before, inner.stop + left - before)
+        parts.append(part)
+    return parts[0], parts[1], parts[2]
+
+
 def extent_mm(box: Box, spacing: Sequence[float]) -> tuple[float, float, float]:
     """Edge lengths of a box in mm."""
     i, j, k = ((part.stop - part.start) * mm for part, mm in zip(box, spacing, strict=True))

@@ -17,17 +17,19 @@ from torch import Tensor
 from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import attention_backend, drawing_from
 from hf_binaryformer.pipelines.grids import (
+    ROUNDING,
     add_margin,
     crop_affine,
     extent_mm,
     foreground_mask,
+    narrow_margin,
     occupied_box,
     resample,
     resample_to,
     same_spacing,
 )
 from hf_binaryformer.pipelines.postprocessing import head_mask, intracranial_ml, largest_pieces
-from hf_binaryformer.pipelines.precision import number_format
+from hf_binaryformer.pipelines.precision import AUTO, number_format
 from hf_binaryformer.pipelines.provenance import NOTICE
 from hf_binaryformer.pipelines.quality import quality_notes, quality_report
 from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
@@ -76,9 +78,9 @@ class VolumeSegmentationPipeline:
     """Labels whole 3D volumes with a network that sees 2D slices.
 
     The volume is scaled by the processor, cut to its foreground, brought to the processor's spacing, and run through
-    the network slice by slice, in overlapping windows where a slice is larger than the window. Probabilities are
-    resampled back, one label at a time, and the most probable label is taken on the volume's own grid. The mean probability
-    of what was taken is the quality score of each structure (:mod:`hf_binaryformer.pipelines.quality`).
+    the network slice by slice, in overlapping windows where the foreground of a slice is larger than the window.
+    Probabilities are resampled back, one label at a time, and the most probable label is taken on the volume's own grid. The
+    mean probability of what was taken is the quality score of each structure (:mod:`hf_binaryformer.pipelines.quality`).
 
     Args:
         model: ``BinaryFormerForSemanticSegmentation``, or any module that takes (B, C, H, W), returns an object with
@@ -86,7 +88,8 @@ class VolumeSegmentationPipeline:
         processor: the image processor that the model was trained with.
         device: to move the model to; None leaves it where it is.
         dtype: torch.bfloat16 or torch.float16, or their names, run the network under autocast; None and torch.float32 run
-            it in the type of its own weights, which ``pipeline.model.half()`` for example may change.
+            it in the type of its own weights, which ``pipeline.model.half()`` for example may change. "auto": bfloat16 where
+            the device has it in hardware (:func:`~hf_binaryformer.pipelines.precision.fast_format`), or else float32.
         batch_size: windows that go through the network at once.
 
     Raises:
@@ -123,7 +126,9 @@ class VolumeSegmentationPipeline:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         self.model = model if device is None else model.to(device)
         self.processor = processor
-        self.dtype = number_format(dtype)
+        self.dtype = number_format(dtype, self.device)
+        if dtype == AUTO and self.weight_dtype != torch.float32:
+            self.dtype = torch.float32  # weights of another type run in their own
         self.batch_size = batch_size
         self._number_format()  # raises if weights and dtype do not go together
         self.label_names = {int(label): str(name) for label, name in model.config.id2label.items()}
@@ -260,6 +265,7 @@ class VolumeSegmentationPipeline:
         bright = foreground_mask(scaled)
         foreground = occupied_box(bright)
         box = add_margin(foreground, scaled.shape, volume.spacing)
+        box = narrow_margin(box, foreground, self._window_voxels(axes, volume.spacing))
         crop, affine = scaled[box], crop_affine(volume.affine, box)
         spacing = self.processor.target_spacing(volume.spacing)
         resampled = not same_spacing(volume.spacing, spacing)
@@ -332,6 +338,18 @@ class VolumeSegmentationPipeline:
                 result.add(axes[view], index, logits)
         finally:
             self.model.train(training)
+
+    def _window_voxels(self, axes: Sequence[int], spacing: tuple[float, float, float]) -> list[int | None]:
+        """How many of a volume's voxels the window of slices along ``axes`` holds along I, J, K; None: no slice has that axis.
+
+        One window for a slice takes a quarter of the time of four that overlap.
+        """
+        windows: list[int | None] = [None, None, None]
+        for axis in axes:
+            for across, side in zip((a for a in range(3) if a != axis), self.processor.image_size, strict=True):
+                windows[across] = min(side, windows[across] or side)
+        ratio = np.divide(self.processor.target_spacing(spacing), spacing)
+        return [None if side is None else int(side * r + ROUNDING) for side, r in zip(windows, ratio, strict=True)]
 
     def _logits(self, pixel_values: Tensor) -> Tensor:
         """Logits (B, C, H, W) float32 of slices that are at least as large as the window."""

@@ -192,10 +192,12 @@ class VQSamplingPipeline(DiffusionPipeline):
     def set_autocast(self, dtype: torch.dtype | str | None) -> None:
         """Run the networks in torch.bfloat16 or torch.float16 where that is safe; float32 or None turns this off.
 
+        "auto" is bfloat16 where the device has it in hardware, or else float32.
+
         Raises:
             ValueError: the dtype is another one.
         """
-        wanted = number_format(dtype)
+        wanted = number_format(dtype, self.device)
         self._autocast_dtype = None if wanted == torch.float32 else wanted
 
     @contextmanager

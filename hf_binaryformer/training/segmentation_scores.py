@@ -13,6 +13,7 @@ from rich.table import Table
 from scipy.ndimage import zoom
 
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
+from hf_binaryformer.pipelines.label_schemes import Scheme, common_scheme
 from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, sample_deviation, score_labels, summarize
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.volumes import Volume
@@ -45,7 +46,9 @@ def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return zoom(labels, np.array(shape) / labels.shape, order=0, grid_mode=True, mode="nearest")
 
 
-def evaluate_split(model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool) -> dict[str, Any]:
+def evaluate_split(
+    model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool, merge_sides: bool = False
+) -> dict[str, Any]:
     """Segment every volume of a split, print a table, and return the figures.
 
     Args:
@@ -53,30 +56,42 @@ def evaluate_split(model: str | Path, folder: PreparedFolder, split: str, *, bas
         folder: prepared data.
         split: whose volumes are segmented.
         baseline: whether the prior atlas, made from the split ``train``, is scored too.
+        merge_sides: score "left hippocampus" and "right hippocampus" as one.
 
     Returns:
-        ``split`` and ``volumes``; ``rows`` has the :func:`figures_of` the network (and the prior atlas); ``cases`` has
-        the network's Dice of each label of each volume.
+        ``split``, ``volumes`` and ``merge_sides``; ``rows`` has the :func:`figures_of` the network (and the prior atlas);
+        ``sets`` has those of the network for each set of the data, if it has sets; ``cases`` has the network's Dice of each
+        label of each volume.
     """
     pipeline = VolumeSegmentationPipeline.from_pretrained(str(model))
     labels = sorted(label for label in folder.label_names if label != 0)
+    scheme = common_scheme(folder.label_names, None, None, merge_sides=merge_sides)
     atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
     rows: dict[str, list[list[LabelScore]]] = {"network": []}
     cases = folder.split(split)
     for case in cases:
         truth = read_labels(case)
-        rows["network"].append(network_scores(pipeline, case, truth, folder.label_names))
+        rows["network"].append(network_scores(pipeline, case, truth, scheme))
         if atlas is not None:
             guess = atlas.predict(truth.array.shape)
-            rows.setdefault("prior atlas", []).append(scores(guess, truth, folder.label_names))
+            rows.setdefault("prior atlas", []).append(scores(guess, truth, scheme))
     summary = {name: figures_of(found) for name, found in rows.items()}
     print_table(summary, f"Dice, {len(cases)} volumes of split '{split}'")
+    by_set: dict[str, list[list[LabelScore]]] = {}
+    for case, found in zip(cases, rows["network"], strict=True):
+        if case.set is not None:
+            by_set.setdefault(case.set, []).append(found)
+    sets = {name: {"volumes": len(found), **figures_of(found)} for name, found in by_set.items()}
+    if sets:
+        print_sets(sets)
     return {
         "split": split,
         "volumes": len(cases),
+        "merge_sides": merge_sides,
         "attention_type": pipeline.model.config.attention_type,
         "bit_gradient": pipeline.model.config.resolved_bit_gradient,
         "rows": summary,
+        **({"sets": sets} if sets else {}),
         "cases": {
             case.name: list(rounded({score.name: score.dice for score in found}).values())
             for case, found in zip(cases, rows["network"], strict=True)
@@ -89,21 +104,20 @@ def validation_figures(
 ) -> dict[str, float]:
     """Dice, NSD and HD95 (mm), means over labels and the first volumes of the validation split (None: all)."""
     cases = folder.split("validation")[:volumes]
-    mean = summarize([network_scores(pipeline, case, read_labels(case), folder.label_names) for case in cases])[-1]
+    scheme = common_scheme(folder.label_names, None, None)
+    mean = summarize([network_scores(pipeline, case, read_labels(case), scheme) for case in cases])[-1]
     return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
 
 
-def network_scores(
-    pipeline: VolumeSegmentationPipeline, case: Case, truth: Volume, names: dict[int, str]
-) -> list[LabelScore]:
+def network_scores(pipeline: VolumeSegmentationPipeline, case: Case, truth: Volume, scheme: Scheme) -> list[LabelScore]:
     """Scores of the network for each label on one volume."""
     with torch.inference_mode():
-        return scores(pipeline(case.image).labels, truth, names)
+        return scores(pipeline(case.image).labels, truth, scheme)
 
 
-def scores(found: np.ndarray, truth: Volume, names: dict[int, str]) -> list[LabelScore]:
-    """Scores of each label."""
-    return score_labels(found, truth.array, truth.spacing, label_names=names)
+def scores(found: np.ndarray, truth: Volume, scheme: Scheme) -> list[LabelScore]:
+    """Scores of each label of the scheme."""
+    return score_labels(scheme.pred(found), scheme.truth(truth.array), truth.spacing, label_names=scheme.names)
 
 
 def figures_of(cases: list[list[LabelScore]]) -> dict[str, Any]:
@@ -133,4 +147,12 @@ def print_table(summary: dict[str, Any], title: str) -> None:
         cells = [row["labels"][name] for row in summary.values()]
         table.add_row(name, *(str(c["mean"]) + ("" if c["sd"] is None else f" ± {c['sd']}") for c in cells))
     table.add_row("mean", *(str(row["mean"]) for row in summary.values()), style="bold")
+    Console().print(table)
+
+
+def print_sets(sets: dict[str, Any]) -> None:
+    """Print a table with one row per set."""
+    table = Table("set", "volumes", "mean Dice")
+    for name, figures in sets.items():
+        table.add_row(name, str(figures["volumes"]), str(figures["mean"]))
     Console().print(table)

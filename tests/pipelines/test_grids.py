@@ -12,6 +12,7 @@ from hf_binaryformer.pipelines.grids import (
     crop_affine,
     foreground_box,
     foreground_mask,
+    narrow_margin,
     resample,
     resample_to,
     same_spacing,
@@ -200,6 +201,28 @@ def test_rounding_of_a_header_does_not_widen_the_margin() -> None:
     for spacing in ((1.0, 1.0, 1.0), (0.99999999, 1.00000002, 0.9999999)):
         assert add_margin(box, (60, 60, 60), spacing, 5.0) == (slice(15, 35),) * 3
     assert add_margin(box, (60, 60, 60), (0.9, 1.1, 5.0), 5.0) == (slice(14, 36), slice(15, 35), slice(19, 31))
+
+
+@pytest.mark.parametrize(
+    ("voxels", "expected"),
+    [
+        (30, slice(10, 40)),  # fits
+        (26, slice(12, 38)),
+        (25, slice(13, 38)),
+        (20, slice(15, 35)),  # the foreground
+        (19, slice(10, 40)),  # the foreground does not fit either
+        (None, slice(10, 40)),
+    ],
+)
+def test_a_margin_is_narrowed_evenly_and_the_foreground_kept(voxels, expected) -> None:
+    box, foreground = (slice(10, 40),) * 3, (slice(15, 35),) * 3
+    assert narrow_margin(box, foreground, (voxels, None, voxels)) == (expected, slice(10, 40), expected)
+
+
+def test_a_margin_that_the_volume_cuts_is_narrowed_on_its_other_side() -> None:
+    at_start, at_end = (slice(0, 30), slice(2, 20)), (slice(70, 100), slice(80, 98))
+    for (box, foreground), expected in ((at_start, slice(1, 22)), (at_end, slice(79, 100))):
+        assert narrow_margin((box,) * 3, (foreground,) * 3, (21, 21, 21)) == (expected,) * 3
 
 
 def test_specks_in_air_do_not_move_the_box() -> None:

@@ -10,6 +10,7 @@ import torch
 from test_segmentation import processor, smooth_volume, tiny_model
 from vq_cases import GRID, SHAPE, inpainting, seeded, synthesis
 
+from hf_binaryformer.pipelines.precision import number_format
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -59,6 +60,29 @@ def test_autocast_of_weights_in_another_type_is_refused_at_once(dtype) -> None:
         whole("there is no such file.nii.gz")
     with pytest.raises(ValueError, match=message):
         VolumeSegmentationPipeline(whole.model, processor(), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("in_hardware, expected", [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, in_hardware, expected) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: in_hardware)
+    assert pipeline(dtype="auto")(smooth_volume()).report["dtype"] == expected
+    assert pipeline()(smooth_volume()).report["dtype"] == "float32", "Python's default does not depend on the machine"
+    sampler = synthesis()
+    sampler.set_autocast("auto")
+    assert sampler._autocast_dtype == (torch.bfloat16 if in_hardware else None)
+
+
+def test_auto_leaves_weights_of_another_type_in_their_own(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    whole = VolumeSegmentationPipeline(tiny_model().half(), processor(), dtype="auto")
+    assert whole(smooth_volume()).report["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_on_graphics_processors(monkeypatch, capability, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert number_format("auto", "cuda:0") == expected
+    assert number_format("auto", "mps") == torch.float32
 
 
 @pytest.mark.parametrize("dtype", HALVES)

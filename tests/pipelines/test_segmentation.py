@@ -210,12 +210,12 @@ def test_only_the_foreground_is_seen_and_the_rest_is_background() -> None:
     array[30:40, 20:35, 25:30] = 1
     array[5, 50, 5] = 0.05
     volume = volume_from_image(nib.Nifti1Image(array, np.diag([1.0, 2.0, 2.5, 1.0])))
-    pipeline = make(processor(image_size=(16, 16)))
+    pipeline = make(processor())
 
     class AlwaysOne(Bands):
         def forward(self, pixel_values: Tensor) -> Any:
             self.seen.append(pixel_values)
-            return SimpleNamespace(logits=torch.zeros(len(pixel_values), 3, 16, 16).index_fill_(1, torch.tensor(1), 1))
+            return SimpleNamespace(logits=torch.zeros(len(pixel_values), 3, 32, 32).index_fill_(1, torch.tensor(1), 1))
 
     pipeline.model = AlwaysOne(3, 1)
     result = pipeline(volume, return_probabilities=True)
@@ -226,10 +226,29 @@ def test_only_the_foreground_is_seen_and_the_rest_is_background() -> None:
     assert result.probabilities is not None
     assert (result.probabilities[0][expected == 0] == 1).all()
     # The position of slices counts from end to end of the foreground, as in training.
-    pipeline = make(processor(image_size=(16, 16), slice_position=True))
+    pipeline = make(processor(slice_position=True))
     assert pipeline(volume).report["network_grid"]["shape"] == [30, 25, 13]
-    positions = torch.cat(pipeline.model.seen)[:, 3, 0, 0].unique()  # one for all windows of a slice
+    positions = torch.cat(pipeline.model.seen)[:, 3, 0, 0]
     torch.testing.assert_close(positions, torch.linspace(-1, 1, 25))
+
+
+@pytest.mark.parametrize(
+    ("spacing", "views", "shape"),
+    [
+        (None, "coronal", (16, 35, 45)),  # the window's height; along the slices; a foreground larger than the window
+        (None, "all", (16, 16, 45)),
+        ((2.0, 2.0, 2.0), "coronal", (15, 18, 22)),
+        ((0.8, 1.0, 1.0), "axial", (15, 24, 45)),
+    ],
+)
+def test_a_margin_yields_where_one_window_then_holds_the_slice(spacing, views, shape) -> None:
+    array = np.zeros((60, 60, 60), dtype=np.float32)
+    array[25:35, 20:35, 15:40] = 1
+    pipeline = make(processor(image_size=(16, 24), spacing=spacing))
+    result = pipeline(volume_from_image(nib.Nifti1Image(array, np.eye(4))), views=views)
+    assert result.report["network_grid"]["shape"] == list(shape)
+    if views == "axial":
+        assert len(torch.cat(pipeline.model.seen)) == 45, "a window a slice"
 
 
 @pytest.mark.parametrize("spacing", [None, (1.4, 1.4, 1.4)])
@@ -316,7 +335,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         VolumeSegmentationPipeline(Bands(3, 1), processor(slice_position=True))
     with pytest.raises(ValueError, match=r"image_size is \(32, 30\), expected multiples of the model's patch size 8"):
         make(processor(image_size=(32, 30)))
-    with pytest.raises(ValueError, match=r"dtype is torch\.float64, expected one of float32"):
+    with pytest.raises(ValueError, match=r"dtype is torch\.float64, expected one of auto, float32"):
         make(processor(), dtype=torch.float64)
     with pytest.raises(ValueError, match="batch_size is 0"):
         make(processor(), batch_size=0)

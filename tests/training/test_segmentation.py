@@ -22,6 +22,7 @@ import hf_binaryformer as bf
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.data.slices import SliceSamples
 from hf_binaryformer.modeling.at_rest import ChangedError
+from hf_binaryformer.pipelines.label_schemes import common_scheme
 from hf_binaryformer.training import segmentation, segmentation_scores
 from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER
@@ -230,8 +231,8 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     truth[5:12, 5:12, 5:12] = 1
     nib.save(nib.Nifti1Image(truth, np.diag([2.0, 1, 1, 1])), tmp_path / "label.nii.gz")
     case = Case("one", "one", "test", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
-    names = {0: "background", 1: "cube", 2: "nothing"}
-    found = figures_of([scores(guess, read_labels(case), names) for guess in (truth, np.roll(truth, 1, axis=0))])
+    scheme = common_scheme({0: "background", 1: "cube", 2: "nothing"}, None, None)
+    found = figures_of([scores(guess, read_labels(case), scheme) for guess in (truth, np.roll(truth, 1, axis=0))])
     cube, nothing = found["labels"]["cube"], found["labels"]["nothing"]
     assert cube["mean"] == pytest.approx((1 + 6 / 7) / 2, abs=1e-4) and cube["hd95"] == (0 + 2) / 2
     # Of two values, the sample standard deviation is their difference over the root of 2.
@@ -239,7 +240,7 @@ def test_figures_of_a_volume_that_is_two_millimetres_off(tmp_path):
     assert 0.5 < cube["nsd"] < 1 and cube["nan"] == 0
     assert nothing == {"mean": None, "sd": None, "nsd": None, "hd95": None, "nan": 2}
     assert {key: found[key] for key in ("mean", "nsd", "hd95")} == {k: cube[k] for k in ("mean", "nsd", "hd95")}
-    single = figures_of([scores(truth, read_labels(case), names)])
+    single = figures_of([scores(truth, read_labels(case), scheme)])
     assert single["labels"]["cube"] | {"nsd": 0} == {"mean": 1.0, "sd": None, "nsd": 0, "hd95": 0.0, "nan": 0}
 
 
@@ -287,11 +288,43 @@ def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     network = SimpleNamespace(model=SimpleNamespace(config=config))
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder: network)
     monkeypatch.setattr(
-        segmentation_scores, "network_scores", lambda pipeline, case, truth, names: scores(truth.array, truth, names)
+        segmentation_scores, "network_scores", lambda pipeline, case, truth, scheme: scores(truth.array, truth, scheme)
     )
     found = evaluate_split(tmp_path, PreparedFolder(tmp_path), split, baseline=True)
     assert found["rows"]["network"]["mean"] == 1.0 and found["rows"]["prior atlas"]["mean"] == 0.0
     assert found["volumes"] == 1 and list(found["cases"]) == ["c" if split == "validation" else "d"]
+
+
+def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
+    """The network takes left for right in the volumes of one set, and sees nothing in those of the other."""
+    cases = []
+    for number, of in enumerate(("crossed", "blind", "crossed", None)):
+        label = np.zeros((6, 6, 6), np.uint8)
+        label[:2], label[4:] = 17, 53
+        nib.save(nib.Nifti1Image(label, np.eye(4)), tmp_path / f"{number}.nii.gz")
+        files = {"image": f"{number}.nii.gz", "label": f"{number}.nii.gz"}
+        cases.append({"case": str(number), "group": str(number), "split": "test", "set": of} | files)
+    names = {"0": "background", "17": "left hippocampus", "53": "right hippocampus"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
+
+    def network(path):
+        truth = np.asarray(nib.load(path).dataobj)
+        crossed = {"0": truth[::-1], "1": truth * 0, "2": truth[::-1], "3": truth}[path.name.split(".")[0]]
+        return SimpleNamespace(labels=crossed)
+
+    network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
+    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder: network)
+    apart, together = (
+        evaluate_split(tmp_path, PreparedFolder(tmp_path), "test", baseline=False, merge_sides=merge)
+        for merge in (False, True)
+    )
+    assert {name: (of["volumes"], of["mean"]) for name, of in apart["sets"].items()} == {
+        "crossed": (2, 0),
+        "blind": (1, 0),
+    }
+    assert {name: of["mean"] for name, of in together["sets"].items()} == {"crossed": 1, "blind": 0}
+    assert list(together["rows"]["network"]["labels"]) == ["hippocampus"]
+    assert (apart["rows"]["network"]["mean"], together["rows"]["network"]["mean"]) == (0.25, 0.75)
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
