@@ -2,12 +2,12 @@
 
 In a clone: ``scripts/finetune.py``. Trains a segmentation network on a folder of ``binaryformer prepare``, then segments
 whole volumes of a split and prints Dice for each label beside the prior-atlas baseline. All defaults are in
-``recipes/<recipe>.yaml`` beside this module; ``--set train.iterations=100`` overrides one. Three settings choose the
+``recipes/<recipe>.yaml`` beside this module; ``--set train.iterations=100`` overrides one. Five settings choose the
 form of attention; that of the paper is ``--set model.attention_type=hamming --set model.bit_gradient=null --set
-model.learned_logit_scale=false``. A training starts from random weights, from a timm model where the recipe says so
-(``from_timm``), or from a checkpoint that ``model.from_pretrained`` names by its folder, short name or Hub id. With
-``--resume`` a run continues from its own newest checkpoint. On one machine with one number of threads, it
-ends with the same weights as a run without the interruption.
+model.query_key_centering=none --set model.query_key_norm=none --set model.learned_logit_scale=false``. A training starts from
+random weights, from a timm model where the recipe says so (``from_timm``), or from a checkpoint that
+``model.from_pretrained`` names by its folder, short name or Hub id. With ``--resume`` a run continues from its own newest
+checkpoint. On one machine with one number of threads, it ends with the same weights as a run without the interruption.
 """
 
 from __future__ import annotations

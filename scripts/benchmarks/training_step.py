@@ -23,13 +23,14 @@ from hf_binaryformer.training.recipes import load_recipe
 from measure import Subject, describe_device, measure_peaks, memory_method, time_interleaved
 
 COMMAND = "python scripts/benchmarks/training_step.py"
-# Name, attention_type, bit_gradient, learned_logit_scale, whether the values are reduced. The others are compared with
-# the first; the last is the form of the recipes.
+# Name, attention_type, bit_gradient, learned_logit_scale, whether bits are balanced, whether the values are reduced. The
+# others are compared with the first; the last is the form of the recipes.
 VARIANTS = (
-    ("softmax", "softmax", None, False, False),
-    ("softmax, reduced values", "softmax", None, False, True),
-    ("hamming", "hamming", None, False, True),
-    ("sign, ternary, learned scale", "sign", "ternary", True, True),
+    ("softmax", "softmax", None, False, False, False),
+    ("softmax, reduced values", "softmax", None, False, False, True),
+    ("hamming", "hamming", None, False, False, True),
+    ("sign, ternary, learned scale", "sign", "ternary", True, False, True),
+    ("sign, ternary, learned scale, balanced", "sign", "ternary", True, True, True),
 )
 
 # Of ViT-S/8: patch side in pixels, channels of a head, and of its values when they are reduced.
@@ -45,6 +46,7 @@ class TrainingStep(Subject):
     attention_type: str
     bit_gradient: str | None
     learned_logit_scale: bool
+    balanced: bool
 
     def prepare(self) -> Callable[[], object]:
         """A whole step, including the optimizer's."""
@@ -61,6 +63,8 @@ class TrainingStep(Subject):
             "attention_type": self.attention_type,
             "bit_gradient": self.bit_gradient,
             "learned_logit_scale": self.learned_logit_scale,
+            "query_key_centering": "tokens" if self.balanced else "none",
+            "query_key_norm": "rms" if self.balanced else "none",
             "value_head_dim": self.value_dim,
         }
         classes = settings["data"]["classes"]
@@ -106,8 +110,9 @@ def subjects(recipe: str, batch: int, device: str = "cpu") -> list[Subject]:
             attention_type=attention_type,
             bit_gradient=bit_gradient,
             learned_logit_scale=learned_logit_scale,
+            balanced=balanced,
         )
-        for name, attention_type, bit_gradient, learned_logit_scale, reduced in VARIANTS
+        for name, attention_type, bit_gradient, learned_logit_scale, balanced, reduced in VARIANTS
     ]
 
 

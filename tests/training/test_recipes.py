@@ -136,10 +136,11 @@ def test_a_file_with_a_wrong_setting_names_it(section, tmp_path):
 def test_the_papers_form_by_the_commands_of_the_documentation():
     text = (RECIPES.parent / "segmentation.py").read_text().split('"""')[1].replace("``.", "").replace("``", "").split()
     given = [word for flag, word in itertools.pairwise(text) if flag == "--set"]
-    assert len(given) == 4
+    assert len(given) == 6
     settings = load_recipe("hippocampus", given)
     model, _ = build_model(settings, {0: "background", 1: "a"})
     assert model.config.attention_type == "hamming" and model.config.resolved_bit_gradient == "none"
+    assert (model.config.query_key_centering, model.config.query_key_norm) == ("none", "none")
     assert not model.config.learned_logit_scale and settings["train"]["iterations"] == 100
 
 
