@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_binaryformer.registration import install
+
 if TYPE_CHECKING:
+    from hf_binaryformer.modeling.backbone import BinaryFormerBackbone
     from hf_binaryformer.modeling.binarize import binarize_attention
     from hf_binaryformer.modeling.configuration import BinaryFormerConfig
     from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -29,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AbsorbingScheduler": "pipelines.absorbing_scheduler",
+    "BinaryFormerBackbone": "modeling.backbone",
     "BinaryFormerConfig": "modeling.configuration",
     "BinaryFormerForImageClassification": "modeling.networks",
     "BinaryFormerForSemanticSegmentation": "modeling.networks",
@@ -45,6 +49,7 @@ _HOME = {
 
 __all__ = [
     "AbsorbingScheduler",
+    "BinaryFormerBackbone",
     "BinaryFormerConfig",
     "BinaryFormerForImageClassification",
     "BinaryFormerForSemanticSegmentation",
@@ -70,3 +75,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+install()
