@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_binaryformer.registration import install
-
 if TYPE_CHECKING:
     from hf_binaryformer.modeling.backbone import BinaryFormerBackbone
     from hf_binaryformer.modeling.binarize import binarize_attention
@@ -77,4 +75,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-install()
+# transformers is told of this package when it is imported itself.
+import_module("hf_binaryformer.registration").install()

@@ -106,12 +106,11 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
         raise CheckpointNotFoundError(
             f"no checkpoint '{name}'. Tried: the folder '{folder.absolute()}'; the package's own "
             f"({', '.join(known_checkpoints()) or 'none'}); the checkout's ({', '.join(published_checkpoints()) or 'none'}); "
-            f"'{repo_id}' on the Hub ({type(error).__name__}{_reason(error, repo_id, revision)}). "
-            f"{how_to_get(name.rpartition('/')[2])}"
+            f"'{repo_id}' on the Hub ({type(error).__name__}{_reason(error, revision)}). {how_to_get(name.rpartition('/')[2])}"
         ) from error
 
 
-def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+def _reason(error: Exception, revision: str | None) -> str:
     """What an error of the Hub's client means for the reader, if its name does not say it."""
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,6 +1,6 @@
 """python scripts/benchmarks/onnx_segmentation.py [--rounds 9] [--threads 1] [--out model_cards/evidence/onnx/cpu.json]
 
-Writes two segmentation networks as ONNX files, compares onnxruntime's logits with torch's, and times both on slices. It
+Writes segmentation networks as ONNX files, compares onnxruntime's logits with torch's, and times both on slices. It
 refuses to write times if the logits differ by more than the tolerance. Run it on an idle machine.
 """
 
@@ -90,6 +90,7 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any
 
 
 def main(
+    networks: Annotated[list[str], typer.Option("--network", help="Which of them; may be repeated.")] = list(SUBJECTS),  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Timed calls of each.")] = 9,
     threads: Annotated[int, typer.Option(help="Of torch and of onnxruntime.")] = 1,
     out: Annotated[Path, typer.Option(help="Record to write.")] = ROOT / "model_cards/evidence/onnx/cpu.json",
@@ -98,10 +99,11 @@ def main(
     torch.set_num_threads(threads)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(name, Path(folder), rounds, threads) for name in SUBJECTS]
+        rows = [measure(name, Path(folder), rounds, threads) for name in networks]
     record = {
         "device": describe_device(),
         "threads": threads,
+        "jobs_running_at_the_start": round(load, 1),
         "preliminary": load > IDLE * (os.cpu_count() or 1),
         "versions": {name: version(name) for name in ("torch", "onnx", "onnxruntime", "onnxscript")},
         "tolerance": TOLERANCE,
