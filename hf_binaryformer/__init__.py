@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_binaryformer.modeling.backbone import BinaryFormerBackbone
     from hf_binaryformer.modeling.binarize import binarize_attention
     from hf_binaryformer.modeling.configuration import BinaryFormerConfig
     from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AbsorbingScheduler": "pipelines.absorbing_scheduler",
+    "BinaryFormerBackbone": "modeling.backbone",
     "BinaryFormerConfig": "modeling.configuration",
     "BinaryFormerForImageClassification": "modeling.networks",
     "BinaryFormerForSemanticSegmentation": "modeling.networks",
@@ -45,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "AbsorbingScheduler",
+    "BinaryFormerBackbone",
     "BinaryFormerConfig",
     "BinaryFormerForImageClassification",
     "BinaryFormerForSemanticSegmentation",
@@ -70,3 +73,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# transformers is told of this package when it is imported itself.
+import_module("hf_binaryformer.registration").install()

@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from hf_binaryformer.modeling import attention_forms  # noqa: F401 (registers the forms)
 from hf_binaryformer.modeling.attention_configuration import AttentionConfig
 
 
 @strict
-class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
+class BinaryFormerConfig(BackboneConfigMixin, PreTrainedConfig, AttentionConfig):
     """Sizes and mathematics of a BinaryFormer: the fields below, and those of :class:`AttentionConfig`.
 
     Encoder (timm's ``VisionTransformer``):
@@ -32,6 +33,11 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
             the class's own number.
         quality: for each structure group, or "all" for those not named, pairs of quality score and Dice (both 0 to 1),
             scores ascending: what a score meant on validation volumes (``scripts/calibrate_quality.py``). None: not known.
+
+    Backbone:
+        out_features: names of the feature maps that :class:`BinaryFormerBackbone` returns: "stem" before the first block,
+            "stage1" after it, and so on.
+        out_indices: the same as numbers, 0 for "stem". None for both: the last.
 
     Example:
         >>> config = BinaryFormerConfig(attention_type="sign", bit_gradient="ternary", image_size=320, num_labels=14)
@@ -62,10 +68,29 @@ class BinaryFormerConfig(PreTrainedConfig, AttentionConfig):
     label_values: list[int] | None = None
     quality: dict[str, list[list[float]]] | None = None
 
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
+        kwargs.pop("stage_names", None)
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the feature maps that a backbone can return."""
+        return ["stem", *(f"stage{number}" for number in range(1, self.num_hidden_layers + 1))]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved; the choice of feature maps only if it is not the last one."""
+        fields = super().to_dict()
+        if fields.get("out_indices") == [self.num_hidden_layers]:
+            del fields["out_features"], fields["out_indices"]
+        return fields
 
     def validate_sizes(self) -> None:
         """Relations between width and heads."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
-from hf_binaryformer.modeling.checkpoint_files import using
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.intensities import IntensityScale
-from hf_binaryformer.modeling.pretrained import HUB_OPTIONS, resolve_checkpoint
+from hf_binaryformer.modeling.pretrained import ProcessorCheckpointMixin
 
 
-class BinaryFormerImageProcessor(BaseImageProcessor):
+class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor):  # type: ignore[misc]
     """Scales intensities by percentiles and cuts volumes into slices with their neighbours as channels.
 
     Args:
@@ -96,16 +94,6 @@ class BinaryFormerImageProcessor(BaseImageProcessor):
         self.foreground_extent = None if foreground_extent is None else [float(mm) for mm in foreground_extent]
         self.keep_largest = keep_largest
         self.head_only = head_only
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
-    ) -> Any:
-        """Load by short name, folder or Hub id, as the models do."""
-        hub_options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
-        with using(folder):
-            return super().from_pretrained(folder, **kwargs)
 
     @property
     def num_channels(self) -> int:

@@ -36,6 +36,8 @@ class BinaryFormerPreTrainedModel(AttentionControl, CheckpointMixin, PreTrainedM
     base_model_prefix = "binaryformer"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    # The loss is a mean over pixels, so transformers' Trainer has to divide it by the number of accumulated batches.
+    accepts_loss_kwargs = False
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers reads it from the class)
 
     @torch.no_grad()
@@ -74,6 +76,9 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
         torch.Size([1, 17, 384])
     """
 
+    # A network with a head may be loaded without it.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\."]  # noqa: RUF012 (read from the class)
+
     def __init__(self, config: BinaryFormerConfig) -> None:
         super().__init__(config)
         self.encoder = build_encoder(config)
@@ -96,12 +101,19 @@ class BinaryFormerModel(BinaryFormerPreTrainedModel):
         Raises:
             ValueError: channels or size do not fit the configuration.
         """
+        x = self._embed(pixel_values)
+        for block in self.encoder.blocks:
+            x = self._run(block, x)
+        return BaseModelOutput(last_hidden_state=self.encoder.norm(x))
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        """Tokens (B, N, D) before the first block."""
         self._check(pixel_values)
         vit = self.encoder
-        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixel_values)))
-        for block in vit.blocks:
-            x = self._checkpointed(block, x) if self.gradient_checkpointing and self.training else block(x)
-        return BaseModelOutput(last_hidden_state=vit.norm(x))
+        return vit.norm_pre(vit._pos_embed(vit.patch_embed(pixel_values)))
+
+    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return self._checkpointed(block, x) if self.gradient_checkpointing and self.training else block(x)
 
     def _check(self, pixel_values: Tensor) -> None:
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:

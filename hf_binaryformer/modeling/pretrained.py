@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointMixin",
     "CheckpointNotFoundError",
     "DiffusersCheckpointMixin",
+    "ProcessorCheckpointMixin",
     "known_checkpoints",
     "local_checkpoint",
     "published_checkpoints",
@@ -105,8 +106,27 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
         raise CheckpointNotFoundError(
             f"no checkpoint '{name}'. Tried: the folder '{folder.absolute()}'; the package's own "
             f"({', '.join(known_checkpoints()) or 'none'}); the checkout's ({', '.join(published_checkpoints()) or 'none'}); "
-            f"'{repo_id}' on the Hub ({type(error).__name__}). {how_to_get(name.rpartition('/')[2])}"
+            f"'{repo_id}' on the Hub ({type(error).__name__}{_reason(error, revision)}). {how_to_get(name.rpartition('/')[2])}"
         ) from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """What an error of the Hub's client means for the reader, if its name does not say it."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    reasons = {
+        GatedRepoError: f"it is gated: ask for access on its page, then {log_in}",
+        RepositoryNotFoundError: f"there is none, or it is private: if you may read it, {log_in}",
+        RevisionNotFoundError: f"it has no revision '{revision}'",
+        LocalEntryNotFoundError: "not in the cache, and the Hub is not asked or not reached: load it once with a network",
+    }
+    return next((f": {said}" for kind, said in reasons.items() if isinstance(error, kind)), "")
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -154,6 +174,23 @@ class CheckpointMixin:
         if not lenient:
             _require_all_keys(folder, report)
         return (model, report) if report_wanted else model
+
+
+class ProcessorCheckpointMixin:
+    """Gives an image processor of transformers a ``from_pretrained`` that knows short names."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """Load by short name, folder or Hub id (:func:`resolve_checkpoint`), as the models do.
+
+        Raises:
+            CheckpointNotFoundError: no such checkpoint.
+            CheckpointError: its configuration is damaged.
+        """
+        hub_options = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        folder = resolve_checkpoint(pretrained_model_name_or_path, **hub_options)
+        with using(folder):
+            return super().from_pretrained(folder, **options)  # type: ignore[misc]
 
 
 class DiffusersCheckpointMixin:

@@ -16,16 +16,19 @@ from typing import Annotated, Any
 import typer
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_binaryformer import __version__
 from hf_binaryformer.pipelines.whole_files import write_text
 from hf_binaryformer.training.cards import TEMPLATES, render_card
 from hf_binaryformer.training.recipes import KEPT
+from hf_binaryformer.training.remote_code import FILE, flat_source, save_remote_code
 
-# Only these files of a folder and its subfolders are uploaded.
-PUBLISHED = ("README.md", "*.json", "*.safetensors")
+# Only these files of a folder and its subfolders are uploaded; of code, only what this package has written.
+PUBLISHED = ("README.md", "*.json", "*.safetensors", FILE)
+MAIN = "main"
+GATES = ("auto", "manual")
 UNKNOWN_SOURCE = {"name": "a folder of data without a name", "licence": "not stated"}
 
 
@@ -89,6 +92,8 @@ def published_files(folder: Path) -> dict[str, Path]:
     """
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     chosen = {name: path for name, path in names.items() if any(fnmatch(name, pattern) for pattern in PUBLISHED)}
+    if FILE in chosen and chosen[FILE].read_text(encoding="utf-8") != flat_source():
+        del chosen[FILE]
     if not any(name.endswith(".safetensors") for name in chosen):
         raise typer.BadParameter(f"{folder} has no .safetensors file; expected a folder made by save_pretrained")
     if linked := [name for name, path in chosen.items() if not path.resolve().is_relative_to(folder.resolve())]:
@@ -99,26 +104,59 @@ def published_files(folder: Path) -> dict[str, Path]:
     return chosen
 
 
-def push(folder: Path, repo_id: str) -> str:
-    """Upload a checkpoint's folder in one commit; afterwards the repository holds this checkpoint and no other.
+def push(folder: Path, repo_id: str, revision: str = MAIN, *, remote_code: bool = True) -> str:
+    """Upload a checkpoint's folder in one commit; afterwards the branch holds this checkpoint and no other.
 
     Configurations and weights of an earlier push that are not replaced are deleted in that commit. Otherwise a
-    pipeline's files beside a model's would be loaded as the pipeline. Files of other kinds stay.
+    pipeline's files beside a model's would be loaded as the pipeline. Files of other kinds stay. If an upload breaks off,
+    call it again: files of weights that the Hub has received are not sent a second time.
+
+    Args:
+        folder: made by ``save_pretrained``.
+        repo_id: "namespace/name"; the repository exists.
+        revision: a branch; it is made from the main branch if there is none of that name.
+        remote_code: first write the networks' code into the folder (:func:`save_remote_code`), so that transformers loads
+            them where this package is missing.
 
     Returns:
         The commit's address.
 
     Raises:
         typer.BadParameter: the folder holds no checkpoint in safetensors.
+        HfHubHTTPError: the Hub refuses the branch, an upload or the commit.
     """
-    api, files = HfApi(), published_files(folder)
-    before = api.list_repo_files(repo_id)
+    api = HfApi()
+    published_files(folder)
+    if remote_code:
+        save_remote_code(folder)
+    files = published_files(folder)
+    if revision != MAIN:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.list_repo_files(repo_id, revision=revision)
     stale = [n for n in before if n not in files and any(fnmatch(n, pattern) for pattern in PUBLISHED[1:])]
     # Not upload_folder, which may divide a folder into several commits.
     operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     deletions = [CommitOperationDelete(name) for name in stale]
     message = f"Checkpoint of hf-binaryformer {__version__}"
-    return api.create_commit(repo_id, [*operations, *deletions], commit_message=message).commit_url
+    return api.create_commit(repo_id, [*operations, *deletions], commit_message=message, revision=revision).commit_url
+
+
+def gate(repo_id: str, how: str) -> None:
+    """Make readers of a repository ask for access.
+
+    Args:
+        repo_id: "namespace/name".
+        how: "auto": whoever asks gets it; "manual": you decide each time, on the repository's page.
+
+    Raises:
+        typer.BadParameter: another word, or the Hub refuses.
+    """
+    if how not in GATES:
+        raise typer.BadParameter(f"--gated is '{how}', expected one of {', '.join(GATES)}")
+    try:
+        HfApi().update_repo_settings(repo_id, gated=how)  # type: ignore[arg-type]
+    except HfHubHTTPError as error:
+        raise typer.BadParameter(f"cannot gate '{repo_id}' ({explain(error)}): only who may write there can") from error
 
 
 def publish(
@@ -150,7 +188,7 @@ def publish(
         url = push(folder, repo_id)
     # All errors are caught: after hours of training, the user must learn where the result is.
     except Exception as error:
-        command = shlex.join(["python", "scripts/publish.py", str(folder), repo_id])
+        command = shlex.join(["python", "-m", "hf_binaryformer.training.publishing", str(folder), repo_id])
         typer.echo(f"publishing to '{repo_id}' failed ({explain(error)})", err=True)
         typer.echo(f"the checkpoint is safe in {folder}; push it later with: {command}", err=True)
         raise typer.Exit(1) from error
@@ -211,11 +249,16 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Checkpoint: a folder made by save_pretrained.")],
     repo_id: Annotated[str, typer.Argument(help="namespace/name on the Hub.")],
     private: Annotated[bool, typer.Option(help="Create the repository as a private one.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to push to; made from the main branch if it is new.")] = MAIN,
+    gated: Annotated[str | None, typer.Option(help="Readers must ask for access: auto or manual.")] = None,
+    remote_code: Annotated[bool, typer.Option(help="Add the code for trust_remote_code=True.")] = True,
 ) -> None:
     """Check and push."""
     published_files(folder)
     check_target(repo_id, private)
-    typer.echo(f"pushed to {push(folder, repo_id)}")
+    if gated:
+        gate(repo_id, gated)
+    typer.echo(f"pushed to {push(folder, repo_id, revision, remote_code=remote_code)}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ class Docstrings(griffe.Extension):
                     one.name, kind=griffe.ParameterKind.keyword_only, annotation=one.annotation, default=one.value
                 )
                 for one in configuration.attributes.values()
-                if one.annotation is not None and one.value is not None and "property" not in one.labels
+                if one.annotation is not None
+                and one.value is not None
+                and "property" not in one.labels
+                and not one.name.startswith("_")
             ]
             made = griffe.Function("__init__", parameters=griffe.Parameters(*fields), returns="None")
             configuration.set_member("__init__", made)

@@ -221,8 +221,12 @@ def own_rows() -> Iterator[tuple[object, ...]]:
     """Fields that BinaryFormerConfig itself defines."""
     own = BinaryFormerConfig.__annotations__
     for row in dataclass_rows(BinaryFormerConfig):
-        if str(row[0]).strip("`") in own and str(row[0]).strip("`") not in ("model_type", "attribute_map"):
+        name = str(row[0]).strip("`")
+        if name in own and name not in ("model_type", "attribute_map") and not name.startswith("_"):
             yield row
+    text = meanings(BinaryFormerConfig)
+    for name, kind in (("out_features", "list[str] \\| None"), ("out_indices", "list[int] \\| None")):
+        yield f"`{name}`", f"`{kind}`", "`None`", text[name]
 
 
 def argument_rows(kind: Any) -> Iterator[tuple[object, ...]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ import torch
 import toys
 import typer
 import yaml
-from hub_double import READ_TOKEN, TOKEN, Hub, Repository, running_hub
+from hub_double import READ_TOKEN, TOKEN, Hub, Repository, call, running_hub
 from huggingface_hub import HfApi, ModelCard, constants
 from loading import fingerprint
 from safetensors.torch import load_file, save_file
@@ -27,8 +24,8 @@ from hf_binaryformer.training.run_log import read_log
 # Of huggingface_hub itself, about how it hands a file to its HTTP client.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_SECONDS = 500
 OWN = {".gitattributes", "README.md"}
+MODEL_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "modeling_binaryformer.py"}
 PIPELINE_FILES = {
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -53,21 +50,6 @@ def connect(hub, monkeypatch):
 
     with_token()
     return with_token
-
-
-def call(hub: Hub, home: Path, command: list[str], token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
-    """Run Python with a new HF_HOME that knows the double as its Hub."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "COLUMNS": "1000"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums in the same order as here
-    if token:
-        environment["HF_TOKEN"] = token
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert not (home / "token").exists()
-    return done
 
 
 def check_fresh_load(hub: Hub, repo_id: str, folder: Path, tmp_path: Path) -> None:
@@ -109,7 +91,7 @@ def test_a_segmentation_network_is_pushed_once_by_two_processes_and_loads_elsewh
     assert read_log(output / "log.jsonl")[0]["processes"] == 2
     repository = hub.repositories[repo_id]
     assert repository.private
-    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    names = MODEL_FILES
     card = check_repository(repository, output / "model", names, tmp_path)
     results = json.loads((output / "results.json").read_text())
     assert card.data.pipeline_tag == "image-segmentation" and card.data.model_name == "toy-balls"
@@ -174,7 +156,7 @@ def test_a_classifier_of_pixels_is_pushed_and_loads_elsewhere(hub, connect, tmp_
     data.mkdir()
     recipe = toys.write_pixel_recipe(tmp_path / "toy.yaml")
     classification.main(str(recipe), toys.write_pixels(data), output, evaluate="test", push_to_hub=repo_id)
-    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    names = MODEL_FILES
     card = check_repository(hub.repositories[repo_id], output / "model", names, tmp_path)
     accuracy = json.loads((output / "results.json").read_text())["accuracy"]
     assert card.data.pipeline_tag == "image-classification" and card.data.eval_results[0].metric_value == accuracy
@@ -198,14 +180,12 @@ def test_when_the_upload_fails_the_checkpoint_is_safe_and_can_be_pushed_later(
     assert stop.value.exit_code == 1
     said = capsys.readouterr().err
     assert "publishing to 'tester/toy' failed (HfHubHTTPError" in said and "500" in said
-    assert (
-        "the checkpoint is safe in run/model; push it later with: python scripts/publish.py run/model tester/toy"
-        in said
-    )
+    assert "the checkpoint is safe in run/model; push it later with: " in said
+    assert "python -m hf_binaryformer.training.publishing run/model tester/toy" in said
     assert set(hub.repositories["tester/toy"].files) == {".gitattributes"}
     hub.refuse_commits = False
     publishing.main(folder, "tester/toy")
-    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    names = MODEL_FILES
     card = check_repository(hub.repositories["tester/toy"], folder, names, tmp_path)
     assert "has not been evaluated" in card.text and not card.data.eval_results
 
