@@ -1,4 +1,4 @@
-# make install | demo | test | slow | mutants | sanitize | style | types | docs | clean
+# make install | demo | test | slow | lowest | wheel | mutants | sanitize | style | types | docs | clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3 python; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: install demo test slow mutants sanitize style types docs clean
+.PHONY: install demo test slow lowest wheel mutants sanitize style types docs clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,20 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -m slow --timeout 3000
+
+# The lowest versions of what the package needs, in an environment of their own; warnings are those of old versions.
+LOWEST := .venv-lowest
+lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dicom]' -c constraints-lowest.txt \
+		pytest pytest-timeout pytest-xdist
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -W default tests/test_cli.py tests/test_checkpoints.py \
+		tests/modeling/test_networks.py tests/modeling/test_binarize.py tests/pipelines/test_vq_pipelines.py \
+		tests/training/test_segmentation.py tests/data/test_shards.py
+
+# The wheel of this platform, by way of the source archive: installed where no compiler is in reach, and tried.
+wheel: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3000 tests/release
 
 # Plants faults into copies of the package; tests must see every one of them.
 mutants: install
@@ -49,4 +63,4 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info

@@ -1,12 +1,12 @@
-"""binaryformer prepare amos --source amos22 --out data/amos
+"""binaryformer prepare folder images masks --names 1=lesion -o data/mine
 
 In a clone: ``scripts/prepare_data.py``. Writes a data folder to train on: images/CASE.nii.gz and labels/CASE.nii.gz on one
 grid in RAS order, manifest.json (split by group, file hashes, licence, settings, command) and qc/*.png. Sources:
-`amos`, `crossmoda`, `oasis` and `spider` (public downloads as they are; ``data/data_sets/*.yaml``), `hippocampus` (any folder
-in the layout of the Medical Segmentation Decathlon), `synth-brain` (T1-like heads synthesised from
-label maps), `synth-brain-sides` (the same in any contrast and resolution, left and right apart), `synth-abdomen` (axial
-scans of any contrast around label maps of abdominal organs) and `shards` (the Parquet shards of a folder that was
-prepared elsewhere, by their folder or Hub id).
+`folder` (anybody's images and label maps, under their own names), `amos`, `crossmoda`, `oasis` and `spider` (public downloads
+as they are; ``data/data_sets/*.yaml``), `hippocampus` (Task04 of the Medical Segmentation Decathlon), `synth-brain` (T1-like
+heads synthesised from label maps), `synth-brain-sides` (the same in any contrast and resolution, left and right apart),
+`synth-abdomen` (axial scans of any contrast around label maps of abdominal organs) and `shards` (the Parquet shards of a
+folder that was prepared elsewhere, by their folder or Hub id).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hf_binaryformer.data.decathlon import GroupRule, prepare_decathlon
 from hf_binaryformer.data.folder_writer import fail, new_folder, show_leakage, write_manifest
 from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.data.leakage import check_leakage
+from hf_binaryformer.data.own_folder import prepare_own
 from hf_binaryformer.data.prepared_folder import read_manifest
 from hf_binaryformer.data.public_data import DATA_SETS, load_data_set, parse_numbers, prepare_public
 from hf_binaryformer.data.shards import fetch_shards, read_shards
@@ -28,6 +29,67 @@ from hf_binaryformer.data.synthesis.dataset import prepare_synthetic
 from hf_binaryformer.data.synthesis.description import DESCRIPTIONS, load_description
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prepare training data with splits and a manifest.")
+
+# Options that mean the same for several sources.
+Anatomies = Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn; the same seed gives the same folder.")]
+SplitSeed = Annotated[int, typer.Option(min=0, help="Of the split.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+QcEvery = Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")]
+TestFraction = Annotated[float, typer.Option(min=0, max=1, help="Of all volumes.")]
+ValidationFraction = Annotated[float, typer.Option(min=0, max=1, help="Of the volumes not in test.")]
+
+
+@app.command("folder")
+def own_folder(
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of the images, or a pattern in quotes; alone, a folder with imagesTr and labelsTr."
+        ),
+    ],
+    labels: Annotated[str | None, typer.Argument(help="Folder of the label maps, or a pattern in quotes.")] = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder to write.")],
+    names: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of labels: 1=lesion,2=oedema, or a .yaml or .json file.", show_default="those of dataset.json"
+        ),
+    ] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Whose an image is: a regular expression on its name, e.g. '(P\d+)_'. Without it, what follows sub- (BIDS), or "
+            "else each file is another person."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the data are called.", show_default="the new folder")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the data, for manifest and card.")] = None,
+    test_fraction: TestFraction = 0.2,
+    validation_fraction: ValidationFraction = 0.2,
+    seed: SplitSeed = 0,
+    workers: Workers = 1,
+    qc_every: QcEvery = 1,
+) -> None:
+    """Your own images and label maps: pairs are found by file name, and all scans of one person come into one split."""
+    try:
+        prepare_own(
+            images,
+            labels,
+            out,
+            names=names,
+            name=name,
+            licence=licence,
+            subject=subject,
+            test_fraction=test_fraction,
+            validation_fraction=validation_fraction,
+            seed=seed,
+            workers=workers,
+            qc_every=qc_every,
+        )
+    except (ValueError, ImportError) as error:
+        fail(str(error))
 
 
 @app.command("synth-brain")
@@ -42,12 +104,12 @@ def synth_brain(
         Path | None,
         typer.Option("--settings", help="even-t1, or a .yaml with fields of SynthSettings that differ."),
     ] = None,
-    train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = "1-16",
-    validation: Annotated[str, typer.Option()] = "17-18",
-    test: Annotated[str, typer.Option()] = "19-20",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    train: Anatomies = "1-16",
+    validation: Anatomies = "17-18",
+    test: Anatomies = "19-20",
+    seed: Seed = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes; about 2 GB each.")] = 1,
-    qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 7,
+    qc_every: QcEvery = 7,
 ) -> None:
     """T1-like (or random-contrast) images synthesised from whole-head label maps, split by anatomy."""
     splits = {"train": parse_numbers(train), "validation": parse_numbers(validation), "test": parse_numbers(test)}
@@ -73,13 +135,15 @@ def synth_brain(
 def hippocampus(
     source: Annotated[Path, typer.Option(help="Folder with imagesTr/ and labelsTr/ (Decathlon layout).")],
     out: Annotated[Path, typer.Option(help="New folder to write.")],
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of all volumes.")] = 0.24,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=1, help="Of the volumes not in test.")] = 0.10,
-    group_rule: Annotated[GroupRule, typer.Option(help="pairs: IDs 2k-1 and 2k stay together.")] = GroupRule.pairs,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 20,
+    test_fraction: TestFraction = 0.24,
+    validation_fraction: ValidationFraction = 0.10,
+    group_rule: Annotated[
+        GroupRule, typer.Option(help="pairs: IDs 2k-1 and 2k stay together; none: each file is another person.")
+    ] = GroupRule.pairs,
+    seed: SplitSeed = 0,
+    qc_every: QcEvery = 20,
 ) -> None:
-    """Real volumes with labels in the Decathlon layout: Task04_Hippocampus, or what dataset.json describes."""
+    """Task04_Hippocampus of the Medical Segmentation Decathlon. For other files see `prepare folder`."""
     try:
         prepare_decathlon(
             source,
@@ -106,12 +170,12 @@ def add_synthetic(file: Path) -> None:
         description: Annotated[
             Path, typer.Option(help="Structures, tissues, ranges.", show_default="the data set's own")
         ] = file,
-        train: Annotated[str, typer.Option(help="Anatomies, e.g. 1-16 or 1,4,7.")] = told.splits["train"],
-        validation: Annotated[str, typer.Option()] = told.splits["validation"],
-        test: Annotated[str, typer.Option()] = told.splits["test"],
-        seed: Annotated[int, typer.Option(min=0)] = 0,
+        train: Anatomies = told.splits["train"],
+        validation: Anatomies = told.splits["validation"],
+        test: Anatomies = told.splits["test"],
+        seed: Seed = 0,
         workers: Annotated[int, typer.Option(min=1, help="Processes; about 2 GB each.")] = 1,
-        qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 20,
+        qc_every: QcEvery = 20,
     ) -> None:
         splits = {"train": parse_numbers(train), "validation": parse_numbers(validation), "test": parse_numbers(test)}
         try:
@@ -144,9 +208,9 @@ def add_public(file: Path) -> None:
         config: Annotated[
             Path, typer.Option(help="Label map, size, spacing.", show_default="the data set's own")
         ] = file,
-        seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
-        workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-        qc_every: Annotated[int, typer.Option(min=0, help="A QC picture for every n-th volume; 0: none.")] = 10,
+        seed: SplitSeed = 0,
+        workers: Workers = 1,
+        qc_every: QcEvery = 10,
         shards: Annotated[bool, typer.Option(help="Beside the files, Parquet shards that stream.")] = True,
         shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MB.")] = 500,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Real volumes with labels in the layout of the Medical Segmentation Decathlon (imagesTr/, labelsTr/, dataset.json)."""
+"""Task04_Hippocampus in the layout of the Medical Segmentation Decathlon (imagesTr/, labelsTr/, dataset.json)."""
 
 from __future__ import annotations
 
@@ -52,6 +52,20 @@ def check_decathlon(source: Path, names: dict[int, str]) -> list[Path]:
     problems += [f"labelsTr/{name}: no imagesTr/{name}" for name in sorted(lonely) if not name.startswith(".")]
     raise_problems(source, problems)
     return images
+
+
+def refuse_other_data(source: Path) -> None:
+    """Keep the names, the licence and the group rule of the hippocampus data from other data.
+
+    Raises:
+        ValueError: an image has another name than those of the data set.
+    """
+    names = sorted(path.name for path in (source / "imagesTr").glob("[!.]*.nii.gz"))
+    if other := [name for name in names if not name.startswith("hippocampus_")]:
+        raise ValueError(
+            f"{source} is not Task04_Hippocampus: it holds imagesTr/{other[0]}, expected hippocampus_NNN.nii.gz. For your own "
+            f"files use `binaryformer prepare folder {source} -o OUT`"
+        )
 
 
 def group_of(path: Path, rule: GroupRule) -> str:
@@ -122,7 +136,7 @@ def prepare_decathlon(
     """Check all of a Decathlon folder, then write the prepared folder.
 
     Args:
-        source: folder with imagesTr/ and labelsTr/; without a dataset.json it is treated as Task04_Hippocampus.
+        source: folder with imagesTr/ and labelsTr/, and perhaps a dataset.json.
         out: new folder.
         test_fraction: share of all volumes, 0 to 1, in whole groups.
         validation_fraction: share of the volumes not in test.
@@ -131,9 +145,10 @@ def prepare_decathlon(
         qc_every: a picture for every n-th case; 0: none.
 
     Raises:
-        ValueError: lists all problems of all files at once; nothing is written.
+        ValueError: other data, or a list of all problems of all files; nothing is written.
         typer.Exit: ``out`` is not empty, or a file is in two splits; nothing is written.
     """
+    refuse_other_data(source)
     described = source / "dataset.json"
     description = json.loads(described.read_text()) if described.is_file() else {}
     names = read_label_names(description.get("labels", HIPPOCAMPUS_NAMES))
@@ -147,7 +162,7 @@ def prepare_decathlon(
     spacings = np.array([nib.affines.voxel_sizes(read_affine(path)) for path in images])
     manifest = {
         "name": description.get("name", "hippocampus"),
-        "source": "Medical Segmentation Decathlon layout; Task04_Hippocampus if no dataset.json says otherwise",
+        "source": "Medical Segmentation Decathlon, Task04_Hippocampus",
         "licence": description.get(
             "licence", description.get("license", "not stated" if description else "CC BY-SA 4.0")
         ),

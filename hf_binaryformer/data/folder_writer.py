@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -132,6 +132,7 @@ def write_dataset(
         typer.echo(
             f"{len(cases)} volumes -> {out}: " + ", ".join(f"{count} {split}" for split, count in counts.items())
         )
+        tell_empty_splits(counts)
         rows = run_all(build, [folder] * len(cases), cases, workers=workers, description="Preparing")
         report = check_leakage(folder, rows)
         show_leakage(report)
@@ -145,6 +146,19 @@ def write_dataset(
             write_shards(folder, manifest, shard_mb)
         write_manifest(folder, manifest)
     return manifest
+
+
+def tell_empty_splits(counts: Mapping[str, int]) -> None:
+    """Warn of what a training cannot do."""
+    lost = {
+        "train": "nothing can be trained",
+        "validation": "train.validate_every and train.best_by cannot be used",
+        "test": "the training ends without a score on whole volumes",
+    }
+    for split in (split for split in SPLITS if not counts[split]):
+        typer.echo(
+            f"Warning: no volume is left for {split}, so {lost[split]}; give more volumes, or other fractions", err=True
+        )
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
@@ -85,9 +86,7 @@ class Library:
 
     def __init__(self, path: Path, instruction_set: str = "") -> None:
         if not path.is_file():
-            raise LibraryMissingError(
-                "it was not built; install from source with a C++ compiler (g++ or clang++) present: pip install ."
-            )
+            raise LibraryMissingError(not_built(sys.platform))
         try:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
@@ -161,6 +160,19 @@ class Library:
         out = (tanh.data_ptr(), sign.data_ptr())
         check(self._library.hf_saturate(x.data_ptr(), TYPES[x.dtype], rows, x.stride(0), channels, beta, threads, *out))
         return tanh, sign
+
+
+def not_built(system: str) -> str:
+    """Why there is no library, and what to do, on an operating system as ``sys.platform`` names it."""
+    if system == "win32":
+        return (
+            "it was not built, as there is none for Windows; the reference computes the same, more slowly. For the compiled "
+            "one, pip install hf-binaryformer under Linux, for example in WSL"
+        )
+    return (
+        "it was not built; with a C++ compiler (g++ or clang++) present, install from source: pip install --force-reinstall "
+        "--no-deps --no-binary hf-binaryformer hf-binaryformer, or in a clone pip install ."
+    )
 
 
 def declare(library: ctypes.CDLL) -> None:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -161,10 +162,13 @@ class AttentionForm:
 
 
 _forms: dict[str, AttentionForm] = {}
+# The package's own forms. They need this module, so they are loaded by their name, before the first use of the registry.
+OWN_FORMS = "hf_binaryformer.modeling.attention_forms"
 
 
 def register_attention_form(form: AttentionForm) -> AttentionForm:
     """Make a form available to ``attention_type``; a form of the same name is replaced."""
+    import_module(OWN_FORMS)
     _forms[form.name] = form
     return form
 
@@ -176,10 +180,13 @@ def attention_form(name: str) -> AttentionForm:
         ValueError: there is no such form; the message lists those that exist.
     """
     if name not in _forms:
+        import_module(OWN_FORMS)
+    if name not in _forms:
         raise ValueError(f"attention_type is '{name}', expected one of {', '.join(_forms)}")
     return _forms[name]
 
 
 def attention_forms() -> list[AttentionForm]:
     """All forms, in the order in which they were registered."""
+    import_module(OWN_FORMS)
     return list(_forms.values())

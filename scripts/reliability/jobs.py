@@ -137,8 +137,8 @@ def set_up_prepare(folder: Path) -> None:
     """Six volumes in the Decathlon's layout."""
     for number in range(6):
         image = head() + np.random.default_rng(number).normal(0, 1, head().shape).astype(np.float32)
-        save(image, folder / "imagesTr" / f"toy_{number:03d}.nii.gz")
-        save((image > 60).astype(np.uint8), folder / "labelsTr" / f"toy_{number:03d}.nii.gz")
+        save(image, folder / "imagesTr" / f"hippocampus_{number:03d}.nii.gz")
+        save((image > 60).astype(np.uint8), folder / "labelsTr" / f"hippocampus_{number:03d}.nii.gz")
 
 
 def prepare(inputs: Path, out: Path, again: bool) -> None:

@@ -25,6 +25,7 @@ OUTSIDE = (
     "model_cards/evidence/**/*.png",
     "kernels/README.md",
     "CONTRIBUTING.md",
+    "CODE_OF_CONDUCT.md",
     "SECURITY.md",
 )
 LINK = re.compile(r"\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")

@@ -24,12 +24,14 @@ def source(tmp_path: Path) -> Path:
     for folder in ("imagesTr", "labelsTr"):
         (tmp_path / folder).mkdir()
         array = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
-        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / "case_001.nii.gz")
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / folder / "hippocampus_001.nii.gz")
     return tmp_path
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
-@pytest.mark.parametrize("name", ["case_002.nii", "CASE_002.NII.GZ", "case_002.mha", "sub/case_002.nii.gz"])
+@pytest.mark.parametrize(
+    "name", ["hippocampus_002.nii", "HIPPOCAMPUS_002.NII.GZ", "hippocampus_002.mha", "sub/hippocampus_002.nii.gz"]
+)
 def test_a_file_of_another_name_is_a_problem(source: Path, folder: str, name: str) -> None:
     (source / folder / name).parent.mkdir(exist_ok=True)
     (source / folder / name).touch()
@@ -40,19 +42,19 @@ def test_a_file_of_another_name_is_a_problem(source: Path, folder: str, name: st
 
 
 def test_nearly_whole_labels_are_kept(source: Path) -> None:
-    path = source / "labelsTr" / "case_001.nii.gz"
+    path = source / "labelsTr" / "hippocampus_001.nii.gz"
     truth = np.asanyarray(nib.load(path).dataobj)
     nib.save(nib.Nifti1Image((truth * 0.9999).astype(np.float32), np.eye(4)), path)
-    with pytest.warns(UserWarning, match=r"labelsTr/case_001\.nii\.gz has labels up to 0.0002 off"):
+    with pytest.warns(UserWarning, match=r"labelsTr/hippocampus_001\.nii\.gz has labels up to 0.0002 off"):
         (image,) = check_decathlon(source, HIPPOCAMPUS_NAMES)
     (source / "images").mkdir()
     (source / "labels").mkdir()
-    row = build_decathlon(source, NewCase("case_001", "g", "train", (image, path)))
+    row = build_decathlon(source, NewCase("hippocampus_001", "g", "train", (image, path)))
     np.testing.assert_array_equal(np.asanyarray(nib.load(source / row["label"]).dataobj), truth)
 
 
 def test_interpolated_labels_are_a_problem_with_a_remedy(source: Path) -> None:
-    path = source / "labelsTr" / "case_001.nii.gz"
+    path = source / "labelsTr" / "hippocampus_001.nii.gz"
     nib.save(nib.Nifti1Image(np.full((4, 5, 6), 0.4, np.float32), np.eye(4)), path)
     with pytest.raises(ValueError, match="up to 0.4 off.*nearest neighbour"):
         check_decathlon(source, HIPPOCAMPUS_NAMES)
@@ -61,7 +63,7 @@ def test_interpolated_labels_are_a_problem_with_a_remedy(source: Path) -> None:
 @pytest.mark.parametrize("harm", ["cut", "removed", "replaced"])
 def test_a_file_that_changes_after_the_check_is_told(source: Path, tmp_path: Path, monkeypatch, harm: str) -> None:
     """Click turned the EOFError of a file that ends too soon into the word "Aborted"."""
-    path, read = source / "imagesTr" / "case_001.nii.gz", decathlon.read_file
+    path, read = source / "imagesTr" / "hippocampus_001.nii.gz", decathlon.read_file
 
     def harm_and_read(name: Path) -> nib.Nifti1Image:
         if harm == "cut":
@@ -83,7 +85,7 @@ def test_a_file_that_changes_after_the_check_is_told(source: Path, tmp_path: Pat
 
 
 def test_an_affine_that_cannot_be_read_is_told(source: Path) -> None:
-    path = source / "imagesTr" / "case_001.nii.gz"
+    path = source / "imagesTr" / "hippocampus_001.nii.gz"
     path.write_bytes(path.read_bytes()[:60])
     for _ in range(2):
         with pytest.raises(VolumeError, match="fetch or export it again"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -183,3 +185,18 @@ def test_hooks_and_wrappers_of_layers_act(number: int) -> None:
     setattr(network, name, layer)
     layer.bias.data += 1
     torch.testing.assert_close(network(x), wrapped)
+
+
+def test_the_configuration_alone_knows_the_forms_and_keeps_those_of_others() -> None:
+    code = """if True:
+        from hf_binaryformer.modeling.attention_configuration import AttentionConfig
+        assert AttentionConfig().form.name == "hamming"
+        """
+    first = """if True:
+        from hf_binaryformer.modeling.attention_configuration import AttentionForm, attention_form, attention_forms
+        from hf_binaryformer.modeling.attention_configuration import register_attention_form
+        mine = register_attention_form(AttentionForm("softmax", "mine", print))
+        assert attention_form("hamming") and attention_form("softmax") is mine and len(attention_forms()) > 6
+        """
+    for one in (code, first):
+        subprocess.run([sys.executable, "-c", one], check=True, capture_output=True)

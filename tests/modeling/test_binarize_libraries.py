@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -265,14 +264,3 @@ def test_a_forward_of_its_own_is_refused(name):
     with pytest.raises(ValueError, match=rf"{re.escape(place)}.*forward of its own"):
         binarize_attention(model, config())
     assert not attention_modules(model)
-
-
-def test_the_page_runs(tmp_path, monkeypatch):
-    """Worked examples of docs/binarize.md, one after another."""
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "binarize.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) >= 3
-    names: dict = {}
-    for block in blocks:
-        exec(block, names)
