@@ -388,7 +388,8 @@ def serve(
     device: Device = None,
 ) -> None:
     """Serve a web page to segment, inpaint and look; Ctrl-C ends it and deletes its files."""
-    from hf_binaryformer.app import runs, serve as page
+    from hf_binaryformer.app import runs
+    from hf_binaryformer.app import serve as page
 
     networks, limits = runs.Networks(model, inpaint_model, backend, device), page.Limits(max_mb)
     page.serve(host=host, port=port, share=share, networks=networks, limits=limits, started=tell_address)
@@ -397,4 +398,3 @@ def serve(
 def main() -> None:
     """Entry point of the `binaryformer` command."""
     app(prog_name="binaryformer")
-

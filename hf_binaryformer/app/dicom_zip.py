@@ -47,9 +47,7 @@ def unpack_dicom(archive: Path, folder: Path, limits: Limits) -> int:
 
 def _check_members(name: str, members: list[zipfile.ZipInfo], limits: Limits) -> None:
     if len(members) > limits.zip_files:
-        raise VolumeError(
-            f"'{name}' has {len(members)} files, expected at most {limits.zip_files}: zip one series"
-        )
+        raise VolumeError(f"'{name}' has {len(members)} files, expected at most {limits.zip_files}: zip one series")
     for member in members:
         # Its own spelling, because ZipInfo.filename has been tidied up.
         if _leads_outside(member.orig_filename) or _leads_outside(member.filename):
@@ -58,7 +56,9 @@ def _check_members(name: str, members: list[zipfile.ZipInfo], limits: Limits) ->
                 f"series' own folder"
             )
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise VolumeError(f"'{name}' has a link, '{member.filename[:80]}', and is refused: zip the files themselves")
+            raise VolumeError(
+                f"'{name}' has a link, '{member.filename[:80]}', and is refused: zip the files themselves"
+            )
         if member.flag_bits & ENCRYPTED:
             raise VolumeError(f"'{name}' is encrypted, expected a zip without a password: make it again")
         if member.compress_type not in METHODS:

@@ -26,7 +26,9 @@ def told(root: Path, error: Exception) -> str:
     if isinstance(error, ValueError | OSError | ImportError | MemoryError):
         return tables.message(tables.without_folders(one_line(error), root), "error")
     traceback.print_exception(error, file=sys.stderr)
-    return tables.message(f"this failed ({type(error).__name__}); whoever runs this page finds more in its log", "error")
+    return tables.message(
+        f"this failed ({type(error).__name__}); whoever runs this page finds more in its log", "error"
+    )
 
 
 def plainly(handler: Callable[..., Page]) -> Callable[..., Page]:

@@ -41,9 +41,13 @@ def hole_mask(volume: Volume, centre: Sequence[float], size: Sequence[float], fo
         np.abs(place - at) * mm * 2 / extent
         for place, at, mm, extent in zip(places, middle, volume.spacing, size, strict=True)
     ]
-    inside = np.maximum(np.maximum(far[0], far[1]), far[2]) if form == "box" else far[0] ** 2 + far[1] ** 2 + far[2] ** 2
+    inside = (
+        np.maximum(np.maximum(far[0], far[1]), far[2]) if form == "box" else far[0] ** 2 + far[1] ** 2 + far[2] ** 2
+    )
     mask = (inside <= 1).astype(np.uint8)
     if not mask.any():
         at = ", ".join(f"{x:.0f}" for x in centre)
-        raise VolumeError(f"the hole at ({at}) mm holds no voxel of the scan: move the crosshair into it, or make it larger")
+        raise VolumeError(
+            f"the hole at ({at}) mm holds no voxel of the scan: move the crosshair into it, or make it larger"
+        )
     return mask

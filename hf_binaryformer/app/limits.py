@@ -55,7 +55,9 @@ def check_upload(path: Path, name: str, limits: Limits) -> None:
         VolumeError: it has another ending, is empty, or is too large.
     """
     if not suffix_of(name):
-        raise VolumeError(f"'{name}' cannot be read here, expected {', '.join(SUFFIXES)} (DICOM as a .zip): convert it first")
+        raise VolumeError(
+            f"'{name}' cannot be read here, expected {', '.join(SUFFIXES)} (DICOM as a .zip): convert it first"
+        )
     size = path.stat().st_size
     if size == 0:
         raise VolumeError(f"'{name}' is empty, expected a scan: export it again")
@@ -81,7 +83,9 @@ def check_voxels(path: Path, limits: Limits) -> None:
             start = file.read(Nifti2Header.template_dtype.itemsize)
         for kind in (Nifti1Header, Nifti2Header):
             if kind.may_contain_header(start):
-                check_shape(path.name, kind(start[: kind.template_dtype.itemsize], check=False).get_data_shape(), limits)
+                check_shape(
+                    path.name, kind(start[: kind.template_dtype.itemsize], check=False).get_data_shape(), limits
+                )
 
 
 def check_shape(name: str, shape: tuple[int, ...], limits: Limits) -> None:

@@ -98,7 +98,11 @@ class PageBuilder:
         self.draw = gr.Button("Set the hole", elem_id="bf-hole")
         with gr.Accordion("or upload a mask on the scan's grid", open=False):
             self.mask_file = gr.File(
-                label="NIfTI; not 0 is the hole", file_types=[".nii", ".gz"], type="filepath", height=100, elem_id="bf-mask"
+                label="NIfTI; not 0 is the hole",
+                file_types=[".nii", ".gz"],
+                type="filepath",
+                height=100,
+                elem_id="bf-mask",
             )
         with gr.Accordion("how it is filled", open=False):
             self.filling = [

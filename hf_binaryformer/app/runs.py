@@ -53,7 +53,12 @@ def stem_of(source: Path) -> str:
 
 
 def run_segmentation(
-    workspace: Workspace, networks: Networks, progress: Progress, *, views: str | None = None, keep_largest: bool = False
+    workspace: Workspace,
+    networks: Networks,
+    progress: Progress,
+    *,
+    views: str | None = None,
+    keep_largest: bool = False,
 ) -> Result:
     """Label the scan of a workspace, as `binaryformer segment` does.
 
@@ -74,9 +79,7 @@ def run_segmentation(
     with workspace.job("segment") as job:
         source, _ = workspace.scan()
         stem = stem_of(source)
-        labels, picture, table = (
-            job.folder / f"{stem}_labels{end}" for end in (".nii.gz", ".png", ".csv")
-        )
+        labels, picture, table = (job.folder / f"{stem}_labels{end}" for end in (".nii.gz", ".png", ".csv"))
         report = jobs.segment_file(
             source,
             labels,

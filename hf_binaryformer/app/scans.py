@@ -79,7 +79,9 @@ def take_mask(workspace: Workspace, upload: Path, limits: Limits) -> Path:
             mask = read_volume(path, labels=True)
             check_same_grid(volume, mask)
             if not mask.array.any():
-                raise ValueError(f"the mask '{path.name}' is 0 everywhere, expected the hole as other numbers: draw it again")
+                raise ValueError(
+                    f"the mask '{path.name}' is 0 everywhere, expected the hole as other numbers: draw it again"
+                )
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

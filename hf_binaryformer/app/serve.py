@@ -95,7 +95,9 @@ def require_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('the page needs gradio, which is missing: pip install "hf-binaryformer[app]"') from error
+        raise ModuleNotFoundError(
+            'the page needs gradio, which is missing: pip install "hf-binaryformer[app]"'
+        ) from error
 
 
 def check_networks(networks: Networks) -> None:

@@ -22,8 +22,8 @@ def message(text: str, kind: str = "note") -> str:
 
 def scan_facts(name: str, volume: Volume) -> str:
     """Name and grid of a scan, and what its reader had to choose."""
-    size = " × ".join(str(n) for n in volume.array.shape)
-    spacing = " × ".join(f"{mm:.3g}" for mm in volume.spacing)
+    size = " x ".join(str(n) for n in volume.array.shape)
+    spacing = " x ".join(f"{mm:.3g}" for mm in volume.spacing)
     facts = message(f"{name}: {size} voxels of {spacing} mm")
     return facts + "".join(message(note, "warning") for note in volume.notes)
 

@@ -27,7 +27,9 @@ PATIENCE_MS = 300_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
     pytest.importorskip("gradio", reason='gradio is not installed: pip install "hf-binaryformer[app]"')
     if not Path(CHROMIUM).exists():
         pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium, or set CHROMIUM")

@@ -53,7 +53,7 @@ def test_labels_are_those_of_the_command(handlers, networks, scan, tmp_path):
     own = tmp_path / "head_one.nii.gz"
     shutil.copy(scan, own)
     shown = handlers.upload("one", str(scan))
-    assert shown["status"] == "" and "head_one.nii.gz: 14 × 12 × 10 voxels of 2 × 2 × 2 mm" in shown["facts"]
+    assert shown["status"] == "" and "head_one.nii.gz: 14 x 12 x 10 voxels of 2 x 2 x 2 mm" in shown["facts"]
     assert not scan.parent.exists(), "the upload itself is gone"
     found = fetched(handlers, segment(handlers))
     expected = tmp_path / "labels.nii.gz"
@@ -264,7 +264,7 @@ def test_a_series_comes_as_a_zip(handlers, root, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(pydicom.data.get_testdata_file("MR_small.dcm"), "deep/IM1")
     page = handlers.upload("one", str(path))
-    assert "series_7: 64 × 64 × 1 voxels" in page["facts"], page
+    assert "series_7: 64 x 64 x 1 voxels" in page["facts"], page
     (image,) = page["scene"]["panels"][0]["volumes"]
     shown = handlers.workspaces.find(image["url"].split("/")[1])
     assert nib.load(shown).shape == (64, 64, 1)
@@ -276,7 +276,7 @@ def test_a_series_comes_as_a_zip(handlers, root, tmp_path):
 def test_the_example_is_a_scan(handlers):
     pytest.importorskip("nilearn")
     page = handlers.example("one")
-    assert "mni152.nii.gz: 197 × 233 × 189 voxels of 1 × 1 × 1 mm" in page["facts"]
+    assert "mni152.nii.gz: 197 x 233 x 189 voxels of 1 x 1 x 1 mm" in page["facts"]
 
 
 def test_broken_off_uploads_are_swept(tmp_path):
