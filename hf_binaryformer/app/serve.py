@@ -17,6 +17,8 @@ from hf_binaryformer.app.runs import Networks
 from hf_binaryformer.app.workspace import UPLOADS, Workspaces
 
 HOST, PORT = "127.0.0.1", 7860
+# So long a job may take to notice that the page ends: a batch of slices, or a step.
+SECONDS_TO_STOP = 60.0
 # Read when Gradio is imported: no telemetry, no look for newer versions.
 SILENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DISABLE_TELEMETRY": "1"}
 
@@ -47,23 +49,25 @@ def serve(
     """
     networks, limits = networks or Networks(), limits or Limits()
     check_networks(networks)
-    with temporary_root() as root, ended() as end:
-        server, address = launch(root, networks, limits, host=host, port=port, share=share)
-        try:
-            if started is not None:
-                started(address)
-            end.wait()
-        finally:
-            server.close(verbose=False)
+    address_of: dict[str, Any] = {"host": host, "port": port, "share": share}
+    with temporary_root() as root, ended() as end, launched(root, networks, limits, **address_of) as address:
+        if started is not None:
+            started(address)
+        end.wait()
 
 
-def launch(
+@contextmanager
+def launched(
     root: Path, networks: Networks, limits: Limits, *, host: str = HOST, port: int = PORT, share: bool = False
-) -> tuple[Any, str]:
-    """Start serving in the background, with all files below ``root``; other arguments as for :func:`serve`.
+) -> Iterator[str]:
+    """Serve in the background while the block runs; yields the page's address.
 
-    Returns:
-        Gradio's ``Blocks``, whose ``close()`` ends it, and the page's address.
+    Args:
+        root: folder of all files, from :func:`temporary_root`.
+        networks, limits, host, port, share: as for :func:`serve`.
+
+    Raises:
+        ModuleNotFoundError, OSError: as for :func:`serve`.
     """
     require_gradio()
     from hf_binaryformer.app.handlers import Handlers
@@ -82,7 +86,11 @@ def launch(
         app_kwargs=app_options(workspaces),
         **launch_options(),
     )
-    return page, public or local
+    try:
+        yield public or local
+    finally:
+        workspaces.close_all(SECONDS_TO_STOP)
+        page.close(verbose=False)
 
 
 def require_gradio() -> None:

@@ -32,6 +32,9 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._cancelled = threading.Event()
+        # Clear while it runs.
+        self.idle = threading.Event()
+        self.idle.set()
 
     def cancel(self) -> None:
         """Have it stop after the slices or the step at hand."""
@@ -111,12 +114,15 @@ class Workspace:
                 raise CancelledError
             job.check()
             job.folder.mkdir()
+            job.idle.clear()
         try:
             yield job
             job.check()
         except BaseException:
             shutil.rmtree(job.folder, ignore_errors=True)
             raise
+        finally:
+            job.idle.set()
 
     def publish(self, path: Path) -> str:
         """Have a file fetched by a name that cannot be guessed; returns its address, relative to the page."""
@@ -124,20 +130,22 @@ class Workspace:
         self.published[token] = path
         return f"results/{token}/{path.name}"
 
-    def cancel(self) -> None:
-        """Stop all jobs, also those that wait."""
+    def cancel(self) -> list[Job]:
+        """Stop all jobs, also those that wait; returns them."""
         with self._lock:
             for job in self._jobs.values():
                 job.cancel()
+            return list(self._jobs.values())
 
-    def clear(self) -> None:
-        """Stop all jobs and delete all files."""
-        self.cancel()
+    def clear(self) -> list[Job]:
+        """Stop all jobs and delete all files; returns the jobs, some of which may not have noticed yet."""
+        jobs = self.cancel()
         with self._lock:
             self._jobs.clear()
             self.published.clear()
             self.source = self.volume = self.mask = None
             shutil.rmtree(self.folder, ignore_errors=True)
+        return jobs
 
     def _drop(self, kind: str) -> None:
         old = self._jobs.pop(kind, None)
@@ -172,6 +180,17 @@ class Workspaces:
             workspace = self._by_session.pop(session, None)
         if workspace is not None:
             workspace.clear()
+
+    def close_all(self, seconds: float) -> None:
+        """Everybody has to leave: as :meth:`close`, and wait up to ``seconds`` for each job to stop.
+
+        A process that ends while a network runs in one of its threads would crash.
+        """
+        with self._lock:
+            spaces = list(self._by_session.values())
+            self._by_session.clear()
+        for job in [job for space in spaces for job in space.clear()]:
+            job.idle.wait(seconds)
 
     def find(self, token: str) -> Path | None:
         """The file that a token stands for; None if there is none, or no longer."""

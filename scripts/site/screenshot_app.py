@@ -12,18 +12,19 @@ from typing import Annotated
 
 import typer
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from hf_binaryformer.app.limits import Limits
 from hf_binaryformer.app.runs import Networks
-from hf_binaryformer.app.serve import launch, temporary_root
+from hf_binaryformer.app.serve import launched, temporary_root
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "app.png"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # WebGL 2 without a graphics card.
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-SIZE = {"width": 1360, "height": 1000}
-PATIENCE_MS = 900_000
+SIZE: ViewportSize = {"width": 1360, "height": 1000}
+# The picture is drawn without a graphics card, on a machine that may be busy.
+PATIENCE_MS = 7_200_000
 COLOURS = 256
 
 
@@ -45,16 +46,16 @@ def main(
     model: Annotated[str, typer.Option(help="Short name, folder or Hub id.")] = Networks.model,
 ) -> None:
     """Draw the picture anew."""
-    with temporary_root() as root, sync_playwright() as playwright:
-        server, address = launch(root, Networks(model=model), Limits(), port=0)
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            page = browser.new_page(viewport=SIZE)  # type: ignore[arg-type]
-            page.on("console", lambda line: print(line.text) if line.type == "error" else None)
-            picture = labelled(page, address)
-        finally:
-            browser.close()
-            server.close(verbose=False)
+    networks = Networks(model=model)
+    with (
+        sync_playwright() as playwright,
+        temporary_root() as root,
+        launched(root, networks, Limits(), port=0) as address,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as browser,
+    ):
+        page = browser.new_page(viewport=SIZE)
+        page.on("console", lambda line: print(line.text) if line.type == "error" else None)
+        picture = labelled(page, address)
     # Few colours, so that the file stays small.
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS).save(output, optimize=True)
     print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB")

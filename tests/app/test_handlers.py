@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -224,6 +227,22 @@ def test_a_job_stops_and_leaves_nothing(handlers, root, scan, tmp_path, end):
         assert segment(handlers)["status"] == "", "the next job runs"
 
 
+def test_the_end_waits_for_a_running_job(handlers, root, scan):
+    handlers.upload("one", str(scan))
+    running, pages = threading.Event(), []
+
+    def slow(done: int, total: int) -> None:
+        running.set()
+        time.sleep(1)
+
+    thread = threading.Thread(target=lambda: pages.append(segment(handlers, progress=slow)))
+    thread.start()
+    assert running.wait(120)
+    handlers.workspaces.close_all(120)
+    thread.join(5)
+    assert not thread.is_alive() and CANCELLED in pages[0]["status"] and list(root.iterdir()) == []
+
+
 def test_a_job_that_waits_can_be_cancelled(handlers, root, scan):
     handlers.upload("one", str(scan))
     handlers.announce("one", "segment")
@@ -257,8 +276,6 @@ def test_errors_that_nobody_foresaw_keep_their_details_from_visitors(handlers, s
 
 def test_a_series_comes_as_a_zip(handlers, root, tmp_path):
     pydicom = pytest.importorskip("pydicom")
-    import zipfile
-
     path = tmp_path / "uploads" / "z" / "series 7.zip"
     path.parent.mkdir(parents=True)
     with zipfile.ZipFile(path, "w") as archive:
@@ -286,8 +303,6 @@ def test_broken_off_uploads_are_swept(tmp_path):
         path.write_bytes(b"x")
     sweep(tmp_path, seconds=3600)
     assert old.exists() and new.exists()
-    import os
-
     os.utime(old, (0, 0))
     sweep(tmp_path, seconds=3600)
     assert not old.parent.exists() and new.exists()
