@@ -57,13 +57,14 @@ def address(folder, model) -> Iterator[str]:
     environment = os.environ | {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "hf_binaryformer", "app", "--port", "0", "--max-mb", "1", "--model", str(model)]
     process = subprocess.Popen(command, env=environment, cwd=folder / "here", stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         yield re.findall(r"http://[\d.:]+", line)[0]
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
+        process.stdout.close()
     assert list((folder / "temporary").rglob("*")) == [], "something is left of the page"
     assert list((folder / "here").iterdir()) == []
 
