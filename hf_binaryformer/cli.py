@@ -25,6 +25,7 @@ from hf_binaryformer.commands.display import (
     show_scores,
     show_volumes,
     tell,
+    tell_address,
     tell_error,
     tell_notes,
     tell_written,
@@ -376,10 +377,26 @@ def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the resu
     tell_written(*(folder / name for name in content["files"]))
 
 
+@app.command("app")
+@one_line_errors
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 takes a free one.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    share: Annotated[bool, typer.Option("--share", help="Public address by way of Gradio's servers.")] = False,
+    max_mb: Annotated[int, typer.Option(min=1, help="Largest file that the page takes.")] = 500,
+    model: Model = jobs.DEFAULT_MODEL,
+    inpaint_model: Model = generation_jobs.DEFAULT_MODEL,
+    backend: Backend = None,
+    device: Device = None,
+) -> None:
+    """Serve a web page to segment, inpaint and look; Ctrl-C ends it and deletes its files."""
+    from hf_binaryformer.app import runs
+    from hf_binaryformer.app import serve as page
+
+    networks, limits = runs.Networks(model, inpaint_model, backend, device), page.Limits(max_mb)
+    page.serve(host=host, port=port, share=share, networks=networks, limits=limits, started=tell_address)
+
+
 def main() -> None:
     """Entry point of the `binaryformer` command."""
     app(prog_name="binaryformer")
-
-
-if __name__ == "__main__":
-    main()

@@ -56,6 +56,11 @@ def scans_bar() -> Iterator[Callable[[float, int], None]]:
         yield step
 
 
+def tell_address(url: str) -> None:
+    """Say where the page is."""
+    tell(f"the page is at {url}")
+
+
 def tell_written(*paths: Path | None) -> None:
     """Name the files that were written."""
     for path in filter(None, paths):

@@ -1,0 +1,1 @@
+"""The web page: `binaryformer app` and the Space. Files in, labels or filled holes out, by the commands' own functions."""
