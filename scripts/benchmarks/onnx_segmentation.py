@@ -34,7 +34,7 @@ IDLE = 0.5
 SUBJECTS = {
     "binaryformer-tiny-brain": lambda: BinaryFormerForSemanticSegmentation.from_pretrained("binaryformer-tiny-brain"),
     "vit-s8-224, hamming, random weights": lambda: BinaryFormerForSemanticSegmentation(
-        BinaryFormerConfig(image_size=224, num_labels=14, attention_type="hamming")
+        BinaryFormerConfig(image_size=224, num_labels=14, attention_type="hamming")  # type: ignore[call-arg]
     ),
 }
 

@@ -60,7 +60,7 @@ def main() -> None:
         words = ["segment", "head.nii.gz", "-o", "labels.nii.gz", "--report", "report.json"]
         output_of([sys.executable, "-m", "hf_binaryformer", *words], folder)
         report = json.loads((folder / "report.json").read_text())
-        shape = nib.load(folder / "labels.nii.gz").shape
+        shape = nib.Nifti1Image.from_filename(folder / "labels.nii.gz").shape
     if report["backend"] != options.backend or shape != (48, 56, 48):
         sys.exit(
             f"segment used the backend '{report['backend']}' and wrote {shape}, expected '{options.backend}', (48, 56, 48)"

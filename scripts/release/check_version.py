@@ -15,9 +15,7 @@ def problems(tag: str, source: str, changelog: str) -> list[str]:
     version = re.search(r'^__version__ = "(.*)"$', source, re.MULTILINE)
     found = []
     if not version or tag != f"v{version[1]}":
-        found.append(
-            f"the tag is {tag}, the package says {version[1] if version else 'nothing'}: tag v{version and version[1]}"
-        )
+        found.append(f"the tag is {tag}, the package's version {version[1] if version else 'missing'}: make them agree")
     if not re.search(rf"^## {re.escape(tag.removeprefix('v'))}\b", changelog, re.MULTILINE):
         found.append(f"CHANGELOG.md has no heading '## {tag.removeprefix('v')}': name its unreleased part so")
     return found

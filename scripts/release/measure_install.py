@@ -20,7 +20,6 @@ from pathlib import Path
 from hf_binaryformer.kernels.processor import processor_name
 
 MB = 10**6
-ROUNDS = 7
 SUBJECTS = {
     "import hf_binaryformer": ["-c", "import hf_binaryformer"],
     "import torch": ["-c", "import torch"],
@@ -39,10 +38,10 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def seconds(python: Path, words: list[str]) -> dict[str, float]:
+def seconds(python: Path, words: list[str], rounds: int) -> dict[str, float]:
     """Median and spread of a program's time, less that of an empty program."""
     times: dict[str, list[float]] = {"empty": [], "full": []}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for kind, said in (("empty", ["-c", ""]), ("full", words)):
             start = time.perf_counter()
             subprocess.run([python, *said], check=True, capture_output=True, cwd=tempfile.gettempdir())
@@ -60,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path, help="wheel to install")
     parser.add_argument("--record", type=Path, help="JSON to write")
+    parser.add_argument("--rounds", type=int, default=7, help="processes that are timed for each figure")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -79,11 +79,12 @@ def main() -> None:
             "python": platform.python_version(),
             "versions": [line for line in listed.splitlines() if line.split("==")[0] in ("torch", "transformers")],
             "loaded_machine": load > LOADED,
+            "rounds": options.rounds,
             "wheel_mb": round(options.wheel.stat().st_size / MB, 1),
             "package_mb": round(sizes["hf_binaryformer"], 1),
             "environment_mb": round((size_of(folder) - before) / MB),
             "largest_mb": {key: round(value) for key, value in largest.items()},
-            "seconds": {what: seconds(python, words) for what, words in SUBJECTS.items()},
+            "seconds": {what: seconds(python, words, options.rounds) for what, words in SUBJECTS.items()},
         }
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
