@@ -116,11 +116,12 @@ def build_own(out: Path, case: NewCase) -> dict:
         drawn: dict[str, Any] = {}
         for kind, path in (("image", image_path), ("label", label_path)):
             drawn |= {f"source_{kind}": path.name, f"source_{kind}_sha256": file_hash(path)}
-    volumes = []
-    for array in (whole_numbers(image.array), labels.array.astype(np.uint8)):
-        volumes.append(nib.Nifti1Image(array, image.affine))
-        volumes[-1].header.set_xyzt_units("mm")
-    return write_case(out, case, *volumes, drawn)
+    grey, numbers = (
+        nib.Nifti1Image(array, image.affine) for array in (whole_numbers(image.array), labels.array.astype(np.uint8))
+    )
+    for volume in (grey, numbers):
+        volume.header.set_xyzt_units("mm")
+    return write_case(out, case, grey, numbers, drawn)
 
 
 def layout_of(images: str, labels: str | None) -> tuple[str, str]:

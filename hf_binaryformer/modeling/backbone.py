@@ -13,7 +13,7 @@ from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.networks import BinaryFormerModel
 
 
-class BinaryFormerBackbone(BackboneMixin, BinaryFormerModel):
+class BinaryFormerBackbone(BackboneMixin, BinaryFormerModel):  # type: ignore[misc]
     """The encoder as ``AutoBackbone`` makes it: tokens after chosen blocks, as maps.
 
     Args:

@@ -33,10 +33,10 @@ class MRISegmentationPipeline(Pipeline):
         >>> segment("head.nii.gz").save("head_labels.nii.gz")
     """
 
-    _load_processor = False
-    _load_image_processor = True
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = True  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
 
     def __call__(self, inputs: Any, **kwargs: Any) -> VolumeSegmentationOutput | list[VolumeSegmentationOutput]:  # type: ignore[override]
         """Segment one volume, or each of a list.
@@ -82,4 +82,5 @@ class MRISegmentationPipeline(Pipeline):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Save network and image processor into one folder, without this class's code."""
         self.model.save_pretrained(save_directory, **kwargs)
+        assert self.image_processor is not None
         self.image_processor.save_pretrained(save_directory)

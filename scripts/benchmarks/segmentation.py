@@ -57,7 +57,7 @@ def main(
         "rows": rows,
         "start_seconds": starts,
         "auto_is": str(fast_format("cpu")).removeprefix("torch."),
-        "device": describe_device("cpu"),
+        "device": describe_device(),
         "versions": {"torch": torch.__version__, "hf_binaryformer": __version__},
     }
     Console().print(f"start: {statistics.median(starts):.2f} s")
