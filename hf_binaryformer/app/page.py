@@ -76,7 +76,7 @@ class PageBuilder:
             label="NIfTI (.nii, .nii.gz), or a DICOM series as .zip",
             file_types=[".nii", ".gz", ".zip"],
             type="filepath",
-            height=120,
+            height=150,
             elem_id="bf-scan",
         )
         self.example = gr.Button("MNI152 example", elem_id="bf-example")
@@ -101,7 +101,7 @@ class PageBuilder:
                 label="NIfTI; not 0 is the hole",
                 file_types=[".nii", ".gz"],
                 type="filepath",
-                height=100,
+                height=150,
                 elem_id="bf-mask",
             )
         with gr.Accordion("how it is filled", open=False):
@@ -115,7 +115,7 @@ class PageBuilder:
         self.inpaint = gr.Button("Inpaint", variant="primary", elem_id="bf-inpaint")
 
     def _results(self) -> None:
-        self.parts["status"] = gr.HTML(elem_id="bf-status", min_height=60)
+        self.parts["status"] = gr.HTML(elem_id="bf-status", min_height=40)
         gr.HTML('<div id="bf-viewer"></div><p id="bf-place"></p>')
         self.opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="opacity of labels", elem_id="bf-opacity")
         self.parts["files"] = gr.HTML(elem_id="bf-files")

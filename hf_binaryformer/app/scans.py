@@ -102,9 +102,10 @@ def discard(upload: Path) -> None:
 
 def sweep(uploads: Path, seconds: float = ABANDONED_SECONDS) -> None:
     """Delete uploads that nobody took, such as those that were broken off, once they are older than ``seconds``."""
-    for path in uploads.glob("**/*"):
+    # Other visitors' uploads come and go meanwhile, which os.walk puts up with.
+    for path in [Path(folder, name) for folder, _, names in os.walk(uploads) for name in names]:
         with suppress(FileNotFoundError):
-            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+            if time.time() - path.stat().st_mtime > seconds:
                 discard(path)
 
 

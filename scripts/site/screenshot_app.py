@@ -22,7 +22,7 @@ FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "app.png"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 # WebGL 2 without a graphics card.
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-SIZE: ViewportSize = {"width": 1360, "height": 1000}
+SIZE: ViewportSize = {"width": 1360, "height": 1240}
 # The picture is drawn without a graphics card, on a machine that may be busy.
 PATIENCE_MS = 7_200_000
 COLOURS = 256

@@ -33,7 +33,9 @@ def answer(app: Any, path: str) -> tuple[int, dict[str, str], bytes]:
     scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("x", 80), "client": ("y", 1)}
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        # Whoever asked says no more, and stays.
+        await asyncio.Event().wait()
+        raise AssertionError
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
