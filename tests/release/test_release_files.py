@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import tomllib
@@ -127,3 +128,14 @@ def test_where_the_build_leaves_the_kernel_out_it_says_so(system, variables, exp
     said = capsys.readouterr().err
     assert len(given["ext_modules"]) == (expected is None)
     assert (expected in said and "WARNING" in said and "reference" in said) if expected else said == ""
+
+
+def test_the_page_says_what_was_measured() -> None:
+    record = json.loads((ROOT / "model_cards/evidence/installation/record.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/reference/installation.md").read_text(encoding="utf-8")
+    sizes = [record[key] for key in ("wheel_mb", "package_mb", "environment_mb")]
+    for size in (*sizes, record["largest_mb"]["nvidia"], record["largest_mb"]["triton"]):
+        assert f"{size} MB" in page
+    assert f"takes {record['seconds']['import hf_binaryformer']['median']:.2f} s" in page
+    assert record["loaded_machine"] == ("to be measured again" in page)
+    assert record["processor"].partition(" (")[0] in page
