@@ -56,9 +56,7 @@ Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to 
 Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
 Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]
 Backend = Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")]
-NumberFormat = Annotated[
-    DType, typer.Option(help="Number format of the network; auto is bfloat16 where the processor has it in hardware.")
-]
+NumberFormat = Annotated[DType, typer.Option(help="Number format; auto: bfloat16 where the hardware has it.")]
 Device = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")]
 
 

@@ -84,6 +84,7 @@ def run_segmentation(
             source,
             labels,
             overlay=picture,
+            dtype="auto",
             model=networks.model,
             backend=networks.backend,
             device=networks.device,

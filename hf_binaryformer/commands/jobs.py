@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_binaryformer.commands.outputs import check_outputs, write_json
-from hf_binaryformer.pipelines.label_schemes import common_scheme, read_label_names
+from hf_binaryformer.data.label_schemes import common_scheme, read_label_names
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.whole_files import all_or_nothing
 
@@ -168,11 +168,11 @@ def evaluate_files(
         truth: label volume or folder.
         report: JSON to write, with the same content as the return value.
         labels: JSON with label names, or the word "freesurfer"
-            (:func:`~hf_binaryformer.pipelines.label_schemes.read_label_names`); None scores the labels that occur.
+            (:func:`~hf_binaryformer.data.label_schemes.read_label_names`); None scores the labels that occur.
         tolerance: tolerance of the NSD in mm.
         merge_sides: score "left hippocampus" and "right hippocampus" as one; needs names.
         map_pred, map_truth: new labels of the prediction and of the truth, see
-            :func:`~hf_binaryformer.pipelines.label_schemes.read_mapping`.
+            :func:`~hf_binaryformer.data.label_schemes.read_mapping`.
         progress: called with (done, total) after each case.
 
     Returns:

@@ -162,8 +162,9 @@ class AttentionForm:
 
 
 _forms: dict[str, AttentionForm] = {}
-# The package's own forms. They need this module, so they are loaded by their name, before the first use of the registry.
-OWN_FORMS = "hf_binaryformer.modeling.attention_forms"
+# The package's own forms. They need this module, so they are loaded by their name, before the first use of the registry. Where
+# all modules are in one file, this is that file.
+OWN_FORMS = __name__.replace("attention_configuration", "attention_forms")
 
 
 def register_attention_form(form: AttentionForm) -> AttentionForm:

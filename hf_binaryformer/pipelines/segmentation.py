@@ -25,7 +25,6 @@ from hf_binaryformer.pipelines.grids import (
     narrow_margin,
     occupied_box,
     resample,
-    resample_to,
     same_spacing,
 )
 from hf_binaryformer.pipelines.postprocessing import head_mask, intracranial_ml, largest_pieces
@@ -39,6 +38,7 @@ from hf_binaryformer.pipelines.slice_results import (
     ProgressCallback,
     Winners,
     axes_of,
+    most_probable,
     pad_in_plane,
 )
 from hf_binaryformer.pipelines.structure_names import is_brain
@@ -281,7 +281,7 @@ class VolumeSegmentationPipeline:
             found = Probabilities(network_input.shape, axes)
             self._predict(network_input, axes, progress, generator, found)
             kept = probabilities[(slice(None), *box)] if probabilities is not None else None
-            inside, confidence = _most_probable(found.volume, network_affine, affine, crop.shape, kept)
+            inside, confidence = most_probable(found.volume, network_affine, affine, crop.shape, kept)
         else:
             winners = Winners(network_input.shape, axes[0])
             self._predict(network_input, axes, progress, generator, winners)
@@ -385,29 +385,3 @@ class VolumeSegmentationPipeline:
                     bar.update(len(index))
                     if callable(progress):
                         progress(done, total)
-
-
-def _most_probable(
-    probabilities: Tensor,
-    network_affine: np.ndarray,
-    affine: np.ndarray,
-    shape: tuple[int, ...],
-    kept: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resample (C, I', J', K') float16 to ``shape``; most probable label and its probability, one label at a time.
-
-    ``kept`` receives the resampled probabilities, if given.
-    """
-    same_grid = tuple(probabilities.shape[1:]) == shape and np.array_equal(network_affine, affine)
-    labels = np.zeros(shape, dtype=np.int32)
-    best = np.full(shape, -1, dtype=np.float32)
-    for label, one in enumerate(probabilities):
-        value = one.float().numpy()
-        if not same_grid:
-            value = resample_to(value, network_affine, shape, affine, order=1)
-        if kept is not None:
-            kept[label] = value
-        winner = value > best
-        labels[winner] = label
-        best[winner] = value[winner]
-    return labels, best

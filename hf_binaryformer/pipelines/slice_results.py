@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_binaryformer.pipelines.grids import resample_to
 
 # Axes along which the slices of a view are taken, in RAS order.
 VIEWS = {"sagittal": (0,), "coronal": (1,), "axial": (2,), "all": (0, 1, 2)}
@@ -92,3 +95,29 @@ class Probabilities:
             slices[index] = probability.half().cpu()
         else:
             slices[index] += (probability / len(self.axes)).half().cpu()
+
+
+def most_probable(
+    probabilities: Tensor,
+    network_affine: np.ndarray,
+    affine: np.ndarray,
+    shape: tuple[int, ...],
+    kept: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resample (C, I', J', K') float16 to ``shape``; most probable label and its probability, one label at a time.
+
+    ``kept`` receives the resampled probabilities, if given.
+    """
+    same_grid = tuple(probabilities.shape[1:]) == shape and np.array_equal(network_affine, affine)
+    labels = np.zeros(shape, dtype=np.int32)
+    best = np.full(shape, -1, dtype=np.float32)
+    for label, one in enumerate(probabilities):
+        value = one.float().numpy()
+        if not same_grid:
+            value = resample_to(value, network_affine, shape, affine, order=1)
+        if kept is not None:
+            kept[label] = value
+        winner = value > best
+        labels[winner] = label
+        best[winner] = value[winner]
+    return labels, best

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import zoom
 
+from hf_binaryformer.data.label_schemes import Scheme, common_scheme
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
-from hf_binaryformer.pipelines.label_schemes import Scheme, common_scheme
 from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, sample_deviation, score_labels, summarize
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.volumes import Volume

@@ -18,6 +18,7 @@ EXPECTED = {
     "brain": ["segmentation"],
     "crossmoda": ["segmentation"],
     "hippocampus": ["segmentation"],
+    "small": ["segmentation"],
     "spine": ["segmentation"],
     "tiny-abdomen": ["segmentation"],
     "tiny-brain": ["segmentation"],

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
-from hf_binaryformer.pipelines import segmentation
+from hf_binaryformer.pipelines import segmentation, slice_results
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+from hf_binaryformer.pipelines.slice_results import most_probable
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, volume_from_image
 
 NAMES = {0: "background", 1: "grey", 2: "white"}
@@ -188,7 +189,7 @@ def test_spacing_within_one_per_cent_is_left_alone(monkeypatch: pytest.MonkeyPat
         raise AssertionError("resampled")
 
     monkeypatch.setattr(segmentation, "resample", never)
-    monkeypatch.setattr(segmentation, "resample_to", never)
+    monkeypatch.setattr(slice_results, "resample_to", never)
     volume = smooth_volume(affine=np.diag([1.009, 0.995, 1.0, 1.0]))
     labels = make(processor(spacing=(1.0, 1.0, 1.0)))(volume).labels
     np.testing.assert_array_equal(labels, bands(volume.array))
@@ -273,7 +274,7 @@ def test_labels_are_brought_back_one_at_a_time() -> None:
     fine, coarse = np.eye(4), np.diag([2.0, 2.0, 2.0, 1.0])
     coarse[:3, 3] = 0.5
     tracemalloc.start()
-    labels, _ = segmentation._most_probable(p, coarse, fine, (side,) * 3, None)
+    labels, _ = most_probable(p, coarse, fine, (side,) * 3, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(labels)) > count // 2

@@ -185,7 +185,7 @@ def test_number_formats(pipeline):
     assert not torch.equal(low.decoded, full.decoded)
     other.to(torch.bfloat16)
     assert other(image, hole, num_inference_steps=2).images.dtype == torch.float32
-    with pytest.raises(ValueError, match="dtype is int8, expected one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype is int8, expected one of auto, float32, bfloat16, float16"):
         other.set_autocast("int8")
 
 

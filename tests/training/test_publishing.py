@@ -248,7 +248,7 @@ def test_a_repository_holds_the_last_checkpoint_and_nothing_else(hub, connect, t
             if name.endswith(".safetensors"):
                 save_file({"x": torch.ones(len(folder))}, path)
             else:
-                path.write_text(f"{{}} of {folder}")
+                path.write_text(f'{{"of": "{folder}"}}')
     publishing.check_target("tester/toy", private=False)
     repository = hub.repositories["tester/toy"]
     repository.files["figure.png"] = b"put there by hand"

@@ -19,10 +19,10 @@ from launching import command_line, interrupt_in_training, kill_in_training, run
 from safetensors.torch import load_file
 
 import hf_binaryformer as bf
+from hf_binaryformer.data.label_schemes import common_scheme
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.data.slices import SliceSamples
 from hf_binaryformer.modeling.at_rest import ChangedError
-from hf_binaryformer.pipelines.label_schemes import common_scheme
 from hf_binaryformer.training import segmentation, segmentation_scores
 from hf_binaryformer.training.optimization import build_optimizer, rate_factor
 from hf_binaryformer.training.recipes import RECIPES as RECIPE_FOLDER

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hf_binaryformer import cli
-from hf_binaryformer.pipelines.label_schemes import common_scheme, read_label_names, read_mapping
+from hf_binaryformer.data.label_schemes import common_scheme, read_label_names, read_mapping
 
 
 def run(*arguments: Any) -> Result:
