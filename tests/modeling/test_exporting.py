@@ -37,6 +37,7 @@ def test_a_program_of_standard_operators(form, balance):
         torch.testing.assert_close(program.module()(image), model.eval()(image).logits, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_onnx_file_in_onnxruntime(tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model = network(attention_type="hamming").eval()

@@ -169,6 +169,7 @@ def test_a_broken_upload_goes_on_where_it_stopped(hub, tmp_path):
     assert load(hub, tmp_path / "home", {}) == [1.0]
 
 
+@pytest.mark.slow
 def test_round_trips(hub, tmp_path):
     image = torch.linspace(-1, 1, 3 * 256).view(1, 3, 16, 16)
     labels = checkpoint(tmp_path / "labels", 1.0)

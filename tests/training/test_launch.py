@@ -126,6 +126,7 @@ def test_two_machines_meet(toy, tmp_path):
     check(tmp_path, *both)
 
 
+@pytest.mark.slow
 def test_split_weights_are_gathered_whole(tmp_path):
     """A step of two processes with split weights is one process's step with twice the batch."""
     script = tmp_path / "split.py"

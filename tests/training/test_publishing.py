@@ -77,6 +77,7 @@ def check_repository(repository: Repository, folder: Path, names: set[str], tmp_
     return card
 
 
+@pytest.mark.slow
 def test_a_segmentation_network_is_pushed_once_by_two_processes_and_loads_elsewhere(hub, tmp_path):
     data, output, repo_id = tmp_path / "data", tmp_path / "run", "tester/toy-balls"
     data.mkdir()
