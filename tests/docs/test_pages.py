@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
 # They segment whole brains, train, or load the packaged networks several times.
-SLOW = {"start.md", "howto/add-data-set.md", "howto/own-data.md", "howto/inpaint.md", "howto/many-scans.md", "howto/transformers.md"}
+SLOW = {
+    "start.md",
+    "howto/add-data-set.md",
+    "howto/own-data.md",
+    "howto/inpaint.md",
+    "howto/many-scans.md",
+    "howto/transformers.md",
+}
 RUN, SHOWN = {"python", "bash"}, {"text", "json"}
 SKIP = re.compile(r"<!--- skip: (.*?) -->")
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
