@@ -39,8 +39,9 @@ print(json.dumps([found, PIPELINE_REGISTRY.supported_tasks["mri-segmentation"]["
 
 @pytest.mark.parametrize("start", [HERE_FIRST, THERE_FIRST], ids=["package first", "transformers first"])
 def test_auto_classes_and_tasks(start):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", start + ASK, str(TINY_BRAIN)]
+    package = Path(registration.__file__).parents[1]  # of the code under test, wherever it lies
+    environment = os.environ | {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-P", "-c", start + ASK, str(TINY_BRAIN)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     classes, task = json.loads(done.stdout.splitlines()[-1])
