@@ -60,7 +60,6 @@ const binaryformer = (() => {
     const holder = document.getElementById("bf-viewer");
     const turn = (shown += 1);
     holder.dataset.shown = "";
-    holder.dataset.turn = String(turn);
     holder.style.setProperty("--panels", scene.panels.length);
     while (views.length < scene.panels.length) views.push(add(holder));
     views.forEach((view, place) => { view.panel.hidden = place >= scene.panels.length; });
@@ -75,7 +74,7 @@ const binaryformer = (() => {
     viewers.forEach((one) => { one.broadcastTo(viewers.filter((other) => other !== one), { "2d": true, "3d": true }); });
     const at = viewers[0].frac2mm(viewers[0].scene.crosshairPos, 0, true);
     centre = Array.from(at).slice(0, 3);
-    // Whoever waits for the picture finds here how many panels are drawn, and of the how manyth scene.
+    // Whoever waits for the picture finds here how many panels are drawn.
     if (turn === shown) holder.dataset.shown = String(scene.panels.length);
   }
 
