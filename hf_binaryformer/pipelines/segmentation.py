@@ -342,7 +342,7 @@ class VolumeSegmentationPipeline:
     def _window_voxels(self, axes: Sequence[int], spacing: tuple[float, float, float]) -> list[int | None]:
         """How many of a volume's voxels the window of slices along ``axes`` holds along I, J, K; None: no slice has that axis.
 
-        One window for a slice takes a quarter of the time of four that overlap.
+        Where a foreground fits, one window serves a slice in place of four that overlap.
         """
         windows: list[int | None] = [None, None, None]
         for axis in axes:

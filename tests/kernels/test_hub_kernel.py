@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from alone import WITHOUT_PACKAGE
 from kernels import get_local_kernel
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from safetensors.torch import load_file
@@ -28,19 +29,14 @@ assembler = module_from_spec(spec)
 spec.loader.exec_module(assembler)
 
 # What a process runs first: it loads the kernel, and has no hf_binaryformer.
-ALONE = """
-import sys
+ALONE = (
+    WITHOUT_PACKAGE
+    + """
 from pathlib import Path
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_binaryformer":
-            raise ModuleNotFoundError(f"{name} is not here")
-
-sys.meta_path.insert(0, Blocker())
 from kernels import get_local_kernel
 kernel = get_local_kernel(Path("project"), backend="cpu")
 """
+)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alone import WITHOUT_PACKAGE
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
@@ -31,15 +32,9 @@ FORMS = {
 }
 ALLOWED = {"torch", "timm", "transformers", "huggingface_hub", "numpy"}
 # What a process runs that has no hf_binaryformer.
-ALONE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_binaryformer":
-            raise ModuleNotFoundError(f"{name} is not here")
-
-sys.meta_path.insert(0, Blocker())
+ALONE = (
+    WITHOUT_PACKAGE
+    + """
 import json
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +64,7 @@ else:
 save_file({key: one.contiguous() for key, one in found.items()}, "found.safetensors")
 print(json.dumps([type(model).__module__.split(".")[0], "hf_binaryformer" in sys.modules]))
 """
+)
 
 
 @pytest.fixture(scope="module")
