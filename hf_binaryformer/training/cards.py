@@ -41,6 +41,22 @@ def dice_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sets_table(results: dict[str, Any], groups: dict[str, list[str]]) -> str:
+    """Markdown table of the ``results.json`` of a segmentation with evaluation sets: mean Dice of groups of labels in each set.
+
+    Args:
+        results: the record; its ``sets`` have volumes and labels.
+        groups: heading of a column -> the labels whose mean it shows. Labels that no volume of a set has do not count.
+    """
+    lines = ["| set | volumes | " + " | ".join(groups) + " |", "| --- | ---: |" + " ---: |" * len(groups)]
+    for name, found in results["sets"].items():
+        means = [[found["labels"][label]["mean"] for label in labels] for labels in groups.values()]
+        known = [[mean for mean in group if mean is not None] for group in means]
+        cells = [f"{sum(group) / len(group):.3f}" if group else "n/a" for group in known]
+        lines.append(f"| {name} | {found['volumes']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def inpainting_table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown table of an evaluation of inpainting, with one row per fill.
 
@@ -84,7 +100,7 @@ def render_card(name: str, words: dict[str, Any], records: dict[str, Any], licen
         jinja2.UndefinedError: the words name a figure that no record holds.
     """
     environment = Environment(undefined=StrictUndefined)
-    environment.globals.update(records, dice_table=dice_table, inpainting_table=inpainting_table)
+    environment.globals.update(records, dice_table=dice_table, sets_table=sets_table, inpainting_table=inpainting_table)
 
     def fill(text: str) -> str:
         return environment.from_string(text).render()

@@ -146,7 +146,10 @@ def command_line(options: dict[str, Any]) -> str:
 
 def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the ratios into this PNG (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios into this image (needs matplotlib).")] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing; draw --plot from this record of --json.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Sequence lengths N.  [1601,7680]")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch; default: as many as torch takes.")] = None,
     backend: Annotated[str | None, typer.Option(help="Of the kernel; default: the fastest that is here.")] = None,
@@ -170,6 +173,11 @@ def main(
     product_tokens: Annotated[str | None, typer.Option(help="N of Fig. 6.  [256,512,1024,2048,4096]")] = None,
 ) -> None:
     """Correctness, then speed and memory of Hamming attention beside SDPA and NumPy."""
+    if redraw is not None:
+        if plot is None:
+            fail("--redraw wants --plot: the image to write", 2)
+        draw_plot(plot, json.loads(redraw.read_text()))
+        return
     default = DEFAULTS[quick]
     options: dict[str, Any] = {
         "tokens": tokens or default["tokens"],
@@ -196,11 +204,11 @@ def main(
     console.print(f"backend '{kernel}', {report}")
     errors = check_correctness(checked, kernel, console)
     results = measure(options, lengths, products)
+    record = record_of(options, lengths, results, errors)
     if json_path is not None:
-        record = record_of(options, lengths, results, errors)
         json_path.write_text(json.dumps(record, indent=1) + "\n")
     if plot is not None:
-        draw_plot(plot, results, f"{device['cpu']}, {options['threads']} threads, backend '{kernel}'")
+        draw_plot(plot, record)
     show(results, kernel, console)
 
 

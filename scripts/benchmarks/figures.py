@@ -24,6 +24,8 @@ BLOCKS = (
     ("softmax", False, REDUCED_VALUE_DIM),
     ("hamming", True, REDUCED_VALUE_DIM),
 )
+# A row of panels in the plot, and the part of a name that tells its subjects from those of the rows above.
+KINDS = {f"attention, {HEADS} heads": "", "one head": ", 1 head", "encoder": "encoder, ", "sampler": "sampler, "}
 
 
 @dataclass
@@ -152,39 +154,51 @@ def figure_class() -> Any:
     return Figure
 
 
-def draw_plot(path: Path, results: list[Result], title: str) -> None:
-    """PNG: ratios to SDPA of attention and of the encoder for each N, type and pass, and the product alone."""
-    panels = {
-        "attention": "Attention, 6 heads",
-        "one head": "One head",
-        "encoder": "Whole encoder",
-        "sampler": "3D sampler",
-    }
-    shown = {f: [r for r in results if r.subject.family == f and r.ratio_to_sdpa] for f in panels}
-    heights = [max(len(rows), 1) for rows in shown.values()] + [12]
-    figure = figure_class()(figsize=(11, 2 + 0.19 * sum(heights)), layout="constrained")
-    *axes, last = figure.subplots(len(panels) + 1, height_ratios=heights)
-    for axis, (family, rows) in zip(axes, shown.items(), strict=True):
-        labels = [
-            f"{r.subject.name}, d_v {r.subject.value_dim}, {r.subject.dtype}, "
-            f"{'fwd + bwd' if r.subject.step else 'fwd'}, N {r.subject.tokens}"
-            for r in rows
-        ]
-        ratios = [r.ratio_to_sdpa or 0.0 for r in rows]
-        colours = ["tab:gray" if "sdpa" in r.subject.name else "tab:blue" for r in rows]
-        bars = axis.barh(range(len(rows)), ratios, color=colours)
-        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-        axis.set_yticks(range(len(rows)), labels, fontsize=6)
-        axis.invert_yaxis()
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(f"{panels[family]}: how many times faster than SDPA with d_v = {HEAD_DIM}", fontsize=9)
-    product = figure_6(results)
-    tokens = [row["tokens"] for row in product]
-    for key, label in (("bits_gmacs_per_second", "xor + bitwise_count"), ("float_gmacs_per_second", "matmul float32")):
-        last.plot(tokens, [row[key] for row in product], marker="o", label=label)
-    last.set(xlabel="tokens N", ylabel="G-MAC/s")
-    last.set_title(f"Product alone, NumPy, d = {PRODUCT_DIM} (paper Fig. 6 left)", fontsize=9)
-    if product:
-        last.legend()
-    figure.suptitle(title, fontsize=9)
+def draw_plot(path: Path, record: dict[str, Any]) -> None:
+    """Ratios to SDPA in a record of ``attention.py``, as an image: a panel for each pass and type, a row for each kind.
+
+    Args:
+        path: image to write; its ending is the format.
+        record: what ``--json`` writes.
+    """
+    rows = [row for row in record["rows"] if row["ratio_to_sdpa"] not in (None, 1)]
+    kinds = {title: [row for row in rows if _kind(row) == title] for title in KINDS}
+    kinds = {title: shown for title, shown in kinds.items() if shown}
+    columns = list(dict.fromkeys((row["pass"], row["dtype"]) for row in rows))
+    lengths = sorted({row["tokens"] for row in rows})
+    colours = {n: f"C{place}" for place, n in enumerate(lengths)}
+    names = {title: list(dict.fromkeys(_label(row) for row in shown)) for title, shown in kinds.items()}
+    heights = [1 + len(names[title]) for title in kinds]
+    figure = figure_class()(figsize=(4 + 2.2 * len(columns), 1.5 + 0.28 * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(kinds), len(columns), squeeze=False, sharey="row", sharex="row", height_ratios=heights)
+    for panels, (title, shown) in zip(grid, kinds.items(), strict=True):
+        for axis, column in zip(panels, columns, strict=True):
+            here = [row for row in shown if (row["pass"], row["dtype"]) == column]
+            axis.axvline(1, color="0.3", linewidth=0.8)
+            for row in here:
+                kind = [r["tokens"] for r in here if _label(r) == _label(row)]
+                place = names[title].index(_label(row)) + 0.36 * (kind.index(row["tokens"]) - (len(kind) - 1) / 2)
+                bar = axis.barh(place, row["ratio_to_sdpa"], 0.34, color=colours[row["tokens"]])
+                axis.bar_label(bar, fmt="%.1f", padding=2, fontsize=7)
+            axis.set_title(f"{column[0].replace('_', ' + ')}, {column[1]}" if here else "", fontsize=9)
+            axis.set_visible(bool(here) or axis is panels[0])
+            axis.margins(x=0.18)
+            axis.spines[["top", "right"]].set_visible(False)
+        panels[0].set_yticks(range(len(names[title])), names[title], fontsize=8)
+        panels[0].invert_yaxis()
+        panels[0].set_ylabel(title, fontsize=9)
+    patches = [grid[0, 0].barh(0, 0, color=colours[n], label=f"{n} tokens") for n in lengths]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(lengths), fontsize=9, frameon=False)
+    cpu, threads = record["device"]["cpu"], record["threads"]
+    figure.suptitle(f"Times as fast as SDPA with d_v = {HEAD_DIM}: {cpu}, {threads} threads", fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """Where a row of the record belongs in the plot."""
+    return next(title for title, mark in reversed(KINDS.items()) if mark in row["name"])
+
+
+def _label(row: dict[str, Any]) -> str:
+    """Name of a row of the record without its kind, and its value channels."""
+    return f"{row['name'].replace(KINDS[_kind(row)], '')}, d_v {row['value_dim']}"

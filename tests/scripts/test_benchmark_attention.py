@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ class Noted(Subject):
 
 def noted(name: str, **options) -> Noted:  # type: ignore[no-untyped-def]
     return Noted(**{"name": name, "family": "f", "tokens": 1, "head_dim": 64, "value_dim": 64} | options)
+
+
+def test_a_record_is_drawn_without_measuring(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "out.svg"
+    record = Path(__file__).parents[2] / "model_cards" / "evidence" / "kernels" / "cpu.json"
+    benchmark_attention.main(redraw=record, plot=plot)
+    shown = plot.read_text()
+    panels = ("attention, 6 heads", "one head", "encoder", "sampler")
+    assert all(f"<!-- {text} -->" in shown for text in (*panels, "hamming (cpu), d_v 16", "26.6", "1680 tokens"))
+    with pytest.raises(typer.Exit) as ended:
+        benchmark_attention.main(redraw=record)
+    assert ended.value.exit_code == 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import json
 import jinja2
 import pytest
 
-from hf_binaryformer.training.cards import checkpoint_card
+from hf_binaryformer.training.cards import checkpoint_card, sets_table
 
 
 @pytest.fixture
@@ -39,3 +39,15 @@ def test_a_figure_without_a_record_is_an_error(cards):
     (cards / "evidence" / "toy" / "results.json").unlink()
     with pytest.raises(jinja2.UndefinedError, match="results"):
         checkpoint_card("toy", cards)
+
+
+def test_sets_show_means_of_groups_and_leave_out_labels_without_data():
+    t1 = {"a": {"mean": 0.5}, "b": {"mean": 0.7}, "c": {"mean": None}}
+    ct = {"a": {"mean": None}, "b": {"mean": 0.25}, "c": {"mean": None}}
+    results = {"sets": {"t1": {"volumes": 3, "labels": t1}, "ct": {"volumes": 1, "labels": ct}}}
+    assert sets_table(results, {"two": ["a", "b"], "third": ["c"]}).splitlines() == [
+        "| set | volumes | two | third |",
+        "| --- | ---: | ---: | ---: |",
+        "| t1 | 3 | 0.600 | n/a |",
+        "| ct | 1 | 0.250 | n/a |",
+    ]

@@ -10,7 +10,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 
 from hf_binaryformer.data.boxes import bounding_box, shifted
@@ -56,9 +55,8 @@ class Anatomy:
             slice(max(0, side.start - REACH), min(size, side.stop + REACH))
             for side, size in zip(bounding_box(self.core), self.core.shape, strict=True)
         )
-        closed = F.max_pool3d(torch.from_numpy(self.core[box])[None].float(), 2 * CLOSING + 1, 1, CLOSING)
-        closed = 1 - F.max_pool3d(1 - closed, 2 * CLOSING + 1, 1, CLOSING)
-        inside = ndimage.binary_fill_holes(closed[0].numpy() > 0.5)
+        closed = ~_spread(~_spread(self.core[box], CLOSING), CLOSING)
+        inside = ndimage.binary_fill_holes(closed)
         signed = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
         return signed.astype(np.float32), np.array([side.start for side in box])
 
@@ -66,10 +64,13 @@ class Anatomy:
     def membrane(self) -> np.ndarray:
         """Voxels of ``agents.membrane``, bool (I, J, K)."""
         rule = self.description.agents["membrane"]
-        beside = torch.from_numpy(np.isin(self.values, rule["beside"]).astype(np.float32))[None]
-        reach = int(np.ceil(rule["mm"]))
-        near = F.max_pool3d(beside, 2 * reach + 1, 1, reach)[0].numpy() > 0
+        near = _spread(np.isin(self.values, rule["beside"]), int(np.ceil(rule["mm"])))
         return near & np.isin(self.values, rule["of"])
+
+
+def _spread(mask: np.ndarray, reach: int) -> np.ndarray:
+    """Voxels of a cube of ``2 * reach + 1`` around any voxel of ``mask``, bool (I, J, K)."""
+    return ndimage.maximum_filter(mask, 2 * reach + 1, mode="constant")
 
 
 def trim(values: np.ndarray, affine: np.ndarray, whole: bool = True) -> tuple[np.ndarray, np.ndarray]:
