@@ -51,7 +51,7 @@ def inpaint_file(
     """Fill the hole of a volume on its own grid.
 
     Args:
-        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder; its values inside the hole are not used.
+        source: NIfTI, .mha, .mhd, .nrrd or .mgz file, or a DICOM folder; its values inside the hole are not used.
         mask: volume on the same grid with whole numbers; voxels other than 0 are the hole.
         output: volume to write; several samples become a 4D NIfTI.
         std_map: volume to write with the sample standard deviation over samples; this needs at least two samples.

@@ -42,7 +42,7 @@ def segment_file(
     """Segment one volume on its own grid.
 
     Args:
-        source: NIfTI, .mha, .mhd or .nrrd file, or a DICOM folder.
+        source: NIfTI, .mha, .mhd, .nrrd or .mgz file, or a DICOM folder.
         output: label volume to write (.nii, .nii.gz, .mha or .nrrd).
         overlay: PNG to write, see :func:`hf_binaryformer.pipelines.overlay.label_overlay`.
         report: JSON to write, with the same content as the return value.

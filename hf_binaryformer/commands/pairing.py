@@ -6,9 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES
+from hf_binaryformer.pipelines.volumes import VOLUME_SUFFIXES
 
-SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 # What people's tools leave beside label volumes: text, tables, pictures, probabilities, and the voxels of an .mhd.
 SIDE_SUFFIXES = (
     *(".json", ".txt", ".md", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf"),
@@ -51,7 +50,7 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
         )
         raise ValueError(f"every file needs one of the same name in the other folder; {only}")
     if not ours:
-        raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(VOLUME_SUFFIXES)}")
     pairs = [(below(path, pred), path, theirs[name]) for name, path in sorted(ours.items())]
     return pairs, list(dict.fromkeys(our_notes + their_notes))
 
@@ -67,7 +66,7 @@ def find_volumes(folder: Path) -> tuple[dict[str, Path], list[str]]:
     unknown: list[str] = []
     for path in files_below(folder):
         name = below(path, folder)
-        suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), None)
+        suffix = next((s for s in VOLUME_SUFFIXES if name.lower().endswith(s)), None)
         if suffix is not None and not path.is_dir():
             key = name[: -len(suffix)] + suffix
             if key in found:
@@ -77,7 +76,7 @@ def find_volumes(folder: Path) -> tuple[dict[str, Path], list[str]]:
             (beside if name.lower().endswith(SIDE_SUFFIXES) else unknown).append(name)
     if unknown:
         raise ValueError(
-            f"{count(unknown)} in '{folder}' not scored ({shown(unknown)}), expected {', '.join(SUFFIXES)}: convert "
+            f"{count(unknown)} in '{folder}' not scored ({shown(unknown)}), expected {', '.join(VOLUME_SUFFIXES)}: convert "
             f"what is a volume, give the folder that a link leads to, and move the rest elsewhere"
         )
     return found, [f"{count(beside)} in '{folder}' are not scored ({shown(beside)})"] if beside else []

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
 
-from hf_binaryformer.commands.pairing import SIDE_SUFFIXES, SUFFIXES, count, files_below, shown
+from hf_binaryformer.commands.pairing import SIDE_SUFFIXES, count, files_below, shown
 from hf_binaryformer.pipelines.dicom import is_dicom
-from hf_binaryformer.pipelines.volumes import DICOM_SUFFIXES
+from hf_binaryformer.pipelines.volumes import DICOM_SUFFIXES, VOLUME_SUFFIXES
 
 LABELS, PICTURE = "_labels.nii.gz", "_labels.jpg"
 BIDS_LABELS = "_dseg.nii.gz"
@@ -42,7 +42,7 @@ def find_scans(sources: Sequence[Path], output: Path, *, bids_suffix: str = "T1w
 
     A BIDS folder (one with ``sub-*/[ses-*/]anat``, or such a ``sub-*`` itself) gives its
     ``sub-*/[ses-*/]anat/*_T1w.nii.gz``, and results lie as in a BIDS derivative. Any other folder is searched with its
-    subfolders. In each of them, every NIfTI, .mha, .mhd or .nrrd file is a scan; if there is none, and a file has DICOM's
+    subfolders. In each of them, every NIfTI, .mha, .mhd, .nrrd or .mgz file is a scan; if there is none, and a file has DICOM's
     mark, the folder is one DICOM series and thus one scan. Hidden files, labels that an earlier run wrote, and what lies in
     the output folder are passed over.
 
@@ -79,7 +79,7 @@ def find_scans(sources: Sequence[Path], output: Path, *, bids_suffix: str = "T1w
             plain.append((place, place.parent.resolve(), Path(place.name)))
         if not found:
             files = f"sub-*/[ses-*/]anat/*_{bids_suffix}.nii.gz, as it is a BIDS folder: is --bids-suffix right?"
-            expected = files if bids else f"files that end in {', '.join(SUFFIXES)}, or DICOM files"
+            expected = files if bids else f"files that end in {', '.join(VOLUME_SUFFIXES)}, or DICOM files"
             raise ValueError(f"no scans in '{place}'; expected {expected}")
         order += found
     if plain:
@@ -128,7 +128,7 @@ def _folder_scans(folder: Path, output: Path) -> tuple[list[Path], list[str]]:
         own = [p for p in files if p.name.endswith(LABELS) and f"{p.name.removesuffix('.nii.gz')}.json" in reports]
         beside += [path.relative_to(folder).as_posix() for path in own]
         files = [path for path in files if path not in own]
-        volumes = [path for path in files if path.name.lower().endswith(SUFFIXES) and not path.is_dir()]
+        volumes = [path for path in files if path.name.lower().endswith(VOLUME_SUFFIXES) and not path.is_dir()]
         others = [p for p in files if p not in volumes and not p.name.lower().endswith(SIDE_SUFFIXES)]
         if not volumes and any(path.suffix.lower() in DICOM_SUFFIXES or is_dicom(path) for path in others):
             found.append(place)
@@ -164,7 +164,7 @@ def bids_picture(output: Path, place: Path, stem: str) -> Path:
 
 
 def _without_ending(name: str) -> str:
-    endings = sorted((*SUFFIXES, *DICOM_SUFFIXES), key=len, reverse=True)
+    endings = sorted((*VOLUME_SUFFIXES, *DICOM_SUFFIXES), key=len, reverse=True)
     return next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), name)
 
 

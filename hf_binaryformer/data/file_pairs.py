@@ -8,9 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES
+from hf_binaryformer.pipelines.volumes import VOLUME_SUFFIXES
 
-SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 SEPARATORS = re.compile(r"([^A-Za-z0-9]+)")
 # nnU-Net's number of the channel, at the end of an image's name.
 CHANNEL = re.compile(r"_(\d{4})$")
@@ -38,7 +37,7 @@ def find_volumes(where: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(walked):
         below = path.relative_to(folder)
-        suffix = next((end for end in SUFFIXES if path.name.lower().endswith(end)), None)
+        suffix = next((end for end in VOLUME_SUFFIXES if path.name.lower().endswith(end)), None)
         if suffix is None or not path.is_file() or any(part.startswith(".") for part in below.parts):
             continue
         name = below.as_posix()[: -len(suffix)]
@@ -47,7 +46,7 @@ def find_volumes(where: str) -> dict[str, Path]:
         found[name] = path
     if not found:
         raise ValueError(
-            f"no volumes in '{where}'; expected a folder, or a pattern in quotes, with files that end in {', '.join(SUFFIXES)}"
+            f"no volumes in '{where}'; expected a folder, or a pattern in quotes, with files that end in {', '.join(VOLUME_SUFFIXES)}"
         )
     return found
 

@@ -13,6 +13,18 @@ import numpy as np
 from hf_binaryformer.pipelines.structure_names import without_side
 
 FREESURFER = "freesurfer"
+# The word for a mapping of the numbers in FreeSurfer's aseg.mgz and aparc+aseg.mgz, after its FreeSurferColorLUT.txt.
+ASEG = "aseg"
+# What is a part of a structure there, or beside the brain: vessels, chiasm, lesions outside white matter.
+ASEG_PARTS = {31: 4, 63: 43, 72: 24, 78: 2, 79: 41, 30: 0, 62: 0, 80: 0, 81: 0, 82: 0, 85: 0}
+# White matter that it gives no side: lesions, and the five parts of the corpus callosum.
+ASEG_WITHOUT_SIDE = dict.fromkeys((77, 251, 252, 253, 254, 255), 2)
+# Parcels of the cortex and of the white matter below it, 1000 or 3000 and more to the left.
+ASEG_PARCELS = {
+    **{first + n: 3 if first == 1000 else 42 for first in (1000, 2000) for n in range(36)},
+    **{first + n: 2 if first == 3000 else 41 for first in (3000, 4000) for n in range(36)},
+    **{5001: 2, 5002: 41},
+}
 # In a mapping, the source of all labels that it does not name.
 OTHERS = "*"
 # Labels up to here are looked up in a table of that length.
@@ -134,13 +146,14 @@ def common_scheme(
 
     Args:
         names: of label numbers; None: not known.
-        map_pred, map_truth: see :func:`read_mapping`.
+        map_pred, map_truth: see :func:`read_mapping`, or the word "aseg" for the numbers of FreeSurfer's own volumes.
         merge_sides: "left hippocampus" and "right hippocampus" become one label, "hippocampus".
 
     Raises:
-        ValueError: a mapping has a name that no label has, or there are no names to tell sides by.
+        ValueError: a mapping has a name that no label has, there are no names to tell sides by, or aseg's structures without
+            a side are to be scored by side.
     """
-    read = [None if path is None else read_mapping(path) for path in (map_pred, map_truth)]
+    read = [None if path is None else _mapping(path, merge_sides) for path in (map_pred, map_truth)]
     targets = [target for mapping in read if mapping is not None for target in mapping.values()]
     known = {name.casefold(): number for number, name in (names or {}).items()} | {"background": 0, "": 0}
     new_names = [target for target in targets if isinstance(target, str) and target.casefold() not in known]
@@ -170,6 +183,14 @@ def common_scheme(
             merged[number] = first.setdefault(without_side(name).casefold(), number)
         scored = {number: without_side(scored[number]) for number in first.values()}
     return Scheme(scored, of_pred, of_truth, merged)
+
+
+def _mapping(path: Path, merge_sides: bool) -> Mapping[int | str, int | str]:
+    if str(path) != ASEG or path.exists():
+        return read_mapping(path)
+    if not merge_sides:
+        raise ValueError("aseg has white matter without a side (corpus callosum, lesions): add --merge-sides")
+    return {**{n: n for n in read_label_names(Path(FREESURFER))}, **ASEG_PARTS, **ASEG_WITHOUT_SIDE, **ASEG_PARCELS}
 
 
 def _occurring(labels: np.ndarray) -> tuple[list[int], np.ndarray]:

@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from hf_binaryformer.data.prepared_folder import PreparedFolder
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.pipelines.grids import foreground_box, resample, same_spacing
-from hf_binaryformer.pipelines.volumes import ITK_SUFFIXES, NIFTI_SUFFIXES, read_volume
+from hf_binaryformer.pipelines.volumes import VOLUME_SUFFIXES, read_volume
 
 # Crops with too little foreground are drawn again, up to this number of draws.
 MAX_DRAWS = 10
 
 
 def image_paths(folder: Path, split: str, validation_fraction: float, seed: int) -> list[Path]:
-    """Images of a split, from a folder by ``binaryformer prepare`` or any folder with NIfTI, .mha, .mhd or .nrrd files.
+    """Images of a split, from a folder by ``binaryformer prepare`` or any folder with NIfTI, .mha, .mhd, .nrrd, .mgz or .mgh files.
 
     Without a manifest, a random share of the files, drawn with ``seed``, is for validation. If subjects have several
     files, the folder needs a manifest.
@@ -31,11 +31,10 @@ def image_paths(folder: Path, split: str, validation_fraction: float, seed: int)
     """
     if (folder / "manifest.json").is_file():
         return [case.image for case in PreparedFolder(folder).split(split)]
-    suffixes = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
-    paths = sorted(path for path in folder.rglob("[!.]*") if path.name.lower().endswith(suffixes))
+    paths = sorted(path for path in folder.rglob("[!.]*") if path.name.lower().endswith(VOLUME_SUFFIXES))
     if not paths:
         raise FileNotFoundError(
-            f"{folder} holds neither manifest.json nor files that end in {', '.join(suffixes)}: give a folder of volumes"
+            f"{folder} holds neither manifest.json nor files that end in {', '.join(VOLUME_SUFFIXES)}: give a folder of volumes"
         )
     order = np.random.default_rng(seed).permutation(len(paths))
     held_out = set(order[: round(validation_fraction * len(paths))].tolist())

@@ -43,27 +43,31 @@ def read_file(path: Path) -> Nifti1Image:
     Raises:
         VolumeError: the file is not NIfTI, damaged, shorter than its header says, or too large.
     """
-    with parsing(path):
-        with path.open("rb") as file:
-            compressed = file.read(2) == GZIP_MAGIC
-        opener: Any = gzip.open if compressed else open
-        with opener(path, "rb") as file:
-            image_class, header = _read_header(path, file)
-            claimed = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-            available = path.stat().st_size * (MAX_COMPRESSION if compressed else 1)
-            if claimed > available:
-                raise EOFError(f"its header asks for {claimed} bytes, the file has at most {available}")
-            size = header.template_dtype.itemsize
-            file.seek(size)
-            content = header.binaryblock + file.read(claimed - size)
-            if compressed:
-                # The checksum stands behind the last voxel.
-                while file.read(2**20):
-                    pass
+    with parsing(path), unpacked(path) as (file, available):
+        image_class, header = _read_header(path, file)
+        claimed = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        if claimed > available:
+            raise EOFError(f"its header asks for {claimed} bytes, the file has at most {available}")
+        size = header.template_dtype.itemsize
+        file.seek(size)
+        content = header.binaryblock + file.read(claimed - size)
+        # The checksum stands behind the last voxel.
+        while isinstance(file, gzip.GzipFile) and file.read(2**20):
+            pass
         if len(content) < claimed:
             raise EOFError(f"its header asks for {claimed} bytes, the file has {len(content)}")
         image: Nifti1Image = image_class.from_bytes(content)
     return image
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The content of a file that may be compressed with gzip, and how many bytes it can have at most."""
+    with path.open("rb") as file:
+        compressed = file.read(2) == GZIP_MAGIC
+    opener: Any = gzip.open if compressed else open
+    with opener(path, "rb") as file:
+        yield file, path.stat().st_size * (MAX_COMPRESSION if compressed else 1)
 
 
 @contextmanager
@@ -93,9 +97,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[type[Nifti1Image], Nifti1H
             continue
         header = header_class(start[: header_class.template_dtype.itemsize], check=False)
         shape = header.get_data_shape()
-        check_shape(path, shape)
-        if min(shape) < 0 or math.prod(shape) > MAX_VOXELS:
-            raise VolumeError(f"{path} has shape {shape}, expected at most {MAX_VOXELS} voxels: export it again")
+        check_voxels(path, shape)
         if not header["pixdim"][1:4].all() and header["sform_code"] == 0:
             raise VolumeError(
                 f"{path} has voxels of {' x '.join(f'{n:g}' for n in header['pixdim'][1:4])} mm, expected sizes above "
@@ -108,6 +110,17 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[type[Nifti1Image], Nifti1H
                 header[name] *= (1 - QUATERNION_ROUNDING) / length
         return kind, header
     raise damaged(path, ValueError("it does not start with the header of a NIfTI volume"))
+
+
+def check_voxels(path: Path, shape: Sequence[int]) -> None:
+    """Refuse, before voxels are read, a header that claims another kind of shape, or too many voxels.
+
+    Raises:
+        VolumeError: it does.
+    """
+    check_shape(path, shape)
+    if min(shape) < 0 or math.prod(shape) > MAX_VOXELS:
+        raise VolumeError(f"{path} has shape {shape}, expected at most {MAX_VOXELS} voxels: export it again")
 
 
 def header_affine(header: Nifti1Header, shape: Sequence[int]) -> tuple[np.ndarray, list[str]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from hf_binaryformer.pipelines import dicom, itk, nifti
+from hf_binaryformer.pipelines import dicom, itk, mgh, nifti
 from hf_binaryformer.pipelines.grids import (
     SAME_GRID_TOLERANCE,
     VolumeError,
@@ -47,12 +47,15 @@ __all__ = [
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 ITK_SUFFIXES = (".mha", ".mhd", ".nrrd")
+MGH_SUFFIXES = (".mgz", ".mgh")
 DICOM_SUFFIXES = (".dcm", ".ima")
+# Of files that hold one volume.
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *MGH_SUFFIXES)
 OUTPUT_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 # A voxel that fills less than this share of the box of the same edge lengths is flat.
 MIN_VOXEL_FILL = 1e-3
 
-Kind = Literal["nifti", "itk", "dicom"]
+Kind = Literal["nifti", "itk", "mgh", "dicom"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class VolumeSource:
 
     Args:
         path: file or folder; None for an image made in memory.
-        kind: "nifti", "itk" or "dicom".
+        kind: "nifti", "itk", "mgh" or "dicom".
         shape: (I, J, K) in the file's own axis order.
         affine: (4, 4) of that order, voxel to mm, RAS+.
         orientation: (3, 2) nibabel orientation of that order: the RAS axis that each axis runs along, and its sign.
@@ -109,8 +112,9 @@ def read_volume(path: str | os.PathLike[str], *, labels: bool = False, exact: bo
     """Read one 3D volume.
 
     Args:
-        path: .nii, .nii.gz, .mha, .mhd, .nrrd, a folder that holds one DICOM series, or any file of a DICOM series;
-            a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI need the extra ``dicom``.
+        path: .nii, .nii.gz, .mha, .mhd, .nrrd, .mgz, .mgh, a folder that holds one DICOM series, or any file of a DICOM
+            series; a multi-frame DICOM file (enhanced MR or CT) is a volume of its own. All but NIfTI and FreeSurfer's
+            .mgz and .mgh need the extra ``dicom``.
         labels: the file holds label numbers, at least 0, which may be all equal; values within 0.01 of whole numbers are
             rounded, and the volume's notes say so.
         exact: for a result that repeats the file's own values outside a mask: NaN and infinite values are let through,
@@ -148,10 +152,13 @@ def _read(path: Path, *, labels: bool, exact: bool) -> Volume:
     if suffix in ITK_SUFFIXES:
         array, affine = itk.read_file(path)
         return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="itk")
+    if suffix in MGH_SUFFIXES:
+        array, affine, notes = mgh.read_file(path)
+        return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="mgh", notes=notes)
     if dicom.is_dicom(path):
         array, affine = dicom.read_dicom(path)
         return _canonical(array, affine, labels=labels, exact=exact, path=path, kind="dicom")
-    expected = ", ".join((*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES))
+    expected = ", ".join((*VOLUME_SUFFIXES, *DICOM_SUFFIXES))
     raise VolumeError(f"{path} ends in '{path.suffix}', expected {expected} or a DICOM folder: convert it first")
 
 

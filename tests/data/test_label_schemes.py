@@ -83,6 +83,27 @@ def test_another_tool_s_numbers_by_name(kind, tmp_path):
     assert result.exit_code == 1 and "label ids [17, 53, 77, 1035]" in result.stderr
 
 
+def test_what_freesurfer_writes(tmp_path):
+    """aparc+aseg.mgz: a parcel of the cortex, a piece of the callosum, a lesion, a choroid plexus, the chiasm."""
+    pred, truth = np.zeros((8, 8, 8)), np.zeros((8, 8, 8))
+    pred[:2], pred[2:4], pred[4:6], pred[6] = 3, 2, 4, 41
+    truth[:2], truth[2:4], truth[4:6], truth[6] = 1035, 251, 4, 41
+    truth[3, :4], truth[4, :4], truth[6, 0] = 77, 31, 85
+    save(tmp_path / "pred.nii.gz", pred)
+    nib.save(nib.MGHImage(truth.astype(np.int32), np.eye(4)), tmp_path / "aparc+aseg.mgz")
+    options = ("--pred", tmp_path / "pred.nii.gz", "--truth", tmp_path / "aparc+aseg.mgz", "--labels", "freesurfer")
+    found = scores(
+        run(*options, "--map-truth", "aseg", "--merge-sides", "--report", tmp_path / "r.json"), tmp_path / "r.json"
+    )
+    # The chiasm's 8 voxels of 192 are no white matter in the truth.
+    white = 2 * (192 - 8) / (192 + 192 - 8)
+    assert found == {
+        "cerebral cortex": 1.0, "cerebral white matter": pytest.approx(white), "lateral ventricle": 1.0
+    }  # fmt: skip
+    result = run(*options, "--map-truth", "aseg")
+    assert result.exit_code == 1 and "add --merge-sides" in result.stderr
+
+
 def test_names_of_both_without_a_list_of_names(tmp_path):
     pred, truth = volumes(tmp_path)
     for name in ("pred", "truth"):
