@@ -46,7 +46,8 @@ def find_volumes(where: str) -> dict[str, Path]:
         found[name] = path
     if not found:
         raise ValueError(
-            f"no volumes in '{where}'; expected a folder, or a pattern in quotes, with files that end in {', '.join(VOLUME_SUFFIXES)}"
+            f"no volumes in '{where}'; expected a folder, or a pattern in quotes, with files that end in "
+            f"{', '.join(VOLUME_SUFFIXES)}"
         )
     return found
 

@@ -190,7 +190,8 @@ def _mapping(path: Path, merge_sides: bool) -> Mapping[int | str, int | str]:
         return read_mapping(path)
     if not merge_sides:
         raise ValueError("aseg has white matter without a side (corpus callosum, lesions): add --merge-sides")
-    return {**{n: n for n in read_label_names(Path(FREESURFER))}, **ASEG_PARTS, **ASEG_WITHOUT_SIDE, **ASEG_PARCELS}
+    own = {number: number for number in read_label_names(Path(FREESURFER))}
+    return dict((own | ASEG_PARTS | ASEG_WITHOUT_SIDE | ASEG_PARCELS).items())
 
 
 def _occurring(labels: np.ndarray) -> tuple[list[int], np.ndarray]:

@@ -21,7 +21,7 @@ MAX_DRAWS = 10
 
 
 def image_paths(folder: Path, split: str, validation_fraction: float, seed: int) -> list[Path]:
-    """Images of a split, from a folder by ``binaryformer prepare`` or any folder with NIfTI, .mha, .mhd, .nrrd, .mgz or .mgh files.
+    """Images of a split, from a folder by ``binaryformer prepare`` or any folder with files of volumes.
 
     Without a manifest, a random share of the files, drawn with ``seed``, is for validation. If subjects have several
     files, the folder needs a manifest.

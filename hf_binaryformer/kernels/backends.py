@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -128,6 +130,13 @@ def select_backend(name: str | None, device_type: str) -> Backend:
             f"move them, or leave backend=None to have one chosen"
         )
     return backend
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Context without autocast, so that a backend's products are taken in the types that its formulas name."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def first_result(function: str, x: Tensor, *arguments: Any) -> Any:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_binaryformer.kernels.backends import select_backend
+from hf_binaryformer.kernels.backends import own_precision, select_backend
 from hf_binaryformer.kernels.bits import clear_padding
 from hf_binaryformer.kernels.checks import check_inputs, check_mask, on_one_device, seed_tensor
 from hf_binaryformer.kernels.differentiation import differentiable
@@ -139,10 +139,11 @@ def _hamming_attention(
     def compute(*inputs: Any) -> tuple[Tensor, Tensor]:
         return chosen.forward(*inputs) or reference_forward(*inputs)
 
-    if key_lengths is None:
-        return compute(*inputs)
-    found = chosen.forward(*inputs, key_lengths=key_lengths) if chosen.takes_key_lengths else None
-    return found or forward_by_sample(compute, *inputs, key_lengths)
+    with own_precision(value.device):
+        if key_lengths is None:
+            return compute(*inputs)
+        found = chosen.forward(*inputs, key_lengths=key_lengths) if chosen.takes_key_lengths else None
+        return found or forward_by_sample(compute, *inputs, key_lengths)
 
 
 @_hamming_attention.register_fake
@@ -181,10 +182,11 @@ def _hamming_attention_backward(
     def compute(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return chosen.backward(*inputs) or _backward_by_reference(*inputs)
 
-    if key_lengths is None:
-        return compute(*given, *options)
-    found = chosen.backward(*given, *options, key_lengths=key_lengths) if chosen.takes_key_lengths else None
-    return found or backward_by_sample(compute, *given, *options, key_lengths=key_lengths)
+    with own_precision(value.device):
+        if key_lengths is None:
+            return compute(*given, *options)
+        found = chosen.backward(*given, *options, key_lengths=key_lengths) if chosen.takes_key_lengths else None
+        return found or backward_by_sample(compute, *given, *options, key_lengths=key_lengths)
 
 
 def _backward_by_reference(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

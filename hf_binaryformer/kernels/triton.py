@@ -6,10 +6,8 @@ With ``TRITON_INTERPRET=1`` in the environment, Triton's interpreter runs the sa
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
-import os
-import warnings
 from typing import Any
 
 import torch
@@ -20,19 +18,13 @@ from hf_binaryformer.kernels.backends import Backend, register_backend, register
 from hf_binaryformer.kernels.bits import words_for
 from hf_binaryformer.kernels.draws import seed_hash
 from hf_binaryformer.kernels.layout import channels_adjacent, token_major
-from hf_binaryformer.kernels.triton_tiles import BOUND_LIMITS, INTERPRETED, Sizes
+from hf_binaryformer.kernels.self_check import Kind
+from hf_binaryformer.kernels.triton_tiles import BOUND_LIMITS, INTERPRETED, Sizes, on_its_device
 
 MINIMUM_VERSION = (3, 6)
 # int8 products on matrix units: NVIDIA's Ampere.
 MINIMUM_CAPABILITY = (8, 0)
 MAXIMUM_HEAD_DIM, MAXIMUM_VALUE_DIM = 512, 256
-# Names of GPUs (torch.cuda.get_device_name) that have a record in model_cards/evidence/kernels. On others, each kind of
-# problem is first compared with the reference.
-MEASURED: frozenset[str] = frozenset()
-CHECK_VARIABLE = "HF_BINARYFORMER_SELF_CHECK"
-
-
-CHECKS = not INTERPRETED and os.environ.get(CHECK_VARIABLE) != "0"
 
 
 class Problem:
@@ -88,9 +80,9 @@ class Problem:
         found = found.view(self.batch, self.heads, self.planes, -1)
         return found.squeeze(2) if weight.dim() == 3 else found.movedim(2, 3).contiguous()
 
-    def grid(self, tokens: int, tile: int) -> tuple[int, int]:
-        """Programs: tiles of tokens, and heads."""
-        return -(-tokens // tile), self.batch * self.heads
+    def grid(self, tokens: int, tile: int) -> tuple[int]:
+        """Programs: tiles of tokens of each head."""
+        return (-(-tokens // tile) * self.batch * self.heads,)
 
     def numbers(self) -> tuple[int | float, ...]:
         """Arguments that all kernels begin their numbers with."""
@@ -108,11 +100,14 @@ def forward(
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`hf_binaryformer.kernels.reference.reference_forward`; None for what :func:`served` excludes."""
-    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, "none", key_lengths):
+    if not served(query_bits, value, head_dim) or not trusted(
+        query_bits, value, head_dim, masked=key_lengths is not None
+    ):
         return None
     return run_forward(query_bits, key_bits, query_weight, key_weight, value, head_dim, scale, key_lengths)
 
 
+@on_its_device
 def run_forward(
     query_bits: Tensor,
     key_bits: Tensor,
@@ -156,12 +151,14 @@ def backward(
     key_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """As :func:`hf_binaryformer.kernels.reference.reference_backward`; None for what :func:`served` excludes."""
-    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, bit_gradient, key_lengths):
+    kind = bit_gradient, weight_gradient, key_lengths is not None
+    if not served(query_bits, value, head_dim) or not trusted(query_bits, value, head_dim, *kind):
         return None
     tensors = grad_output, query_bits, key_bits, query_weight, key_weight, value, output, logsumexp, grad_logsumexp
     return run_backward(*tensors, seed, head_dim, scale, bit_gradient, weight_gradient, key_lengths)
 
 
+@on_its_device
 def run_backward(
     grad_output: Tensor,
     query_bits: Tensor,
@@ -219,6 +216,7 @@ def run_backward(
     return d_query_weight, d_key_weight, grad_value, d_query, d_key
 
 
+@on_its_device
 def pack_sign_bits(x: Tensor) -> Tensor | None:
     """As :func:`hf_binaryformer.kernels.pack_sign_bits`; None for float64 and for empty inputs."""
     if x.dtype not in BOUND_LIMITS or not x.numel():
@@ -232,59 +230,29 @@ def pack_sign_bits(x: Tensor) -> Tensor | None:
 
 
 def served(query_bits: Tensor, value: Tensor, head_dim: int) -> bool:
-    """Whether the kernels compute it: no float64, no empty tensor, d at most 512, d_v at most 256."""
+    """Whether the kernels compute it: no float64, no empty tensor, d at most 512, d_v at most 256, 2^31 signs a head."""
     return (
         value.dtype in BOUND_LIMITS
         and min(query_bits.shape[:3]) > 0
         and min(value.shape) > 0
         and head_dim <= MAXIMUM_HEAD_DIM
         and value.shape[3] <= MAXIMUM_VALUE_DIM
+        and 2 * max(query_bits.shape[2], value.shape[2]) * MAXIMUM_HEAD_DIM < 2**31
     )
 
 
 def trusted(
-    query_bits: Tensor, value: Tensor, head_dim: int, bit_gradient: str, key_lengths: Tensor | None = None
-) -> bool:
-    """Whether this kind of problem may run on this device: it has been measured there, or agrees with the reference now."""
-    if not CHECKS or (value.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return True
-    planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
-    return agrees(value.device, head_dim, value.shape[3], planes, value.dtype, bit_gradient, key_lengths is not None)
-
-
-@functools.cache
-def agrees(
-    device: torch.device,
+    query_bits: Tensor,
+    value: Tensor,
     head_dim: int,
-    value_dim: int,
-    planes: int,
-    dtype: torch.dtype,
-    bit_gradient: str,
+    bit_gradient: str = "none",
+    weight_gradient: bool = True,
     masked: bool = False,
 ) -> bool:
-    """Whether the kernels agree with the reference on a small problem; warns if they do not."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if name in MEASURED:
-        return True
-    kind = {
-        "head_dim": head_dim,
-        "value_dim": value_dim,
-        "planes": planes,
-        "dtype": dtype,
-        "bit_gradient": bit_gradient,
-        "masked": masked,
-    }
-    found = self_check.difference(run_forward, run_backward, device=device, **kind)  # type: ignore[arg-type]
-    if found is None:
-        return True
-    warnings.warn(
-        f"the Triton kernels disagree with the reference on {name} ({', '.join(f'{k} {v}' for k, v in kind.items())}): "
-        f"{found}. The reference is used, which is slower. Please report this line with Triton {triton.__version__} and "
-        f"torch {torch.__version__}; {CHECK_VARIABLE}=0 turns the comparison off",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
+    """Whether this kind of problem may run on this device."""
+    planes = query_bits.shape[3] if query_bits.dim() == 5 else 1
+    kind = Kind(value.device, head_dim, value.shape[3], planes, value.dtype, bit_gradient, weight_gradient, masked)
+    return self_check.trusted(kind, lambda: self_check.difference(run_forward, run_backward, kind))
 
 
 def unit_of(device: torch.device) -> str:
@@ -298,11 +266,12 @@ def missing_reason() -> str | None:
     """Why the backend cannot be loaded here and how to cure it; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'triton>=3.6' (Linux, NVIDIA or AMD GPU)"
-    found = importlib.metadata.version("triton")
-    if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_VERSION:
-        return f"triton {found} is too old: pip install 'triton>={'.'.join(map(str, MINIMUM_VERSION))}'"
     if not INTERPRETED and not torch.cuda.is_available():
         return "no GPU that torch can use: a CUDA or ROCm build of torch and its driver are needed"
+    # Not the version of the package: it has another name in ROCm builds.
+    found = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_VERSION:
+        return f"triton {found} is too old: pip install 'triton>={'.'.join(map(str, MINIMUM_VERSION))}'"
     return None
 
 

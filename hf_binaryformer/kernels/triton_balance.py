@@ -11,10 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_binaryformer.kernels.balance import EPSILON
+from hf_binaryformer.kernels import self_check
+from hf_binaryformer.kernels.balance import EPSILON, reference_balance, reference_balance_backward
 from hf_binaryformer.kernels.bits import words_for
 from hf_binaryformer.kernels.layout import channels_adjacent, token_major
-from hf_binaryformer.kernels.triton_tiles import INTERPRETED, padded
+from hf_binaryformer.kernels.self_check import BalanceKind, balance_difference
+from hf_binaryformer.kernels.triton_draws import place_of
+from hf_binaryformer.kernels.triton_tiles import INTERPRETED, on_its_device, padded
 
 # Numbers that a program holds at once.
 TILE = 8192
@@ -40,10 +43,10 @@ def sum_tokens(
     x, sums, heads, tokens, blocks, x_b, x_h, x_n, DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """Sums (B·H, blocks, D) float32 of R tokens each of x (B, H, tokens, DIM)."""
-    group = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * R + tl.arange(0, R)
+    tile, group = place_of(tokens, R)
+    i = tile * R + tl.arange(0, R)
     found = tl.sum(_rows(x, group // heads, group % heads, i, tokens, x_b, x_h, x_n, DIM, D), 0)
-    tl.store(sums + (group * blocks + tl.program_id(0)) * D + tl.arange(0, D), found)
+    tl.store(sums + (group * blocks + tile) * D + tl.arange(0, D), found)
 
 
 @triton.jit
@@ -52,9 +55,9 @@ def balance_rows(
     DIM: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, R: tl.constexpr, CENTERING: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Centre, normalise and round R tokens of one head, and pack the signs of what was rounded; D is a multiple of 64."""
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = place_of(tokens, R)
     b, h = group // heads, group % heads
-    i = tl.program_id(0) * R + tl.arange(0, R)
+    i = tile * R + tl.arange(0, R)
     channel = tl.arange(0, D)
     c = _rows(x, b, h, i, tokens, x_b, x_h, x_n, DIM, D)
     if CENTERING:
@@ -79,9 +82,9 @@ def balance_gradient(
     DIM: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr, CENTERING: tl.constexpr,
 ):  # fmt: skip
     """The gradient before centring of R tokens of one head: its sum (SUMS), or the gradient of x, less the mean."""
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = place_of(tokens, R)
     b, h = group // heads, group % heads
-    i = tl.program_id(0) * R + tl.arange(0, R)
+    i = tile * R + tl.arange(0, R)
     channel = tl.arange(0, D)
     real = _rows(y, b, h, i, tokens, y_b, y_h, y_n, DIM, D)
     g = _rows(grad, b, h, i, tokens, grad_b, grad_h, grad_n, DIM, D)
@@ -90,7 +93,7 @@ def balance_gradient(
         factor = tl.load(inverse_rms + group * tokens + i, mask=i < tokens, other=0.0)
         g = (g - real * (tl.sum(g * real, 1) / DIM)[:, None]) * factor[:, None]
     if SUMS:
-        tl.store(sums + (group * blocks + tl.program_id(0)) * D + channel, tl.sum(g, 0))
+        tl.store(sums + (group * blocks + tile) * D + channel, tl.sum(g, 0))
     else:
         if CENTERING:
             g -= tl.load(means + group * D + channel)[None, :]
@@ -102,17 +105,28 @@ def served(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0 and x.shape[-1] <= 1024
 
 
+def trusted(x: Tensor, centering: bool, norm: bool) -> bool:
+    """Whether the kernels may compute it on this device."""
+    kind = BalanceKind(x.device, x.dtype, x.shape[-1], centering, norm)
+    formulas = reference_balance, reference_balance_backward
+    return self_check.trusted(kind, lambda: balance_difference(run_balance, run_balance_backward, formulas, kind))
+
+
 def balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """As :func:`hf_binaryformer.kernels.balance.reference_balance`; None for what :func:`served` excludes."""
-    if not served(x):
-        return None
+    return run_balance(x, centering, norm) if served(x) and trusted(x, centering, norm) else None
+
+
+@on_its_device
+def run_balance(x: Tensor, centering: bool, norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`balance` without questions."""
     x = channels_adjacent(x)
     batch, heads, tokens, dim = x.shape
     d, rows, blocks = _sizes(x)
     y = token_major(x, x.shape, x.dtype)
     bits = x.new_empty((batch, heads, tokens, words_for(dim)), dtype=torch.int64)
     inverse_rms = x.new_empty((batch, heads, tokens), dtype=torch.float32)
-    grid, sizes = (blocks, batch * heads), (heads, tokens)
+    grid, sizes = (blocks * batch * heads,), (heads, tokens)
     means = None
     if centering:
         sums = x.new_empty((batch * heads, blocks, d), dtype=torch.float32)
@@ -129,8 +143,16 @@ def balance_backward(
     y: Tensor, grad: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
 ) -> Tensor | None:
     """As :func:`hf_binaryformer.kernels.balance.reference_balance_backward`; None for what :func:`served` excludes."""
-    if not served(y):
+    if not served(y) or not trusted(y, centering, norm):
         return None
+    return run_balance_backward(y, grad, inverse_rms, centering, norm, window)
+
+
+@on_its_device
+def run_balance_backward(
+    y: Tensor, grad: Tensor, inverse_rms: Tensor, centering: bool, norm: bool, window: float
+) -> Tensor:
+    """:func:`balance_backward` without questions."""
     y, grad, inverse_rms = channels_adjacent(y), channels_adjacent(grad), inverse_rms.contiguous()
     batch, heads, tokens, dim = y.shape
     d, rows, blocks = _sizes(y)
@@ -141,7 +163,7 @@ def balance_backward(
             sums = y.new_empty((batch * heads, blocks, d), dtype=torch.float32)
         elif sums is not None:
             means = sums.sum(1) / tokens
-        balance_gradient[(blocks, batch * heads)](
+        balance_gradient[(blocks * batch * heads,)](
             *(y, grad, inverse_rms, sums, means, grad_x, heads, tokens, blocks),
             *(*y.stride()[:3], *grad.stride()[:3], *grad_x.stride()[:3], float(window)),
             **{"DIM": dim, "D": d, "R": rows, "NORM": norm, "SUMS": sum_first, "CENTERING": centering},

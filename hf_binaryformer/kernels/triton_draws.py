@@ -7,6 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
+def place_of(tokens, TILE: tl.constexpr):
+    """Tile of tokens and head of this program. Both are folded into the first axis of the grid, as the others end at 65 535."""
+    tiles = tl.cdiv(tokens, TILE)
+    return tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+
+
+@triton.jit
 def _multiply32(h):
     """As :func:`hf_binaryformer.kernels.draws._multiply32`, on uint32."""
     h = (h ^ (h >> 16)) * 0x7FEB352D
@@ -35,8 +42,8 @@ def draws(row, j):
 def hash_rows(hashes, seed, rows, SEED_ON_DEVICE: tl.constexpr, R: tl.constexpr):
     """Hashes (B·H, rows) of the queries; seed is the hash of the seed, a number or (SEED_ON_DEVICE) where it lies."""
     base = tl.load(seed) if SEED_ON_DEVICE else seed
-    group = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * R + tl.arange(0, R)
+    tile, group = place_of(rows, R)
+    i = tile * R + tl.arange(0, R)
     tl.store(hashes + group * rows + i, row_hash(base, group, i).to(tl.int32, bitcast=True), mask=i < rows)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_binaryformer.kernels.triton_draws import draws, ternary
+from hf_binaryformer.kernels.triton_draws import draws, place_of, ternary
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -133,9 +133,9 @@ def attend(
         logsumexp: (B·H, queries) float32.
         lengths: (B) int64, how many of each sample's keys take part (the first ones); None: all.
     """
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = place_of(queries, M)
     b, h = group // heads, group % heads
-    i = tl.program_id(0) * M + tl.arange(0, M)
+    i = tile * M + tl.arange(0, M)
     inside = i < queries
     factor = scale * LOG2_E
     query_base = query_signs + group * PLANES * queries * D
@@ -202,9 +202,9 @@ def backward_of_keys(
         grad_value: (B, H, keys, VALUE_DIM); grad_key_weight: (B·H, PLANES, keys); grad_key: (B·H, keys, HEAD_DIM).
         hashes: (B·H, queries) of :func:`hash_rows`, read for the ternary gradient.
     """
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = place_of(keys, N)
     b, h = group // heads, group % heads
-    j = tl.program_id(0) * N + tl.arange(0, N)
+    j = tile * N + tl.arange(0, N)
     inside = j < keys
     factor = scale * LOG2_E
     keys_base = key_signs + group * PLANES * keys * D
@@ -225,7 +225,7 @@ def backward_of_keys(
     count = _count(lengths, b, keys)
     end = queries
     if lengths is not None:
-        end = tl.where(tl.program_id(0) * N < count, queries, 0)
+        end = tl.where(tile * N < count, queries, 0)
     for start in range(0, end, M):
         i = start + tl.arange(0, M)
         query = _signs(query_base, i, queries, D, True)
@@ -333,9 +333,9 @@ def backward_of_queries(
     PRECISION: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query weights and query signs: M queries of one head a program, N keys (64: a block of draws) a step."""
-    group = tl.program_id(1).to(tl.int64)
+    tile, group = place_of(queries, M)
     b, h = group // heads, group % heads
-    i = tl.program_id(0) * M + tl.arange(0, M)
+    i = tile * M + tl.arange(0, M)
     inside = i < queries
     factor = scale * LOG2_E
     query_base = query_signs + group * PLANES * queries * D

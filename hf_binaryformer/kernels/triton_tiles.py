@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hf_binaryformer.kernels.draws import BLOCK
 
@@ -112,6 +115,17 @@ class Sizes:
         if not backward:
             return {**found, "LIMIT": BOUND_LIMITS[self.dtype]}
         return {**found, "WEIGHT_GRADIENT": self.weight_gradient, "BIT_GRADIENT": self.bit_gradient}
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that launches kernels, with the GPU of its first argument as the current one: launches go there."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return run
 
 
 def padded(size: int, least: int) -> int:

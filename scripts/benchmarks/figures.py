@@ -25,7 +25,13 @@ BLOCKS = (
     ("hamming", True, REDUCED_VALUE_DIM),
 )
 # A row of panels in the plot, and the part of a name that tells its subjects from those of the rows above.
-KINDS = {f"attention, {HEADS} heads": "", "one head": ", 1 head", "encoder": "encoder, ", "sampler": "sampler, "}
+KINDS = {
+    f"attention, {HEADS} heads": "",
+    "one head": ", 1 head",
+    "encoder": "encoder, ",
+    "training step": "training step, ",
+    "sampler": "sampler, ",
+}
 
 
 @dataclass
@@ -189,8 +195,8 @@ def draw_plot(path: Path, record: dict[str, Any]) -> None:
         panels[0].set_ylabel(title, fontsize=9)
     patches = [grid[0, 0].barh(0, 0, color=colours[n], label=f"{n} tokens") for n in lengths]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(lengths), fontsize=9, frameon=False)
-    cpu, threads = record["device"]["cpu"], record["threads"]
-    figure.suptitle(f"Times as fast as SDPA with d_v = {HEAD_DIM}: {cpu}, {threads} threads", fontsize=10)
+    threads = f", {record['threads']} threads" if "threads" in record else ""
+    figure.suptitle(f"Times as fast as SDPA with d_v = d: {record['device']['cpu']}{threads}", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
@@ -200,5 +206,6 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _label(row: dict[str, Any]) -> str:
-    """Name of a row of the record without its kind, and its value channels."""
-    return f"{row['name'].replace(KINDS[_kind(row)], '')}, d_v {row['value_dim']}"
+    """Name of a row of the record without its kind, and its channels."""
+    channels = "" if row["head_dim"] == HEAD_DIM else f"d {row['head_dim']}, "
+    return f"{row['name'].replace(KINDS[_kind(row)], '')}, {channels}d_v {row['value_dim']}"

@@ -61,7 +61,7 @@ def make_inputs(
         torch.where(x >= 0, w.unsqueeze(-1), -w.unsqueeze(-1)) for x, w in ((query, query_weight), (key, key_weight))
     )
     blocks = signed_query.split(ROWS, dim=2)
-    largest = max(float((rows @ signed_key.mT).abs().max()) for rows in blocks) * head_dim**-0.5
+    largest = float(torch.stack([(rows @ signed_key.mT).abs().max() for rows in blocks]).max()) * head_dim**-0.5
     factor = (SCORE_LIMIT / largest) ** 0.5
     query, key, query_weight, key_weight, value = (
         x.to(dtype) for x in (query, key, query_weight * factor, key_weight * factor, draw(1, heads, tokens, value_dim))

@@ -66,9 +66,7 @@ def test_capitals_and_subfolders_are_scored(folders, tmp_path, ours, theirs):
 
 
 @pytest.mark.parametrize("side", ["pred", "truth", "both"])
-@pytest.mark.parametrize(
-    "name", ["b.dcm", "IM0001", "sub/b.hdr", "b.nii.bz2", "b.npy", "b.nii.gz.part", "b.nii.gz~"]
-)
+@pytest.mark.parametrize("name", ["b.dcm", "IM0001", "sub/b.hdr", "b.nii.bz2", "b.npy", "b.nii.gz.part", "b.nii.gz~"])
 def test_a_file_that_might_be_a_volume_is_refused_by_name(folders, side, name):
     for folder in folders:
         if side in (folder.name, "both"):

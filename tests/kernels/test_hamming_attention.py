@@ -295,6 +295,19 @@ def test_inputs_are_left_unchanged(backend, device) -> None:
 
 
 @on_every_target
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_rounds_no_product(masked, backend, device) -> None:
+    """The operator computes in the types of its inputs; under autocast a product in it would be rounded to bfloat16."""
+    case = make_case(20, 30, device=device, dtype=torch.float32)
+    mask = torch.arange(30, device=device) < torch.tensor([[30], [11]], device=device) if masked else None
+    options = {"head_dim": 64, "backend": backend, "key_mask": mask}
+    expected = hamming_attention(*case.inputs(), **options)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        found = hamming_attention(*case.inputs(), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@on_every_target
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_weights_with_half_precision_values(dtype, backend, device) -> None:
     """Under autocast the weights may stay in float32 while the values are rounded; each gradient keeps its dtype."""

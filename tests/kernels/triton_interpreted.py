@@ -3,6 +3,7 @@
 Triton reads ``TRITON_INTERPRET`` when it is imported, so this needs a process of its own.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import triton.language as tl
 from cpu_cases import ALLOWED, HALVES, SHAPES, assert_near, distance, row_bounds, with_bounds
 from hamming_cases import Case, make_case
 
-from hf_binaryformer.kernels import backend_report, pack_sign_bits, triton_balance, triton_draws
+from hf_binaryformer.kernels import backend_report, pack_sign_bits, self_check, triton_balance, triton_draws
 from hf_binaryformer.kernels import triton as backend
 from hf_binaryformer.kernels.balance import reference_balance, reference_balance_backward
 from hf_binaryformer.kernels.draws import seed_hash, uniform
@@ -193,8 +194,15 @@ def test_the_smallest() -> None:
     assert not results["query_weight"].any() and not results["query"].any()  # One key: nothing to choose.
 
 
+@pytest.fixture
+def small_checks(monkeypatch) -> None:
+    """The comparison with the reference at a size that the interpreter does in seconds."""
+    for name, size in (("QUERIES", 40), ("KEYS", 70), ("BATCH", 1)):
+        monkeypatch.setattr(self_check, name, size)
+
+
 @pytest.mark.parametrize("fault", [None, "dw_k", "scale", "tail"])
-def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
+def test_a_broken_kernel_is_not_used(fault, small_checks, monkeypatch) -> None:
     """The comparison that precedes the first use on a device that nobody has measured."""
     run_forward, run_backward = backend.run_forward, backend.run_backward
 
@@ -210,10 +218,10 @@ def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
         found = run_backward(*inputs)
         return (found[0], -found[1], *found[2:]) if fault == "dw_k" else found
 
-    monkeypatch.setattr(backend, "CHECKS", True)
+    monkeypatch.setattr(self_check, "ENABLED", True)
+    monkeypatch.setattr(self_check, "CHECKED", {})
     monkeypatch.setattr(backend, "run_forward", forward)
     monkeypatch.setattr(backend, "run_backward", backward)
-    backend.agrees.cache_clear()
     case = with_bounds(make_case(20, 30, dtype=torch.float32), 1, 5)
     if fault is None:
         case.run(backend="triton", bit_gradient="ternary", seed=1)
@@ -222,10 +230,32 @@ def test_a_broken_kernel_is_not_used(fault, monkeypatch) -> None:
         found = case.run(backend="triton")
     for name, tensor in case.run(backend="reference").items():
         assert torch.equal(found[name], tensor), name
-    backend.agrees.cache_clear()
 
 
-def test_the_benchmark_runs_what_it_names(monkeypatch) -> None:
+@pytest.mark.parametrize("fault", ["numbers", "gradient", "bits", "compiler"])
+def test_broken_balancing_is_not_used(fault, monkeypatch) -> None:
+    run, run_backward = triton_balance.run_balance, triton_balance.run_balance_backward
+
+    def balance(x, centering, norm):
+        if fault == "compiler":
+            raise ArithmeticError("out of resources")
+        y, bits, factors = run(x, centering, norm)
+        return 1.01 * y if fault == "numbers" else y, ~bits if fault == "bits" else bits, factors
+
+    def backward(*inputs):
+        return -run_backward(*inputs) if fault == "gradient" else run_backward(*inputs)
+
+    monkeypatch.setattr(self_check, "ENABLED", True)
+    monkeypatch.setattr(self_check, "CHECKED", {})
+    monkeypatch.setattr(triton_balance, "run_balance", balance)
+    monkeypatch.setattr(triton_balance, "run_balance_backward", backward)
+    x = torch.randn(1, 2, 30, 24)
+    with pytest.warns(RuntimeWarning, match="disagree with the reference"):
+        assert triton_balance.balance(x, True, True) is None
+    assert triton_balance.balance(x, True, True) is None, "the second call need not compare again"
+
+
+def test_the_benchmark_runs_what_it_names(small_checks, monkeypatch, tmp_path) -> None:
     """All subjects of ``gpu.py`` that need no GPU of their own, at toy size."""
     sys.path.append(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
     import gpu
@@ -235,7 +265,38 @@ def test_the_benchmark_runs_what_it_names(monkeypatch) -> None:
     for subject in subjects:
         result = subject.prepare()()
         assert isinstance(result, tuple) == subject.step
-    monkeypatch.setattr(gpu, "SIZES", ((24, 8),))
-    assert [row["passed"] for row in gpu.check("cpu")] == [True] * 18
-    table = gpu.table([gpu.Result(subjects[0], [1.0, 2.0])])
-    assert table.splitlines()[2] == "| attention: hamming | 40 | 64 | 16 | forward | 1.500 |  |  |"
+    monkeypatch.setattr(gpu, "ROWS", 20)
+    assert gpu.verify(40, 64, 16, "cpu") is None
+    checked = gpu.check(gpu.kinds("cpu", ((24, 8),)), 1)
+    assert [row["differs"] for row in checked] == [None] * 17
+    record = gpu.Record(tmp_path, "command", checked, {"passed": True}, float("inf"))
+    monkeypatch.setattr(gpu, "peak_bytes", lambda subject: None)
+    record.add("toy", subjects, 1, 0.0)
+    assert record.left_out == []
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 7
+    assert not (tmp_path / "gpu.png").exists(), "there is no ratio to draw"
+    record.results[0].ratio_to_sdpa = 2.0
+    record.write()
+    assert (tmp_path / "gpu.png").is_file()
+    assert (tmp_path / "gpu.md").read_text().splitlines()[2].startswith("| hamming | 40 | 64 | 16 | forward | ")
+    record.until = 0
+    record.add("late", subjects, 1, 0.0)
+    assert record.left_out == ["late: no time left"]
+
+
+def test_the_benchmark_does_not_time_what_is_wrong(monkeypatch, tmp_path) -> None:
+    sys.path.append(str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
+    import gpu
+
+    right = backend.run_backward
+
+    def wrong(*inputs):
+        found = right(*inputs)
+        return *found[:2], -found[2], *found[3:]
+
+    monkeypatch.setattr(backend, "run_backward", wrong)
+    subjects = [one for one in gpu.attention(40, 64, 16, "cpu") if "sdpa" not in one.name]
+    record = gpu.Record(tmp_path, "command", [], {}, float("inf"))
+    record.add("toy", subjects, 1, 0.0)
+    assert record.results == [] and len(record.left_out) == 7
+    assert "value with the gradient 'none' is off by 2 of its size" in record.left_out[0]
