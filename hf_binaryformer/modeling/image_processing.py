@@ -162,6 +162,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         images: Any,
         segmentation_maps: Any = None,
         return_tensors: str | None = "pt",
+        position: float = 0.0,
         **kwargs: Any,
     ) -> BatchFeature:
         """2D images to network input: scaled, resized to ``image_size``, grey values repeated over the slice channels.
@@ -170,6 +171,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
             images: one or a list of PIL images, (H, W) or (H, W, 3) arrays or tensors; colours are averaged.
             segmentation_maps: labels (H, W) of each; resized without interpolation.
             return_tensors: "pt" or "np".
+            position: where the images lie along the slice axis, from -1 to 1 (0: in the middle), for a network that is told.
 
         Returns:
             ``pixel_values`` (B, C, H, W) float32, and ``labels`` (B, H, W) int64 if maps are given.
@@ -180,6 +182,9 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         pixels = [
             self.slices_at(torch.from_numpy(self.scale_volume(g))[None], torch.zeros(1, dtype=torch.long)) for g in grey
         ]
+        if self.slice_position:
+            for one in pixels:
+                one[:, -1] = position
         data = {"pixel_values": torch.cat([F.interpolate(p, self.image_size, mode="bilinear") for p in pixels])}
         if segmentation_maps is not None:
             maps = segmentation_maps if isinstance(segmentation_maps, (list, tuple)) else [segmentation_maps]

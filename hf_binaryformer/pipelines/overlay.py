@@ -36,6 +36,27 @@ _RGB = bytes.fromhex(
 )
 Colour = tuple[int, int, int]
 PALETTE: tuple[Colour, ...] = tuple(zip(_RGB[0::3], _RGB[1::3], _RGB[2::3], strict=True))
+# Organs of the abdomen (AMOS's names) have colours that the eye expects: arteries red, veins blue, bile green.
+_ORGANS = {
+    "spleen": "9b5de5",
+    "right kidney": "ff9f1c",
+    "left kidney": "f4d58d",
+    "gallbladder": "3fa36b",
+    "oesophagus": "b8d8a8",
+    "liver": "c4694a",
+    "stomach": "f4b8f4",
+    "aorta": "ff2a2a",
+    "inferior vena cava": "2a6fdb",
+    "pancreas": "00e0c6",
+    "right adrenal gland": "d7ff3e",
+    "left adrenal gland": "8f9bff",
+    "duodenum": "f15bb5",
+    "bladder": "ffe94d",
+    "prostate or uterus": "7a8ca3",
+}
+ORGAN_COLOURS: dict[str, Colour] = {
+    name: (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16)) for name, code in _ORGANS.items()
+}
 FILL_OPACITY = 0.7
 # Panels are drawn this much larger and then reduced, which smooths the outlines of the labels.
 SUPERSAMPLING = 2
@@ -48,10 +69,11 @@ def label_colour(label: int) -> Colour:
 
 
 def label_colours(labels: np.ndarray, label_names: Mapping[int, str]) -> dict[int, Colour]:
-    """Colour of every label > 0 that occurs or is named: by its place among the names, or else by its number."""
+    """Colour of every label > 0 that occurs or is named: its organ's, or by its place among the names, or by its number."""
     places = {label: place for place, label in enumerate(sorted(n for n in label_names if n > 0), 1)}
     found = {int(label) for label in np.unique(labels[labels > 0])}
-    return {label: label_colour(places.get(label, label)) for label in found | set(places)}
+    by_place = {label: label_colour(places.get(label, label)) for label in found | set(places)}
+    return {label: ORGAN_COLOURS.get(label_names.get(label, ""), colour) for label, colour in by_place.items()}
 
 
 def label_overlay(

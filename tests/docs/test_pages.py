@@ -1,4 +1,4 @@
-"""Every example of the pages in docs/ runs, in the order of its page, or says in a comment why not."""
+"""Every example of the site, the README and the model cards runs, in the order of its page, or says in a comment why not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from hf_binaryformer.modeling import attention_configuration, attention_forms  #
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+CARDS = sorted((ROOT / "model_cards").glob("*.md"))
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
+PAGES |= {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *CARDS)}
 # They segment whole brains, train, or load the packaged networks several times.
 SLOW = {
+    *(path.relative_to(ROOT).as_posix() for path in CARDS),
     "start.md",
     "howto/add-data-set.md",
     "howto/own-data.md",
@@ -70,7 +73,9 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     head = i**2 / 900 + j**2 / 100 + k**2 / 900 < 1
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     (tmp_path / "scans").mkdir()
-    for name in ("scan.nii.gz", "scans/first.nii.gz", "scans/second.nii.gz"):
+    (tmp_path / "published").symlink_to(ROOT / "published")
+    scans = "scan", "scans/first", "scans/second", "abdomen", "hippocampus_001"
+    for name in (f"{scan}.nii.gz" for scan in scans):
         image = head * (100 + random.normal(0, 10, head.shape))
         nib.save(nib.Nifti1Image(image.astype(np.float32), affine), tmp_path / name)
     hole = i**2 + j**2 + k**2 < 16

@@ -1,5 +1,8 @@
 """What wrong input and missing backends get: what was expected, what came, and the cure."""
 
+import importlib
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from hamming_cases import make_case, on_every_target
 
 from hf_binaryformer.kernels import BackendUnavailableError, available_backends, backend_report, hamming_attention
+from hf_binaryformer.kernels import triton as triton_backend
 
 NAMES = ["reference", "cpu", "triton", "metal"]
 
@@ -117,3 +121,34 @@ def test_unknown_backend_lists_the_known_ones() -> None:
 def test_named_backend_gives_what_the_default_gives(backend, device) -> None:
     case = make_case(dtype=torch.float32, device=device)
     torch.testing.assert_close(case.run(backend=backend)["output"], case.run()["output"])
+
+
+@pytest.mark.parametrize(
+    ("installed", "version", "gpu", "words"),
+    [
+        (False, "", True, ["not installed", "pip install 'triton>=3.6'"]),
+        (True, "3.7.0", False, ["no GPU that torch can use", "driver"]),
+        (True, "3.5.1", True, ["triton 3.5.1 is too old", "triton>=3.6"]),
+        (True, "3.10.0+rocm", True, []),
+    ],
+)
+def test_why_triton_is_missing(installed, version, gpu, words, monkeypatch) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=version))
+    reason = triton_backend.missing_reason()
+    assert (reason is None) == (not words)
+    assert all(word in (reason or "") for word in words), reason
+
+
+def test_an_old_gpu_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Quadro RTX 5000")
+    for capability, word in (((7, 5), "Quadro RTX 5000 has compute capability 7.5, at least 8.0"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        triton_backend.problem.cache_clear()
+        assert word is None or word in triton_backend.problem()
+        assert (triton_backend.problem() is None) == (word is None)
+    triton_backend.problem.cache_clear()

@@ -37,10 +37,20 @@ def test_a_program_of_standard_operators(form, balance):
         torch.testing.assert_close(program.module()(image), model.eval()(image).logits, **TOLERANCE)
 
 
+# The paper's form, and that of the recipes and of the packaged network.
 @pytest.mark.slow
-def test_the_onnx_file_in_onnxruntime(tmp_path):
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"attention_type": "hamming"},
+        {"attention_type": "sign", "bit_gradient": "ternary", **BALANCED},
+        {"attention_type": "sign", "bit_gradient": "ternary", "learned_logit_scale": True, "decoder_image_skip": True},
+    ],
+    ids=["hamming", "recipes", "tiny-brain"],
+)
+def test_the_onnx_file_in_onnxruntime(form, tmp_path):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    model = network(attention_type="hamming").eval()
+    model = network(**form).eval()
     path = export_onnx(model, tmp_path / "network.onnx")
     assert [one.name for one in tmp_path.iterdir()] == ["network.onnx"]
     graph = onnx.load(path)

@@ -77,6 +77,18 @@ def test_2d_images_and_label_maps():
     assert torch.equal(batch["labels"][0], torch.from_numpy(np.kron(grey > 40, np.ones((2, 2)))).long())
 
 
+def test_a_picture_lies_in_the_middle_unless_it_is_said():
+    """The middle slice of a volume is told 0, so a picture of it must be told the same."""
+    picture = np.random.default_rng(0).random((32, 32)).astype(np.float32)
+    processor = BinaryFormerImageProcessor(num_slices=3, slice_position=True, image_size=(32, 32))
+    pixels = processor(picture)["pixel_values"]
+    middle = processor.volume_to_slices(np.stack([processor.scale_volume(picture)] * 5, 1))[2:3]
+    torch.testing.assert_close(pixels, middle)
+    assert (processor(picture, position=-0.5)["pixel_values"][:, 3] == -0.5).all()
+    plain = BinaryFormerImageProcessor(num_slices=3, image_size=(32, 32))
+    assert torch.equal(plain(picture, position=-0.5)["pixel_values"], pixels[:, :3])
+
+
 @pytest.mark.parametrize(("side", "wanted"), [(96, 32), (96, 64), (32, 96), (31, 47), (47, 31), (64, 64)])
 def test_label_maps_are_resized_about_the_centres_of_pixels(side, wanted):
     """Each new pixel has the label of an old pixel whose centre is nearest, where the resized image has its value."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from hf_binaryformer.pipelines.overlay import PALETTE, label_colour, label_colours, label_overlay
+from hf_binaryformer.data.synthesis.description import DESCRIPTIONS, load_description
+from hf_binaryformer.pipelines.overlay import ORGAN_COLOURS, PALETTE, label_colour, label_colours, label_overlay
 from hf_binaryformer.pipelines.views import AXIAL, CORONAL, SAGITTAL, draw_letters, view_centre
 
 
@@ -154,3 +155,14 @@ def test_forty_distinct_colours():
 def test_bad_input_is_named(shape, spacing, message):
     with pytest.raises(ValueError, match=message):
         label_overlay(np.ones((3, 3, 3)), np.ones(shape, int), spacing)
+
+
+def test_organs_have_colours_of_their_own():
+    """Every organ of AMOS, in the spelling of its data set; arteries are red, veins blue, and no two are alike."""
+    names = dict(load_description(DESCRIPTIONS / "abdomen.yaml").label_names)
+    colours = label_colours(np.zeros(1, np.int32), names)
+    assert {name for name in names.values() if name != "background"} == set(ORGAN_COLOURS)
+    assert len(set(colours.values())) == 15
+    for name, channel in (("aorta", 0), ("inferior vena cava", 2)):
+        (colour,) = (colours[label] for label in names if names[label] == name)
+        assert colour[channel] == max(colour) > 2 * min(colour)
