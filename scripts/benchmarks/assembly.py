@@ -27,7 +27,7 @@ from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles, padded
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 VALUES = ("value", "output", "grad_output", "grad_value", "x", "y", "grad", "grad_x")
-WHOLE = {"query_signs": "*i8", "key_signs": "*i8", "hashes": "*i32", "lengths": "*i64", "bits": "*i64"}
+WHOLE = {"signs": "*i8", "query_signs": "*i8", "key_signs": "*i8", "hashes": "*i32", "lengths": "*i64", "bits": "*i64"}
 WHOLE |= dict.fromkeys(("scale", "epsilon", "window"), "fp32")
 NUMBERS = ("query_weight", "key_weight", "largest", "logsumexp", "delta", "sums", "means", "inverse_rms")
 GRADIENTS = ("grad_query_weight", "grad_key_weight", "grad_query", "grad_key")

@@ -1,22 +1,24 @@
 """python scripts/reliability/load.py --record model_cards/evidence/reliability/load.json
 
-Segments many volumes of three sizes in one process, each file into files with picture, report and probabilities, and reads
-the memory of the process after each. Memory must stay as it is: the largest of the last fifth of the volumes is compared
-with the largest of the second fifth.
+Segments a folder of many scans of three sizes in one run, as ``binaryformer segment FOLDER -o OUT`` does, with a damaged
+file among them, and reads the memory of the process after each. Memory must stay as it is: the largest of the last fifth of
+the scans is compared with the largest of the second fifth.
 """
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm.auto import tqdm
 
-from hf_binaryformer.commands.jobs import segment_file
+from hf_binaryformer.commands.many_scans import segment_scans
 from jobs import head, save, save_network
 from records import write_record
 
@@ -31,34 +33,36 @@ def resident_mb() -> float:
 
 
 def segment_many(volumes: int) -> dict[str, Any]:
-    """Memory in MB after each volume, and what is made of it."""
-    memory, started = [], time.perf_counter()
+    """Memory in MB after each scan, what is made of it, and what the run left."""
+    memory: list[float] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        network = save_network(folder / "network")
-        for number in tqdm(range(volumes), desc="volumes"):
-            path = save(head(SHAPES[number % len(SHAPES)]), folder / "in.nii.gz")
-            outputs = {key: folder / f"{number}.{key}" for key in ("png", "json", "prob.nii.gz")}
-            segment_file(
-                path,
-                folder / f"{number}.nii.gz",
-                overlay=outputs["png"],
-                report=outputs["json"],
-                probabilities=outputs["prob.nii.gz"],
-                model=str(network),
-            )
-            for file in (*outputs.values(), folder / f"{number}.nii.gz"):
-                file.unlink()
-            memory.append(resident_mb())
+        scans, out = Path(name) / "scans", Path(name) / "out"
+        for number in range(volumes):
+            save(head(SHAPES[number % len(SHAPES)]), scans / f"{number:03d}.nii.gz")
+        (scans / "damaged.nii.gz").write_bytes((scans / "000.nii.gz").read_bytes()[:-100])
+        network = save_network(Path(name) / "network")
+        started = time.perf_counter()
+        with tqdm(total=volumes, desc="scans") as shown:
+
+            def finished(name: str, report: Mapping[str, Any]) -> None:
+                memory.append(resident_mb())
+                shown.update()
+
+            done = segment_scans([scans], out, model=str(network), finished=finished)
+        seconds = time.perf_counter() - started
+        with done["table"].open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
     fifth = volumes // 5
     early, late = max(memory[fifth : 2 * fifth]), max(memory[-fifth:])
     return {
         "volumes": volumes,
+        "rows": len(rows),
+        "failed": [name for name, _ in done["failed"]],
         "first_mb": round(memory[0], 1),
         "early_mb": round(early, 1),
         "late_mb": round(late, 1),
         "growth": round(late / early, 4),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(seconds, 1),
     }
 
 

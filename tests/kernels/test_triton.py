@@ -16,7 +16,8 @@ FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parents[1] / "scripts" / "benchmarks"))
 import assembly  # noqa: E402
 import hf_binaryformer  # noqa: E402
-from hf_binaryformer.kernels.triton_tiles import Sizes  # noqa: E402
+from hf_binaryformer.kernels import triton_draws, triton_kernels  # noqa: E402
+from hf_binaryformer.kernels.triton_tiles import Sizes, Tiles  # noqa: E402
 
 # Of the backward pass that learns bits, and of the paper's own, which learns by weights.
 GRADIENTS = [("attend", "none"), ("backward_of_keys", "ternary"), ("backward_of_queries", "ternary")]
@@ -51,9 +52,10 @@ def check_build(
     value_dim: int,
     dtype: torch.dtype,
     masked: bool = False,
+    weight_gradient: bool = True,
 ) -> None:
     one = assembly.TARGETS[target]
-    sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, True, one.unit)
+    sizes = Sizes(head_dim, value_dim, 1, dtype, gradient, weight_gradient, one.unit)
     built = assembly.build(kernel, sizes, one, masked=masked)
     for pattern in one.products if dtype != torch.float32 else one.products[:1]:
         assert re.search(pattern, built.text), f"no {pattern} in {kernel} for {target}"
@@ -91,3 +93,49 @@ def test_balance_builds_without_spills(target, kernel, head_dim) -> None:
 @pytest.mark.parametrize("target", assembly.TARGETS)
 def test_builds_everywhere(target, head_dim, value_dim, kernel, gradient) -> None:
     check_build(target, kernel, gradient, head_dim, value_dim, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("kernel", "gradient"), GRADIENTS)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "planes", "dtype"),
+    [
+        (512, 256, 1, torch.bfloat16),
+        (128, 128, 1, torch.bfloat16),
+        (64, 16, 1, torch.float32),
+        (64, 16, 1, torch.float16),
+        (64, 16, 2, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_all_that_is_served_finds_shared_memory(target, head_dim, value_dim, planes, dtype, kernel, gradient) -> None:
+    """Sizes that are not tuned may spill registers, but must run."""
+    one = assembly.TARGETS[target]
+    sizes = Sizes(head_dim, value_dim, planes, dtype, gradient if planes == 1 else "none", True, one.unit)
+    assert assembly.build(kernel, sizes, one).shared <= one.shared
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("kernel", ["backward_of_keys", "backward_of_queries"])
+def test_builds_without_gradients_of_weights(kernel) -> None:
+    """What sign bits without learned weights take."""
+    check_build("sm_90", kernel, "ternary", 64, 16, torch.bfloat16, weight_gradient=False)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_packing_and_hashing_build(target) -> None:
+    expand = {"WORDS": 1, "HEAD_DIM": 64, "D": 64, "R": 64}
+    pack = {"HEAD_DIM": 100, "WORDS": 2, "R": 32}
+    for function, constants in (
+        (triton_kernels.expand_signs, expand),
+        (triton_kernels.pack_signs, pack),
+        (triton_draws.hash_rows, {"SEED_ON_DEVICE": False, "R": 256}),
+    ):
+        tiles = Tiles(0, 0, 4, 1)
+        built = assembly.compile_for(
+            assembly.TARGETS[target], function, torch.bfloat16, constants, {"num_warps": 4}, tiles
+        )
+        assert built.spilled == 0, function
