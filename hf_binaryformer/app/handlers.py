@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -109,13 +111,29 @@ class Handlers:
         return {"status": "", "scene": scenes.hole_scene(workspace, mask)}
 
     @plainly
+    def drawn_hole(self, session: str, drawing: str | None) -> Page:
+        """Take a mask that was drawn in the viewer: a .nii.gz in base64."""
+        workspace = self.workspaces.of(session)
+        workspace.scan()
+        if drawing is None:
+            raise ValueError("nothing is drawn yet: press Pen, draw a closed line in one of the planes, then press this")
+        content = base64.b64decode(drawing, validate=True)
+        uploads = self.workspaces.root / UPLOADS
+        uploads.mkdir(exist_ok=True)
+        path = Path(tempfile.mkdtemp(dir=uploads)) / "drawing.nii.gz"
+        path.write_bytes(content)
+        return self._with_mask(workspace, path)
+
+    def _with_mask(self, workspace: Workspace, path: Path) -> Page:
+        mask = scans.take_mask(workspace, path, self.limits)
+        return {"status": "", "scene": scenes.hole_scene(workspace, mask)}
+
+    @plainly
     def upload_hole(self, session: str, path: str | None) -> Page:
         """Take an uploaded mask."""
         if path is None:
             return {}
-        workspace = self.workspaces.of(session)
-        mask = scans.take_mask(workspace, Path(path), self.limits)
-        return {"status": "", "scene": scenes.hole_scene(workspace, mask)}
+        return self._with_mask(self.workspaces.of(session), Path(path))
 
     @plainly
     def inpaint(

@@ -89,7 +89,14 @@ class PageBuilder:
         self.segment = gr.Button("Segment", variant="primary", elem_id="bf-segment")
 
     def _inpaint(self) -> None:
-        gr.Markdown("Click into the scan where the hole shall be.")
+        gr.Markdown("Draw the hole: the pen fills what a line encloses. Draw in several slices.")
+        with gr.Row():
+            self.pen = gr.Button("Pen", elem_id="bf-pen")
+            self.eraser = gr.Button("Eraser", elem_id="bf-eraser")
+        # The viewer fills it in at the click.
+        self.drawing = gr.Textbox(visible="hidden")
+        self.take_drawing = gr.Button("Use the drawing", elem_id="bf-drawing")
+        gr.Markdown("Or set a simple form: click into the scan where it shall be.")
         self.form = gr.Radio(list(FORMS), value=FORMS[0], label="form")
         ways = ("left to right", "back to front", "bottom to top")
         self.size = [gr.Slider(2, 120, value=30, step=1, label=f"{way}, mm") for way in ways]
@@ -139,6 +146,11 @@ class PageBuilder:
             outputs,
             js="(centre, ...others) => [binaryformer.position(), ...others]",
             **hidden,
+        )
+        self.pen.click(None, None, None, js="() => { binaryformer.pen(1) }")
+        self.eraser.click(None, None, None, js="() => { binaryformer.pen(0) }")
+        self.take_drawing.click(
+            _quick(handlers.drawn_hole), self.drawing, outputs, js="() => binaryformer.drawing()", **hidden
         )
         # One network at a time: jobs of all visitors wait in one queue.
         for button, kind, options in (

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scan_cases import checkpoint, run, save
+from vq_cases import save_checkpoint
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 # WebGL 2 without a graphics card.
@@ -55,7 +56,8 @@ def address(folder, model) -> Iterator[str]:
     (folder / "temporary").mkdir()
     (folder / "here").mkdir()
     environment = os.environ | {"TMPDIR": str(folder / "temporary"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "hf_binaryformer", "app", "--port", "0", "--max-mb", "1", "--model", str(model)]
+    command = [sys.executable, "-m", "hf_binaryformer", "app", "--port", "0", "--max-mb", "1"]
+    command += ["--model", str(model), "--inpaint-model", str(save_checkpoint(folder / "tiny-vq"))]
     process = subprocess.Popen(command, env=environment, cwd=folder / "here", stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -79,8 +81,64 @@ def colours(page: Any) -> int:
     return int((picture.max(-1) - picture.min(-1) > 40).sum())
 
 
-def shown(page: Any, panels: int = 1) -> None:
-    page.wait_for_selector(f"#bf-viewer[data-shown='{panels}']")
+def shown(page: Any, turn: int, panels: int = 1) -> None:
+    """Wait until the viewer has drawn the scene of this number."""
+    page.wait_for_selector(f"#bf-viewer[data-turn='{turn}'][data-shown='{panels}']")
+
+
+def draw(page: Any) -> None:
+    """Draw a closed line with the pen, erase a part of what it fills, and take the rest as the hole."""
+    page.get_by_role("tab", name="Inpaint").click()
+    page.click("#bf-drawing")
+    page.wait_for_selector("#bf-status .bf-error")
+    assert "nothing is drawn yet" in page.inner_text("#bf-status")
+    page.click("#bf-pen")
+    canvas = page.locator("#bf-viewer canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    plane, ratio = page.evaluate(
+        "(viewer => [viewer.screenSlices[0].leftTopWidthHeight, viewer.uiData.dpr])(binaryformer.viewers()[0])"
+    )
+    left, top, width, height = (one / ratio for one in plane)
+
+    def line(*places: tuple[float, float]) -> None:
+        """Through places in the first plane, in shares of its size."""
+        points = [(box["x"] + left + x * width, box["y"] + top + y * height) for x, y in places]
+        page.mouse.move(*points[0])
+        page.mouse.down()
+        for point in points[1:]:
+            page.mouse.move(*point, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(500)
+
+    def drawn() -> int:
+        return page.evaluate("binaryformer.viewers()[0].drawBitmap.reduce((sum, value) => sum + (value > 0), 0)")
+
+    line((0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3))
+    first = drawn()
+    assert first > 20, "the pen does not fill"
+    page.click("#bf-eraser")
+    line((0.3, 0.3), (0.5, 0.3), (0.5, 0.7), (0.3, 0.7), (0.3, 0.3))
+    assert 0 < drawn() < first, "the eraser takes nothing, or all"
+    page.click("#bf-drawing")
+    shown(page, 3)
+    mask = page.evaluate("binaryformer.viewers()[0].volumes[1].img.reduce((sum, value) => sum + (value > 0), 0)")
+    assert 0 < mask < first
+
+
+def inpaint(page: Any) -> None:
+    """Set a hole at the crosshair and fill it: before, after and standard deviation, with one crosshair."""
+    page.click("#bf-hole")
+    shown(page, 4)
+    page.click("#bf-inpaint")
+    shown(page, 5, panels=3)
+    assert "ml filled" in page.inner_text("#bf-result")
+    assert page.locator("#bf-files a").count() == 4
+    page.locator("#bf-viewer canvas").first.click(position={"x": 40, "y": 90})
+    page.wait_for_timeout(1000)
+    places = page.evaluate("binaryformer.viewers().map(viewer => Array.from(viewer.scene.crosshairPos))")
+    assert len(places) == 3 and places[0] != [0.5, 0.5, 0.5]
+    np.testing.assert_allclose(places, [places[0]] * 3, atol=0.02)
 
 
 @pytest.mark.slow
@@ -106,11 +164,11 @@ def test_upload_click_see_download(browser, address, folder, model):
 
     page.set_input_files("#bf-scan input[type=file]", str(scan))
     page.wait_for_selector("#bf-facts .bf-message")
-    shown(page)
+    shown(page, 1)
     before = colours(page)
     page.click("#bf-segment")
     page.wait_for_selector("#bf-result .bf-volumes")
-    shown(page)
+    shown(page, 2)
     page.wait_for_timeout(1000)
     after = colours(page)
     assert after > before + 5000, "labels are not seen"
@@ -126,6 +184,9 @@ def test_upload_click_see_download(browser, address, folder, model):
     assert run(scan, "-o", folder / "labels.nii.gz", "--model", model).exit_code == 0
     assert (folder / "downloaded.nii.gz").read_bytes() == (folder / "labels.nii.gz").read_bytes()
     assert nib.load(folder / "downloaded.nii.gz").shape == nib.load(scan).shape
+
+    draw(page)
+    inpaint(page)
 
     assert errors == []
     hosts = {urlsplit(url).netloc for url in requests if not url.startswith(("data:", "blob:"))}

@@ -38,6 +38,8 @@ const binaryformer = (() => {
 
   async function draw(view, panel, opacity) {
     const viewer = await view.ready;
+    viewer.setDrawingEnabled(false);
+    if (viewer.drawBitmap) viewer.closeDrawing();
     view.title.textContent = panel.title;
     view.names = {};
     await viewer.loadVolumes(panel.volumes.map(({ labels, ...options }) => options));
@@ -60,6 +62,7 @@ const binaryformer = (() => {
     const holder = document.getElementById("bf-viewer");
     const turn = (shown += 1);
     holder.dataset.shown = "";
+    holder.dataset.turn = String(turn);
     holder.style.setProperty("--panels", scene.panels.length);
     while (views.length < scene.panels.length) views.push(add(holder));
     views.forEach((view, place) => { view.panel.hidden = place >= scene.panels.length; });
@@ -74,7 +77,7 @@ const binaryformer = (() => {
     viewers.forEach((one) => { one.broadcastTo(viewers.filter((other) => other !== one), { "2d": true, "3d": true }); });
     const at = viewers[0].frac2mm(viewers[0].scene.crosshairPos, 0, true);
     centre = Array.from(at).slice(0, 3);
-    // Whoever waits for the picture finds here how many panels are drawn.
+    // Whoever waits for the picture finds here how many panels are drawn, and of the how manyth scene.
     if (turn === shown) holder.dataset.shown = String(scene.panels.length);
   }
 
@@ -86,5 +89,24 @@ const binaryformer = (() => {
     });
   }
 
-  return { show, opacity, position: () => centre, viewers: () => views.map((view) => view.viewer) };
+  // A pen that fills what its line encloses, and removes where it starts with the eraser; until the next scene.
+  function pen(value) {
+    const viewer = views[0]?.viewer;
+    if (!viewer?.volumes.length) return;
+    if (!viewer.drawBitmap) viewer.createEmptyDrawing();
+    viewer.setDrawingEnabled(true);
+    viewer.setPenValue(value, true);
+  }
+
+  // The drawing as .nii.gz in base64, on the scan's own grid; null if there is none.
+  async function drawing() {
+    const viewer = views[0]?.viewer;
+    if (!viewer?.drawBitmap) return null;
+    const bytes = await viewer.saveImage({ filename: "", isSaveDrawing: true });
+    const packed = new Blob([bytes]).stream().pipeThrough(new CompressionStream("gzip"));
+    const letters = new Uint8Array(await new Response(packed).arrayBuffer());
+    return btoa(letters.reduce((text, letter) => text + String.fromCharCode(letter), ""));
+  }
+
+  return { show, opacity, pen, drawing, position: () => centre, viewers: () => views.map((view) => view.viewer) };
 })();
