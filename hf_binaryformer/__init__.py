@@ -5,6 +5,7 @@ Public names are loaded when they are first used, so that ``import hf_binaryform
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
 
 __version__ = "0.1.0"
+
+# diffusers imports onnxruntime where it is installed, which would open a telemetry session.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "AbsorbingScheduler": "pipelines.absorbing_scheduler",

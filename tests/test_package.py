@@ -230,6 +230,13 @@ def test_import_is_fast():
     assert import_seconds("import hf_binaryformer") < 0.5 * import_seconds("import transformers; import torch")
 
 
+def test_no_telemetry_of_libraries():
+    """onnxruntime, which diffusers imports, has telemetry; what the user sets is left."""
+    code = "import os, hf_binaryformer; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    assert run_python(code).split() == ["1"]
+    assert run_python("import os; os.environ['ORT_DISABLE_TELEMETRY'] = '0'; " + code).split() == ["0"]
+
+
 def test_import_is_light():
     code = "import sys, hf_binaryformer, hf_binaryformer.cli; print(*{m.partition('.')[0] for m in sys.modules})"
     loaded = set(run_python(code).split())

@@ -116,7 +116,9 @@ class Handlers:
         workspace = self.workspaces.of(session)
         workspace.scan()
         if drawing is None:
-            raise ValueError("nothing is drawn yet: press Pen, draw a closed line in one of the planes, then press this")
+            raise ValueError(
+                "nothing is drawn yet: press Pen, draw a closed line in one of the planes, then press this"
+            )
         content = base64.b64decode(drawing, validate=True)
         uploads = self.workspaces.root / UPLOADS
         uploads.mkdir(exist_ok=True)

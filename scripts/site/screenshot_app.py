@@ -25,7 +25,6 @@ FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-
 SIZE: ViewportSize = {"width": 1360, "height": 1240}
 # The picture is drawn without a graphics card, on a machine that may be busy.
 PATIENCE_MS = 7_200_000
-COLOURS = 256
 
 
 def labelled(page: Page, address: str) -> bytes:
@@ -56,8 +55,8 @@ def main(
         page = browser.new_page(viewport=SIZE)
         page.on("console", lambda line: print(line.text) if line.type == "error" else None)
         picture = labelled(page, address)
-    # Few colours, so that the file stays small.
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS).save(output, optimize=True)
+    # Fewer colours would make the file smaller, and labels alike.
+    Image.open(io.BytesIO(picture)).convert("RGB").save(output, optimize=True)
     print(f"wrote {output}, {output.stat().st_size / 1e3:.0f} kB")
 
 

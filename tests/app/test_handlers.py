@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import json
 import os
 import re
@@ -120,6 +122,23 @@ def test_masks_may_be_uploaded(handlers, scan, tmp_path):
         nib.save(nib.Nifti1Image(array, affine), path)
         assert message in handlers.upload_hole("one", str(path))["status"] and not path.exists()
     assert inpaint(handlers)["status"] == ""
+
+
+def test_holes_may_be_drawn(handlers, root, scan):
+    """What the viewer sends: a .nii.gz on the scan's grid, in base64; the browser test draws one."""
+    assert "scan" in handlers.drawn_hole("one", None)["status"]
+    handlers.upload("one", str(scan))
+    assert "nothing is drawn yet" in handlers.drawn_hole("one", None)["status"]
+    mask = np.zeros(SHAPE, np.uint8)
+    empty, mask[5:8, 5:8, 4:7] = mask.copy(), 1
+    for array, message in ((empty, "0 everywhere"), (mask, "")):
+        content = gzip.compress(nib.Nifti1Image(array, np.diag([2, 2, 2, 1])).to_bytes())
+        page = handlers.drawn_hole("one", base64.b64encode(content).decode())
+        assert message in page["status"] and ("scene" in page) == (array is mask)
+    assert not files(root / "uploads")
+    assert "expected" in handlers.drawn_hole("one", base64.b64encode(b"no volume").decode())["status"]
+    filled = inpaint(handlers)
+    np.testing.assert_array_equal(np.asarray(nib.load(fetched(handlers, filled)["drawing.nii.gz"]).dataobj), mask)
 
 
 def test_holes_have_the_size_and_place_that_was_asked_for(scan):

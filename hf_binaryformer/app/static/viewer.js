@@ -10,7 +10,10 @@ const binaryformer = (() => {
     const panel = document.createElement("figure");
     const title = document.createElement("figcaption");
     const canvas = document.createElement("canvas");
-    panel.append(title, canvas);
+    // The viewer resizes its canvas to the element around it, which therefore has a size of its own.
+    const frame = document.createElement("div");
+    frame.append(canvas);
+    panel.append(title, frame);
     holder.append(panel);
     const viewer = new niivue.Niivue({
       backColor: [0, 0, 0, 1],
@@ -52,7 +55,7 @@ const binaryformer = (() => {
     });
     view.hasLabels = panel.volumes.map(({ labels }) => Boolean(labels));
     viewer.opts.multiplanarShowRender = panel.render ? niivue.SHOW_RENDER.ALWAYS : niivue.SHOW_RENDER.NEVER;
-    viewer.setMultiplanarLayout(niivue.MULTIPLANAR_TYPE.GRID);
+    viewer.setMultiplanarLayout(panel.render ? niivue.MULTIPLANAR_TYPE.GRID : niivue.MULTIPLANAR_TYPE.AUTO);
     viewer.setSliceType(niivue.SLICE_TYPE.MULTIPLANAR);
     viewer.updateGLVolume();
   }
