@@ -30,8 +30,13 @@ from hf_binaryformer.pipelines.volumes import Volume, read_volume
 from measure import describe_device
 
 COMMAND = "python scripts/benchmarks/segmentation.py"
-# Backend and number format; the others are compared with the first.
-VARIANTS = (("cpu", "float32"), ("cpu", "bfloat16"), ("reference", "float32"))
+# Backend, number format and layout of the network's images in memory; the others are compared with the first.
+VARIANTS = (
+    ("cpu", "float32", "contiguous"),
+    ("cpu", "float32", "channels_last"),
+    ("cpu", "bfloat16", "contiguous"),
+    ("reference", "float32", "contiguous"),
+)
 
 
 def main(
@@ -43,11 +48,10 @@ def main(
     """Time a whole volume in turns, and compare labels."""
     scan = read_volume(volume) if volume else mni152()
     rows = measure(scan, model, turns)
-    table = Table("backend", "dtype", "seconds", "labels that differ", "of those not 0 in either")
+    table = Table("backend", "dtype", "layout", "seconds", "labels that differ", "of those not 0 in either")
     for row in rows:
-        table.add_row(
-            row["backend"], row["dtype"], f"{row['median']:.1f}", *(f"{share:.6f}" for share in row["differ"])
-        )
+        words = row["backend"], row["dtype"], row["layout"], f"{row['median']:.1f}"
+        table.add_row(*words, *(f"{share:.6f}" for share in row["differ"]))
     Console().print(table)
     starts = [start_seconds(model) for _ in range(turns)]
     content = {
@@ -73,7 +77,11 @@ def mni152() -> Volume:
 
 def measure(scan: Volume, model: str, turns: int) -> list[dict[str, Any]]:
     """Seconds of each turn and label differences, a row a variant."""
-    pipelines = [VolumeSegmentationPipeline.from_pretrained(model, backend=b, dtype=d) for b, d in VARIANTS]
+    pipelines = []
+    for backend, dtype, layout in VARIANTS:
+        pipelines.append(VolumeSegmentationPipeline.from_pretrained(model, backend=backend, dtype=dtype))
+        if layout == "channels_last":
+            pipelines[-1].model.to(memory_format=torch.channels_last)
     seconds: list[list[float]] = [[] for _ in VARIANTS]
     labels: list[np.ndarray] = []
     for turn in range(turns):
@@ -87,11 +95,12 @@ def measure(scan: Volume, model: str, turns: int) -> list[dict[str, Any]]:
         {
             "backend": backend,
             "dtype": dtype,
+            "layout": layout,
             "median": statistics.median(taken),
             "seconds": taken,
             "differ": differ(one, labels[0]),
         }
-        for (backend, dtype), taken, one in zip(VARIANTS, seconds, labels, strict=True)
+        for (backend, dtype, layout), taken, one in zip(VARIANTS, seconds, labels, strict=True)
     ]
 
 
