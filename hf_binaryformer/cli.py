@@ -211,9 +211,7 @@ def segment_many(sources: list[Path], output: Path, **options: Any) -> None:
 @app.command()
 @one_line_errors
 def inpaint(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN", help="NIfTI, .mha, .mhd, .nrrd or .mgz file, or a DICOM folder.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="NIfTI, .mgz, .mha, .mhd, .nrrd file, or DICOM folder.")],
     mask: Annotated[Path, typer.Option(help="Volume on the same grid; not 0 is the hole.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Volume to write: .nii.gz, .nii or .mha.")],
     std_map: Annotated[Path | None, typer.Option(help="Standard deviation over samples to write: .nii.gz.")] = None,
@@ -304,10 +302,7 @@ def evaluate(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Distance up to which a surface is right, mm.")] = 1.0,
     merge_sides: Annotated[bool, typer.Option("--merge-sides", help="Score left and right as one structure.")] = False,
-    map_pred: Annotated[
-        Path | None,
-        typer.Option(help="New labels of the prediction: .json or .csv of number, and number or name; or aseg."),
-    ] = None,
+    map_pred: Annotated[Path | None, typer.Option(help="New labels of the prediction: .json, .csv, or aseg.")] = None,
     map_truth: Annotated[Path | None, typer.Option(help="The same for the truth; * stands for all others.")] = None,
 ) -> None:
     """Score labels against the truth: Dice, NSD and HD95."""
