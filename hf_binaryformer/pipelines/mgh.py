@@ -42,8 +42,7 @@ def read_file(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         while file.read(2**20):
             pass
         image = MGHImage.from_bytes(content)
-        array = np.asarray(image.dataobj)
         notes = []
         if not any(start[POSITION_FLAG]):
             notes.append("it states no position: coronal slices are taken, as FreeSurfer does")
-        return array.astype(array.dtype.newbyteorder("="), copy=False), np.asarray(image.affine, np.float64), notes
+        return np.asarray(image.dataobj), np.asarray(image.affine, np.float64), notes

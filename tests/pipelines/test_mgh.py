@@ -71,6 +71,11 @@ def test_damaged_files_are_noticed(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VolumeError, match=f"{name} is truncated or damaged"):
             read_volume(tmp_path / name)
+    huge[4:8] = (1000).to_bytes(4, "big")
+    (tmp_path / "claims.mgh").write_bytes(huge)
+    with pytest.raises(VolumeError, match="the file has at most"):
+        read_volume(tmp_path / "claims.mgh")
+    huge[4:8] = (2**31 - 1).to_bytes(4, "big")
     (tmp_path / "huge.mgh").write_bytes(huge)
     with pytest.raises(VolumeError, match="at most"):
         read_volume(tmp_path / "huge.mgh")
