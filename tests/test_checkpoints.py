@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import hf_binaryformer as bf
+from hf_binaryformer.data.label_schemes import common_scheme
 from hf_binaryformer.modeling.attention_configuration import attention_form
 from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
+from hf_binaryformer.pipelines.volumes import read_volume
 from hf_binaryformer.training.cards import checkpoint_card
 
 ROOT = Path(__file__).parent.parent
@@ -47,12 +49,18 @@ def test_card_is_rendered_from_the_records(name):
     assert "not for clinical use" in card and "| --- |" in card
 
 
-def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
-    name = "binaryformer-tiny-hippocampus"
+@pytest.mark.parametrize(
+    ("name", "licence", "labels"),
+    [
+        ("binaryformer-tiny-hippocampus", "cc-by-sa-4.0", {1: "anterior", 2: "posterior"}),
+        ("binaryformer-tiny-abdomen", "cc-by-4.0", {2: "right kidney", 6: "liver", 8: "aorta", 14: "bladder"}),
+    ],
+)
+def test_weights_for_the_hub_alone_have_the_licence_of_their_data(name, licence, labels):
     folder = ROOT / "published" / name
     card = checkpoint_card(name, CARDS)
     assert (CARDS / f"{name}.md").read_text() == (folder / "README.md").read_text() == str(card)
-    assert card.data.license == "cc-by-sa-4.0" and name not in known_checkpoints()
+    assert card.data.license == licence and name not in known_checkpoints()
     assert {p.name for p in folder.iterdir()} == {
         "README.md",
         "config.json",
@@ -61,7 +69,19 @@ def test_weights_for_the_hub_alone_have_the_licence_of_their_data():
     }
     model = bf.from_pretrained(name)  # found in the checkout
     assert attention_form(model.config.attention_type).has_bits and model.config.learned_logit_scale
-    assert list(model.config.id2label.values()) == ["background", "anterior", "posterior"]
+    assert labels.items() <= model.config.id2label.items()
+
+
+def test_a_real_ct_is_segmented_as_the_record_says(data_root, tmp_path):
+    """TotalSegmentator's example; its own labels are the truth."""
+    evidence, maps = CARDS / "evidence" / "binaryformer-tiny-abdomen", data_root / "abdomen_label_maps"
+    pipeline = bf.VolumeSegmentationPipeline.from_pretrained(ROOT / "published" / "binaryformer-tiny-abdomen")
+    labels = pipeline(maps / "totalseg_example_ct.nii.gz").labels
+    scheme = common_scheme(pipeline.label_names, None, evidence / "totalsegmentator.csv")
+    truth = scheme.truth(read_volume(maps / "totalseg_example.nii.gz", labels=True).array)
+    record = {row["label"]: row["dice"] for row in json.loads((evidence / "ct.json").read_text())["labels"]}
+    for organ in (1, 2, 3, 6):
+        assert mask_dice(labels == organ, truth == organ) == pytest.approx(record[organ], abs=0.01)
 
 
 def test_hippocampi_of_the_test_split_are_segmented_as_the_record_says(data_root):

@@ -15,6 +15,9 @@ from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.intensities import IntensityScale
 from hf_binaryformer.modeling.pretrained import ProcessorCheckpointMixin
 
+# Images with values below this many HU are taken for CTs.
+HOUNSFIELD_AIR = -500
+
 
 class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor):  # type: ignore[misc]
     """Scales intensities by percentiles and cuts volumes into slices with their neighbours as channels.
@@ -33,6 +36,9 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         foreground_only: find the background, which becomes 0, and take the percentiles over the foreground
             (:class:`~hf_binaryformer.modeling.intensities.IntensityScale`).
         intensity_ceiling: scaled intensities are clipped to [0, intensity_ceiling].
+        hounsfield_window: HU that become 0 and 1 in a CT, outside of which intensities are clipped, in place of percentiles,
+            which leave soft tissue hardly any contrast beside air and bone. A CT is told by values below -500. None: a CT
+            is scaled as any image.
         image_mean, image_std: the mean is subtracted from the scaled intensities, then they are divided by the standard
             deviation.
         foreground_extent: smallest extent in mm, (R, A, S), of the foreground of the images that the network was trained
@@ -62,6 +68,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         percentiles: Sequence[float] = (0.5, 99.5),
         foreground_only: bool = True,
         intensity_ceiling: float = 1.5,
+        hounsfield_window: Sequence[float] | None = None,
         image_mean: float = 0.0,
         image_std: float = 1.0,
         foreground_extent: Sequence[float] | None = None,
@@ -89,6 +96,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         self.percentiles = [float(p) for p in percentiles]
         self.foreground_only = foreground_only
         self.intensity_ceiling = intensity_ceiling
+        self.hounsfield_window = None if hounsfield_window is None else [float(hu) for hu in hounsfield_window]
         self.image_mean = image_mean
         self.image_std = image_std
         self.foreground_extent = None if foreground_extent is None else [float(mm) for mm in foreground_extent]
@@ -116,6 +124,8 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         Raises:
             ValueError: all intensities are equal.
         """
+        if self.hounsfield_window is not None and np.min(array) < HOUNSFIELD_AIR:
+            return IntensityScale(*self.hounsfield_window, ceiling=1.0)
         return IntensityScale.of(array, self.percentiles, self.intensity_ceiling, foreground_only=self.foreground_only)
 
     def scale_volume(self, array: np.ndarray) -> np.ndarray:

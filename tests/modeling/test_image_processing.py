@@ -77,6 +77,16 @@ def test_2d_images_and_label_maps():
     assert torch.equal(batch["labels"][0], torch.from_numpy(np.kron(grey > 40, np.ones((2, 2)))).long())
 
 
+def test_a_ct_has_its_own_window():
+    """Soft tissue from -160 to 240 HU fills the range, whatever air and metal there is; MRI is scaled as before."""
+    ct = np.linspace(-1000, 3000, 4001, dtype=np.float32).reshape(1, 1, -1)
+    processor = BinaryFormerImageProcessor(hounsfield_window=(-160, 240))
+    wanted = np.clip((ct + 160) / 400, 0, 1)
+    np.testing.assert_allclose(processor.scale_volume(ct), wanted, atol=1e-6)
+    mri = ct - ct.min()
+    assert np.array_equal(processor.scale_volume(mri), BinaryFormerImageProcessor().scale_volume(mri))
+
+
 def test_a_picture_lies_in_the_middle_unless_it_is_said():
     """The middle slice of a volume is told 0, so a picture of it must be told the same."""
     picture = np.random.default_rng(0).random((32, 32)).astype(np.float32)
