@@ -125,7 +125,8 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
             ValueError: all intensities are equal.
         """
         if self.hounsfield_window is not None and np.min(array) < HOUNSFIELD_AIR:
-            return IntensityScale(*self.hounsfield_window, ceiling=1.0)
+            low, high = self.hounsfield_window
+            return IntensityScale(low, high, ceiling=1.0)
         return IntensityScale.of(array, self.percentiles, self.intensity_ceiling, foreground_only=self.foreground_only)
 
     def scale_volume(self, array: np.ndarray) -> np.ndarray:
