@@ -80,7 +80,7 @@ const binaryformer = (() => {
     viewers.forEach((one) => { one.broadcastTo(viewers.filter((other) => other !== one), { "2d": true, "3d": true }); });
     const at = viewers[0].frac2mm(viewers[0].scene.crosshairPos, 0, true);
     centre = Array.from(at).slice(0, 3);
-    // Whoever waits for the picture finds here how many panels are drawn, and of the how manyth scene.
+    // Whoever waits for the picture finds here the number of the scene, and how many of its panels are drawn.
     if (turn === shown) holder.dataset.shown = String(scene.panels.length);
   }
 
