@@ -101,7 +101,7 @@ class ShuffleBlock(nn.Module):
         # The layers map each of the 2x2 pixels that pixel_shuffle(x, 2) makes of one pixel in the same way, so their
         # arrangement does not matter. A reshape that stacks them along the height is enough.
         pixels = x.reshape(x.shape[0], x.shape[1] // 4, -1, x.shape[3])
-        return x + self.fc2(F.gelu(self.fc1(pixels))).view_as(x)
+        return x + self.fc2(F.gelu(self.fc1(pixels))).reshape(x.shape)
 
 
 class ResidualConv(nn.Module):

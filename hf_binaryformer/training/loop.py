@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import typer
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from hf_binaryformer.pipelines.precision import AUTO, fast_format
 from hf_binaryformer.pipelines.whole_files import whole_file
 from hf_binaryformer.training.checkpoints import (
     BEST_WEIGHTS,
@@ -74,7 +75,8 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
 
     Args:
         train: the recipe's section with its defaults. It is changed in place: a tracker's name becomes a list, and a
-            missing ``mixed_precision`` becomes "no".
+            missing ``mixed_precision`` becomes "no". "auto" stays: it is bf16 where the device has that in hardware, so
+            that a run may go on on another machine.
         output: folder of the run; None: there is none.
 
     Raises:
@@ -100,7 +102,7 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     if missing:
         raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
     accelerator = Accelerator(
-        mixed_precision=train["mixed_precision"], log_with=train["trackers"] or None, project_dir=output
+        mixed_precision=usable_precision(train), log_with=train["trackers"] or None, project_dir=output
     )
     split = accelerator.distributed_type == DistributedType.FSDP
     if split and (train["ema_decay"] or train["validate_every"] or train.get("freeze_query_key")):
@@ -115,6 +117,13 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         )
     torch.manual_seed(train["seed"])
     return accelerator
+
+
+def usable_precision(train: dict[str, Any]) -> str:
+    """Accelerate's word for the recipe's ``mixed_precision``."""
+    if train["mixed_precision"] != AUTO:
+        return str(train["mixed_precision"])
+    return "bf16" if fast_format(PartialState().device) == torch.bfloat16 else "no"
 
 
 def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerator, first: int) -> Iterator[Any]:
@@ -321,6 +330,7 @@ def record_of(training: Training, task: Task, losses: dict[str, float], accelera
         **losses,
         "learning_rate": training.optimizer.param_groups[0]["lr"],
         "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
         **(task.measures() if task.measures else {}),
     }
 

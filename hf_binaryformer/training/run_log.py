@@ -77,7 +77,7 @@ def write_summary(recipe: dict[str, Any], section: str, output: Path, device: to
     if recipe[section]["best_by"]:
         with safe_open(output / BEST_WEIGHTS, "pt") as file:
             last |= json.loads(file.metadata()[VALIDATION])
-    chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed", "mixed_precision")}
+    chosen = {key: recipe[section][key] for key in ("batch_size", "learning_rate", "seed")}
     where = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
     summary = {"iterations": last.pop("step"), **last, **chosen, **where, "torch": torch.__version__}
     write_text(output / "training.json", json.dumps(summary, indent=2) + "\n")
