@@ -1,4 +1,4 @@
-"""python scripts/benchmarks/segmentation.py --json segmentation.json: seconds to segment a whole volume, form by form.
+"""python scripts/benchmarks/segmentation.py --json speed.json: seconds to segment a whole volume, form by form.
 
 The pipeline with its network loaded, on the MNI152 template at 1 mm unless another volume is given; medians of turns in one
 process, and beside each time the share of voxels whose label differs from the first row's. ``start`` is a new process that
