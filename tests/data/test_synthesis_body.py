@@ -211,6 +211,40 @@ def test_parts_lie_where_a_person_has_them(anatomy: Anatomy, seed: int) -> None:
     assert not (lungs & np.isin(body.values, [v for v, label in LABEL_OF.items() if label])).any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pelvis_closes_the_body_below(anatomy: Anatomy, seed: int) -> None:
+    """Without one, networks find livers in hips. Seen from the great vessel's end, in directions of the patient."""
+    words = anatomy.description.body | {"below": [220.0, 220.0]}
+    body = body_of(dataclasses.replace(anatomy, description=dataclasses.replace(anatomy.description, body=words)), seed)
+    mm, values = body.mm, body.values
+    end = np.flatnonzero((values == 8).any((0, 1)))[0]
+    below = np.arange(values.shape[2]) < end - 25 / mm
+    aorta = in_mm(body, values == 8)
+    bone = np.isin(values, [*VALUE["bone"], *VALUE["marrow"]])
+
+    def places(where: np.ndarray) -> np.ndarray:
+        return np.argwhere(where & below) * mm + body.affine[:3, 3]
+
+    assert not np.isin(values[:, :, : int(end - 75 / mm)], [*VALUE["disc"], *VALUE["cord"]]).any(), "the spine ends"
+    # Two thigh bones at the lowest slice, on either side and as far from the middle.
+    pieces, count = ndimage.label(bone[:, :, 2])
+    legs = [np.argwhere(pieces == n + 1)[:, 0].mean() * mm + body.affine[0, 3] for n in range(count)]
+    assert count in (2, 4, 6) and max(legs) - aorta[0] > 70 and aorta[0] - min(legs) > 60
+    # Sockets in their cartilage, between the height of the wings and that of the thigh bones.
+    joints = places(np.isin(values, VALUE["cartilage"]))
+    sides = [joints[joints[:, 0] > aorta[0] + 30], joints[joints[:, 0] < aorta[0] - 30]]
+    assert all(len(side) * mm**3 > 2000 for side in sides)
+    assert abs(sides[0][:, 2].mean() - sides[1][:, 2].mean()) < 2 * mm
+    urine = places(np.isin(values, VALUE["urine"])).mean(0)
+    behind = places(bone & (np.abs(np.arange(values.shape[0]) * mm + body.affine[0, 3] - urine[0]) < 15)[:, None, None])
+    sacrum = behind[behind[:, 2] > urine[2]]
+    assert abs(urine[0] - 0.5 * (sides[0][:, 0].mean() + sides[1][:, 0].mean())) < 12
+    assert sacrum[:, 1].mean() < urine[1] - 30, "the sacrum lies behind the bladder"
+    # More muscle than above, as in a body's.
+    muscle = np.isin(values, VALUE["muscle"]).sum((0, 1)) * mm**2
+    assert muscle[: end - int(100 / mm)].mean() > 1.5 * muscle[end:].mean()
+
+
 def test_gas_lies_in_front_of_fluid(anatomy: Anatomy) -> None:
     """People lie on their backs: in one bubble of the stomach, the lowest gas is in front of the highest fluid."""
     seen = 0

@@ -1,7 +1,7 @@
 """A body drawn around organs whose label map has nothing between them; every draw gets another one.
 
 All shapes are smooth and random, and none of them overwrites an organ: structures inside an organ keep its label. The
-order is that of painting, from the outside inwards: outline, skeleton and chest, vessels, bowel, and what is in organs.
+order is that of painting, from the outside inwards: outline, skeleton, pelvis and chest, vessels, bowel, and what is in organs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hf_binaryformer.data.synthesis.canvas import BodyRanges, Canvas
 from hf_binaryformer.data.synthesis.description import check_keys
 from hf_binaryformer.data.synthesis.organs import paint_organs
 from hf_binaryformer.data.synthesis.outline import Shell, paint_shell
+from hf_binaryformer.data.synthesis.pelvis import paint_pelvis
 from hf_binaryformer.data.synthesis.skeleton import paint_chest, paint_skeleton
 from hf_binaryformer.data.synthesis.tubes import paint_bowel, paint_vessels
 
@@ -45,6 +46,7 @@ def embodied(anatomy: Anatomy, rng: np.random.Generator) -> Anatomy:
     canvas = Canvas(organs, anatomy.mm, told, ranges, rng)
     paint_shell(canvas, shell)
     paint_skeleton(canvas, shell)
+    paint_pelvis(canvas, shell)
     paint_chest(canvas, shell)
     paint_vessels(canvas, shell)
     paint_bowel(canvas, shell)

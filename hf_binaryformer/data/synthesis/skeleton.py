@@ -1,4 +1,4 @@
-"""Bones, the muscles beside them, and the chest: spine with discs and canal, ribs, hip bones, lungs, heart, diaphragm."""
+"""Bones, the muscles beside them, and the chest: spine with discs and canal, ribs, lungs, heart, diaphragm."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ UPPER_ORGANS = ("liver", "spleen", "stomach", "right kidney", "left kidney")
 
 
 def paint_skeleton(canvas: Canvas, shell: Shell) -> None:
-    """Ribs and hip bones in the wall, then the spine with the muscles beside it."""
+    """Ribs in the wall, then the spine with the muscles beside it."""
     _ribs(canvas, shell)
     _spine(canvas, shell)
 
 
 def _ribs(canvas: Canvas, shell: Shell) -> None:
-    """Oblique ribs above the kidneys; their cartilage rises in front. Hip bones below the great vessel's end."""
-    rng, mm = canvas.rng, canvas.mm
+    """Oblique ribs above the kidneys; their cartilage rises in front."""
+    rng = canvas.rng
     angle, radius = shell.polar(canvas)
     outside = radius - at_angles(shell.cavity, angle)
     turn = np.abs(angle - BACK)
@@ -39,14 +39,6 @@ def _ribs(canvas: Canvas, shell: Shell) -> None:
     canvas.paint(rib & (turn < 112), "bone")
     canvas.paint(rib & (turn < 112) & (edge < 0.3), "marrow")
     canvas.paint(rib & (turn >= 112), "cartilage")
-
-    ends = np.flatnonzero((canvas.organs == canvas.labels["aorta"]).any((0, 1)))
-    crest = mm * ends[0] - rng.uniform(0, 25)
-    shape = ((turn - rng.uniform(52, 62)) / rng.uniform(17, 24)) ** 2
-    top = crest - 25 * shape
-    blade = (np.abs(outside - 6) < 4.0) & (canvas.z < top) & (shape < 1)
-    canvas.paint(blade, "bone")
-    canvas.paint(blade & (np.abs(outside - 6) < 2.2) & (shape < 0.8), "marrow")
 
 
 def _spine(canvas: Canvas, shell: Shell) -> None:
