@@ -30,7 +30,8 @@ PARTS = {
     "accuracy": "test_accuracy and not halves",
     "halves": "halves",
     "draws": DRAWS,
-    "balance": "balance or key_mask",
+    "balance": "balance",
+    "mask": "key_mask",
     "rest": f"not ({DRAWS} or {OTHERS} or halves)",
 }
 
