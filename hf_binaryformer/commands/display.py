@@ -119,7 +119,9 @@ def show_volumes(content: dict[str, Any]) -> None:
     if score := content.get("quality", {}).get("score"):
         volume = content["intracranial_ml"]
         skull = "" if volume is None else f", intracranial volume about {volume:,.0f} ml"
-        out.print(f"quality {score:.2f}{skull}", markup=False, highlight=False, soft_wrap=True)
+        # Of a network without a table of score and Dice, the score is its own opinion.
+        what = "" if content["quality"]["expected_dice"] is not None else " (how sure the network is, not how right)"
+        out.print(f"quality {score:.2f}{what}{skull}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_demo(content: dict[str, Any]) -> None:

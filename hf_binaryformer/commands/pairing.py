@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_binaryformer.data.file_pairs import pair_names
 from hf_binaryformer.pipelines.volumes import VOLUME_SUFFIXES
 
 # What people's tools leave beside label volumes: text, tables, pictures, probabilities, and the voxels of an .mhd.
@@ -20,8 +21,10 @@ SHOWN = 3
 def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """The volumes of two files, or of two folders with all their subfolders, and notes on what is not scored.
 
-    Names below the two folders are compared in full, except that an ending may be in capitals in one of them. Hidden
-    files, whose names start with a dot, are no part of a folder.
+    Names below the two folders are compared in full, except that an ending may be in capitals in one of them. If they
+    differ, files are pairs if their names are equal without the words that all files of a folder have: ``P1_t1_labels``
+    and ``P1_mask`` (:func:`hf_binaryformer.data.file_pairs.pair_names`). Hidden files, whose names start with a dot, are no
+    part of a folder.
 
     Returns:
         (case, prediction, truth) for each pair, sorted; case is the prediction's name below its folder.
@@ -40,6 +43,14 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
         return [(pred.name, pred, truth)], []
     (ours, our_notes), (theirs, their_notes) = find_volumes(pred), find_volumes(truth)
     if ours.keys() != theirs.keys():
+        if alike := pairs_by_words(ours, theirs):
+            first, (_, partner) = next(iter(alike.items()))
+            note = f"names differ; taken for a pair, for example: {first} and {below(partner, truth)}"
+            return [(below(path, pred), path, other) for path, other in alike.values()], [
+                note,
+                *our_notes,
+                *their_notes,
+            ]
         only = "; ".join(
             f"{len(names)} only in '{folder}' ({shown([below(found[name], folder) for name in names])})"
             for folder, found, names in (
@@ -53,6 +64,22 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
         raise ValueError(f"no volumes in '{pred}'; expected files that end in {', '.join(VOLUME_SUFFIXES)}")
     pairs = [(below(path, pred), path, theirs[name]) for name, path in sorted(ours.items())]
     return pairs, list(dict.fromkeys(our_notes + their_notes))
+
+
+def pairs_by_words(ours: dict[str, Path], theirs: dict[str, Path]) -> dict[str, tuple[Path, Path]]:
+    """Pairs by names without the words that all files of a folder have; none if that leaves a doubt, as one file does."""
+    stems = [{key.removesuffix(_ending(key)): path for key, path in found.items()} for found in (ours, theirs)]
+    if min(len(ours), len(theirs)) < 2 or any(len(a) != len(b) for a, b in zip(stems, (ours, theirs), strict=True)):
+        return {}
+    try:
+        names = pair_names(*stems)
+    except ValueError:
+        return {}
+    return {name: (stems[0][name], stems[1][partner]) for name, partner in sorted(names.items())}
+
+
+def _ending(name: str) -> str:
+    return next(suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix))
 
 
 def find_volumes(folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -192,7 +192,8 @@ def show_leakage(report: LeakageReport) -> None:
             for key in ("mean", "deviation")
         }
         typer.echo(
-            f"{split}: {figures['volumes']} volumes, foreground mean {shown['mean']}, deviation {shown['deviation']}"
+            f"{split}: {figures['volumes']} volume{'s' if figures['volumes'] != 1 else ''}, intensities above the lowest: "
+            f"mean {shown['mean']}, deviation {shown['deviation']}"
         )
     for warning in report.warnings[:SHOWN_WARNINGS]:
         typer.echo(f"Warning: {warning}", err=True)

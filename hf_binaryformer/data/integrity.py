@@ -67,16 +67,18 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             for note in notes:
                 warnings.warn(note, stacklevel=2)
             if unexpected := sorted(set(np.unique(numbers).tolist()) - set(known)):
-                problems.append(f"{name}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
+                labels = label_path.relative_to(root).as_posix()
+                problems.append(f"{labels}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
         if "image" in read and voxels.shape != classes.shape:
-            problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape}")
+            labels = label_path.relative_to(root).as_posix()
+            problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape} ({labels})")
         # Written so that a NaN in the label's affine counts as a difference too.
         elif (
             "image" in read
             and spans_volume
             and not (apart := grid_distance(affine, label_affine, voxels.shape)) <= SAME_GRID_TOLERANCE
         ):
-            problems.append(f"{name}: image and label have different affines, {apart:.3g} voxels apart")
+            problems.append(f"{name}: image and label have different affines, up to {apart:.3g} voxels apart")
     return problems
 
 

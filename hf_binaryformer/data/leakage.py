@@ -68,9 +68,12 @@ def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:
     for a, b in np.argwhere(across):
         apart = np.abs(statistics[a] - statistics[b]).max() / max(scale[a], scale[b])
         if correlation[a, b] >= SAME_CORRELATION or apart <= SAME_STATISTICS:
+            found = [f"they correlate by {correlation[a, b]:.4f}"] if correlation[a, b] >= SAME_CORRELATION else []
+            if apart <= SAME_STATISTICS:
+                found.append(f"their intensities have the same mean and quantiles, to {100 * apart:.2g} % of the range")
             warnings.append(
-                f"{rows[a]['case']} ({splits[a]}) and {rows[b]['case']} ({splits[b]}) are nearly the same: correlation "
-                f"{correlation[a, b]:.4f}, intensity statistics {100 * apart:.2g} % of the range apart"
+                f"{rows[a]['case']} ({splits[a]}) and {rows[b]['case']} ({splits[b]}) may be one scan: {' and '.join(found)}. "
+                f"If so, they belong into one split"
             )
     return LeakageReport(errors, warnings, {str(s): summary(statistics[splits == s]) for s in sorted(set(splits))})
 

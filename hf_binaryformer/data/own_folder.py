@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hf_binaryformer.data.folder_writer import NewCase, run_all, split_groups, w
 from hf_binaryformer.data.hashing import file_hash
 from hf_binaryformer.data.integrity import pair_problems, raise_problems
 from hf_binaryformer.data.public_data import whole_numbers
+from hf_binaryformer.pipelines.grids import VolumeError
 from hf_binaryformer.pipelines.volumes import read_volume
 from hf_binaryformer.pipelines.whole_files import unchanged
 
@@ -79,16 +82,13 @@ def described(path: Path) -> Any:
 def found_names(labels: list[Path]) -> dict[int, str]:
     """A name for each value in the files: "label 1" and so on.
 
-    Raises:
-        ValueError: a file is damaged, or a value is above 255.
+    Damaged files, and values that cannot be labels, are left to :func:`check_pairs`, which tells all of them at once.
     """
     values = {0}
     for path in labels:
-        values |= {*np.unique(read_volume(path, labels=True).array).tolist()}
-    if max(values) > MOST:
-        raise ValueError(
-            f"the label maps have values up to {max(values)}, expected 0 to {MOST}: give other numbers to labels"
-        )
+        with suppress(VolumeError), warnings.catch_warnings(action="ignore"):
+            values |= {*np.unique(read_volume(path, labels=True).array).tolist()}
+    values = {value for value in values if 0 <= value <= MOST}
     return {value: f"label {value}" if value else "background" for value in sorted(values)}
 
 
@@ -190,7 +190,7 @@ def prepare_own(
         )
     check_pairs(pairs, label_names, workers)
     people = people_of(sorted(pairs), subject)
-    tell_pairs(pairs, people)
+    tell_pairs(pairs, people, subject)
     splits = split_groups(list(people.values()), test_fraction, validation_fraction, seed)
     cases = [NewCase(image.replace("/", "_"), who, splits[who], pairs[image]) for image, who in people.items()]
     if doubled := [case for case, count in Counter(case.case for case in cases).items() if count > 1]:
@@ -218,17 +218,17 @@ def check_pairs(pairs: dict[str, tuple[Path, Path]], label_names: dict[int, str]
     raise_problems(root, sum(run_all(pair_problems, *checks, workers=workers, description="Checking"), []))
 
 
-def tell_pairs(pairs: dict[str, tuple[Path, Path]], people: dict[str, str]) -> None:
-    """Say which files were taken for a pair, and for whose."""
+def tell_pairs(pairs: dict[str, tuple[Path, Path]], people: dict[str, str], subject: str | None) -> None:
+    """Say which files were taken for a pair, and for whose; arguments as for :func:`prepare_own`."""
     image, label = next(iter(pairs.values()))
     typer.echo(f"Pairs such as {image.name} with {label.name}")
-    count = len({*people.values()})
-    alone = "each file is taken for another person; --subject says otherwise"
-    typer.echo(f"{len(pairs)} volumes of {count} persons" + (f": {alone}" if count == len(pairs) else ""))
+    unknown = subject is None and all(name == who for name, who in people.items())
+    alone = ": each file is taken for another person; --subject says otherwise" if unknown else ""
+    typer.echo(f"{len(pairs)} volumes of {len({*people.values()})} persons{alone}")
 
 
 def tell_sizes(rows: list[dict[str, Any]]) -> None:
     """Say what a recipe has to fit."""
     spacing, shape = (np.median([row[key] for row in rows], axis=0) for key in ("spacing", "shape"))
     mm, voxels = " x ".join(f"{size:.3g}" for size in spacing), " x ".join(f"{size:g}" for size in shape)
-    typer.echo(f"Median voxel {mm} mm, median size {voxels} voxels (right, front, up)")
+    typer.echo(f"Median voxel {mm} mm, median size {voxels} voxels (R, A, S)")

@@ -30,7 +30,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
             volume's own.
         num_slices: odd number of neighbouring slices that become channels.
         slice_position: add one channel with the slice's position along the axis, -1 to 1.
-        image_size: (height, width) in pixels of the window that the network sees.
+        image_size: (height, width) in pixels of the window that the network sees; one number: both.
         window_overlap: overlap of neighbouring windows, at least 0 and below 1.
         percentiles: lower and upper percentile of the intensities that become 0 and 1.
         foreground_only: find the background, which becomes 0, and take the percentiles over the foreground
@@ -63,7 +63,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         spacing: Sequence[float | None] | None = (1.0, 1.0, 1.0),
         num_slices: int = 3,
         slice_position: bool = False,
-        image_size: Sequence[int] = (224, 224),
+        image_size: int | Sequence[int] = (224, 224),
         window_overlap: float = 0.25,
         percentiles: Sequence[float] = (0.5, 99.5),
         foreground_only: bool = True,
@@ -91,7 +91,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         self.spacing = [None if s is None else float(s) for s in spacing or (None, None, None)]
         self.num_slices = num_slices
         self.slice_position = slice_position
-        self.image_size = [int(s) for s in image_size]
+        self.image_size = [image_size] * 2 if isinstance(image_size, int) else [int(s) for s in image_size]
         self.window_overlap = window_overlap
         self.percentiles = [float(p) for p in percentiles]
         self.foreground_only = foreground_only

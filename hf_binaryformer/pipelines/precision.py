@@ -30,3 +30,10 @@ def fast_format(device: torch.device | str) -> torch.dtype:
     else:
         in_hardware = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if in_hardware else torch.float32
+
+
+def mixed_precision(name: str, device: torch.device | str) -> str:
+    """Accelerate's word for a recipe's ``mixed_precision``; :data:`AUTO` is bf16 where :func:`fast_format` says so."""
+    if name != AUTO:
+        return name
+    return "bf16" if fast_format(device) == torch.bfloat16 else "no"

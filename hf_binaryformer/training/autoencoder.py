@@ -40,7 +40,7 @@ from hf_binaryformer.training.options import (
     StopAfter,
 )
 from hf_binaryformer.training.publishing import check_target, publish
-from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe
+from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe, refused_in_one_line
 from hf_binaryformer.training.run_log import write_summary
 
 
@@ -81,7 +81,8 @@ def build_task(
 ) -> Task:
     """The training task, validated on scaled volumes; without folders it uses a volume of noise, for a dry run."""
     train = recipe["vqae"]
-    model = BinaryVQModel(**recipe["vqmodel"])
+    with refused_in_one_line("vqmodel"):
+        model = BinaryVQModel(**recipe["vqmodel"])
     perceptual = None
     if train["perceptual_loss"] != "none":
         # A dry run uses untrained weights that are as large as the paper's.

@@ -41,7 +41,7 @@ from hf_binaryformer.training.options import (
     StopAfter,
 )
 from hf_binaryformer.training.publishing import check_target, publish
-from hf_binaryformer.training.recipes import PIXEL_RECIPES, keep_recipe, load_recipe
+from hf_binaryformer.training.recipes import PIXEL_RECIPES, keep_recipe, load_recipe, refused_in_one_line
 from hf_binaryformer.training.run_log import save_model, write_summary
 
 
@@ -75,7 +75,9 @@ def build_task(
         samples = PixelSamples(images, labels, data, train["seed"], count)
     channels, height, width = shape
     fields = {"image_size": [height, width], "num_channels": channels, "num_labels": data["classes"]}
-    model = BinaryFormerForImageClassification(BinaryFormerConfig(**fields, **recipe["model"]))
+    with refused_in_one_line("model"):
+        config = BinaryFormerConfig(**fields, **recipe["model"])
+    model = BinaryFormerForImageClassification(config)
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         with accelerator.autocast():

@@ -49,13 +49,15 @@ class RandomSamples(Dataset):
 def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> None:
     """Train :data:`STEPS` steps in a temporary folder and print a line of JSON.
 
-    Its keys: parameters, batch_size, processes, device, mixed_precision, losses (one per step), seconds_per_step,
-    peak_gib (peak memory of this process: on the GPU if there is one, otherwise all of its memory).
+    Its keys: parameters, batch_size, processes, device, mixed_precision, losses (one per step), seconds_per_step, minutes
+    (of the whole training at that pace), peak_gib (peak memory of this process: on the GPU if there is one, otherwise all
+    of its memory).
 
     Args:
         train: the recipe's section; it is changed in place to the shortened training.
         build: makes the task, on random data.
     """
+    iterations = train["iterations"]
     train |= {"iterations": STEPS, "log_every": 1, "trackers": []}
     train |= dict.fromkeys(("validate_every", "best_by", "checkpoint_every"))
     accelerator = start(train, None)
@@ -70,6 +72,7 @@ def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> Non
     unit = 1 if sys.platform == "darwin" else 1024
     whole = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated() if on_gpu else whole
+    seconds = records[-1]["seconds"] - records[-2]["seconds"]
     report = {
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "batch_size": train["batch_size"],
@@ -77,7 +80,8 @@ def rehearse(train: dict[str, Any], build: Callable[[Accelerator], Task]) -> Non
         "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
         "mixed_precision": accelerator.mixed_precision,
         "losses": [round(record["loss"], 4) for record in records],
-        "seconds_per_step": round(records[-1]["seconds"] - records[-2]["seconds"], 3),
+        "seconds_per_step": round(seconds, 3),
+        "minutes": round(iterations * seconds / 60, 1),
         "peak_gib": round(peak / 2**30, 2),
     }
     print(json.dumps(report))

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from hf_binaryformer.pipelines.precision import AUTO, fast_format
+from hf_binaryformer.pipelines.precision import mixed_precision
 from hf_binaryformer.pipelines.whole_files import whole_file
 from hf_binaryformer.training.checkpoints import (
     BEST_WEIGHTS,
@@ -101,9 +101,8 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     missing = [name for name in train["trackers"] if name not in installed]
     if missing:
         raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
-    accelerator = Accelerator(
-        mixed_precision=usable_precision(train), log_with=train["trackers"] or None, project_dir=output
-    )
+    precision = mixed_precision(train["mixed_precision"], PartialState().device)
+    accelerator = Accelerator(mixed_precision=precision, log_with=train["trackers"] or None, project_dir=output)
     split = accelerator.distributed_type == DistributedType.FSDP
     if split and (train["ema_decay"] or train["validate_every"] or train.get("freeze_query_key")):
         raise typer.BadParameter(
@@ -117,13 +116,6 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
         )
     torch.manual_seed(train["seed"])
     return accelerator
-
-
-def usable_precision(train: dict[str, Any]) -> str:
-    """Accelerate's word for the recipe's ``mixed_precision``."""
-    if train["mixed_precision"] != AUTO:
-        return str(train["mixed_precision"])
-    return "bf16" if fast_format(PartialState().device) == torch.bfloat16 else "no"
 
 
 def load_batches(samples: Dataset, train: dict[str, Any], accelerator: Accelerator, first: int) -> Iterator[Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -207,6 +209,21 @@ def known_fields(section: str, given: dict[str, Any]) -> set[str]:
     if section in CLASSES:
         return {*inspect.signature(CLASSES[section].__init__).parameters} - {"self", "kwargs"}
     return {*given, *TRAININGS.get(section, {})}
+
+
+@contextmanager
+def refused_in_one_line(*sections: str) -> Iterator[None]:
+    """Tell a setting that a class refuses as a wrong option, not as an error of the program.
+
+    Raises:
+        typer.BadParameter: with the first line of what was refused.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        # Of a check of the whole class, the reason is the cause.
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise typer.BadParameter(f"recipe, section {' or '.join(sections)}: {reason}") from error
 
 
 def parse(text: str) -> Any:

@@ -42,7 +42,7 @@ from hf_binaryformer.training.options import (
     StopAfter,
 )
 from hf_binaryformer.training.publishing import check_target, publish
-from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe
+from hf_binaryformer.training.recipes import VQ_RECIPES, keep_recipe, load_recipe, refused_in_one_line
 from hf_binaryformer.training.run_log import write_summary
 
 
@@ -143,8 +143,9 @@ def build_task(
 ) -> tuple[Task, AbsorbingScheduler]:
     """The training task and its scheduler; without a folder it uses random tokens, for a dry run."""
     settings = recipe["sampler"]
-    transformer = BinaryVQTransformer3DModel(**recipe["transformer"], train_block_sizes=settings["block_sizes"])
-    scheduler = AbsorbingScheduler(**recipe["scheduler"])
+    with refused_in_one_line("transformer", "scheduler"):
+        transformer = BinaryVQTransformer3DModel(**recipe["transformer"], train_block_sizes=settings["block_sizes"])
+        scheduler = AbsorbingScheduler(**recipe["scheduler"])
     scheduler.check_compatible(transformer.config)
     if folder is None:
         tokens = held_out = random_tokens(settings["batch_size"], transformer)

@@ -47,14 +47,15 @@ from hf_binaryformer.training.options import (
     StopAfter,
 )
 from hf_binaryformer.training.publishing import check_target, publish
-from hf_binaryformer.training.recipes import keep_recipe, load_recipe
+from hf_binaryformer.training.recipes import keep_recipe, load_recipe, refused_in_one_line
 from hf_binaryformer.training.run_log import save_model, write_summary
 from hf_binaryformer.training.segmentation_scores import evaluate_split, validation_figures
 
 
 def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[Any, Any]:
     """Network and image processor of a recipe; the k-th smallest label is class k of the network."""
-    processor = BinaryFormerImageProcessor(**recipe["processor"])
+    with refused_in_one_line("processor"):
+        processor = BinaryFormerImageProcessor(**recipe["processor"])
     values = sorted(label_names)
     fields = {
         "image_size": processor.image_size,
@@ -66,12 +67,14 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
     }
     timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
     pretrained = fields.pop("from_pretrained", None)
+    with refused_in_one_line("processor", "model"):
+        config = BinaryFormerConfig(**fields)
     if pretrained:
-        model = load_weights(pretrained, BinaryFormerConfig(**fields))
+        model = load_weights(pretrained, config)
     elif timm_name:
         model = BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
     else:
-        model = BinaryFormerForSemanticSegmentation(BinaryFormerConfig(**fields))
+        model = BinaryFormerForSemanticSegmentation(config)
     return model, processor
 
 

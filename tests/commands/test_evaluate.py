@@ -172,3 +172,25 @@ def test_empty_folders_are_refused(tmp_path):
 def test_a_copy_of_the_folder_scores_1(folders, tmp_path):
     shutil.copytree(folders[0], tmp_path / "copy")
     assert "1.000" in evaluate(folders[0], tmp_path / "copy").stdout
+
+
+def test_names_that_differ_in_what_all_of_a_folder_have(tmp_path):
+    """What `segment` writes, against masks by hand; the half must meet its own truth."""
+    half = CUBE.copy()
+    half[1:4, 1:4, 2:] = 0
+    for name, ours, theirs in (("P1", CUBE, CUBE), ("P2", half, CUBE), ("P10", half, half)):
+        save(tmp_path / "pred" / f"{name}_t1_labels.nii.gz", ours)
+        save(tmp_path / "truth" / f"{name}_mask.nii", theirs)
+    result = evaluate(tmp_path / "pred", tmp_path / "truth", "--report", tmp_path / "r.json")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["mean"]["dice"] == pytest.approx((1 + 0.5 + 1) / 3)
+    (note,) = report["notes"]
+    assert "taken for a pair" in note and "P10_t1_labels and P10_mask.nii" in note
+    # One file more, or one alone in each folder, leaves a doubt.
+    save(tmp_path / "truth" / "P3_mask.nii", CUBE)
+    assert "1 only in" not in evaluate(tmp_path / "pred", tmp_path / "truth").stdout
+    assert evaluate(tmp_path / "pred", tmp_path / "truth").exit_code == 1
+    for folder, name in (("one", "x.nii.gz"), ("other", "y.nii.gz")):
+        save(tmp_path / folder / name, CUBE)
+    assert evaluate(tmp_path / "one", tmp_path / "other").exit_code == 1

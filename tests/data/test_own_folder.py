@@ -171,6 +171,41 @@ def test_labels_without_names_and_too_few_volumes_are_told(tmp_path):
         assert f"Warning: no volume is left for {split}, so" in said(result) and lost in said(result)
 
 
+@pytest.mark.parametrize(("image", "options"), [("sub-{}_T1w", ()), ("P{}_t1", ("--subject", ".+"))])
+def test_a_rule_that_finds_one_scan_of_each_person_is_a_rule(tmp_path, image, options):
+    volumes(tmp_path, f"i/{image}.nii.gz", f"l/{image}.nii.gz", count=4)
+    result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out", "--names", "1=a,7=b", *options)
+    assert result.exit_code == 0, result.output
+    assert "4 volumes of 4 persons" in said(result) and "another person" not in said(result)
+    # Noise of one mean is not the same scan.
+    assert "may be one scan" not in said(result)
+
+
+def test_without_names_all_label_maps_are_told_too(tmp_path):
+    volumes(tmp_path, "i/{}_t1.nii.gz", "l/{}_mask.nii.gz", count=4)
+    save(tmp_path / "l" / "1_mask.nii.gz", np.full((6, 5, 4), 400, np.int16))
+    save(tmp_path / "l" / "2_mask.nii.gz", np.zeros((6, 5, 3), np.uint8))
+    (tmp_path / "l" / "3_mask.nii.gz").write_bytes(b"no volume")
+    result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    for expected in (
+        "3 problems", "l/1_mask.nii.gz: unexpected label values [400]; known are 0-1, 7",
+        "i/2_t1.nii.gz: image shape (6, 5, 4), label shape (6, 5, 3) (l/2_mask.nii.gz)", "i/3_t1.nii.gz: unreadable label",
+    ):  # fmt: skip
+        assert expected in said(result), expected
+
+
+def test_a_copy_in_another_split_is_told_with_its_reason(tmp_path):
+    volumes(tmp_path, "i/{}.nii.gz", "l/{}.nii.gz", count=4)
+    first = np.asanyarray(nib.load(tmp_path / "i" / "0.nii.gz").dataobj)
+    for number in range(1, 4):
+        save(tmp_path / "i" / f"{number}.nii.gz", 2 * first + number)
+    result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out", "--names", "1=a,7=b")
+    assert result.exit_code == 0, result.output
+    assert "may be one scan: they correlate by 1.0000. If so, they belong into one split" in said(result)
+    assert "quantiles" not in said(result)
+
+
 def test_all_problems_are_told_and_nothing_is_written(tmp_path):
     volumes(tmp_path, "i/{}.nii.gz", "l/{}.nii.gz", count=4)
     save(tmp_path / "l" / "1.nii.gz", np.zeros((6, 5, 3), np.uint8))

@@ -324,10 +324,16 @@ def test_leakage_finds_patients_copies_and_near_copies(tmp_path: Path) -> None:
     assert len(report.errors) == 2
     assert report.errors[0].startswith("group p1 stands in test and train: a, again")
     assert report.errors[1].startswith("image file") and report.errors[1].endswith("d, copy")
-    pairs = {tuple(warning.split(" are nearly")[0].split(" and ")) for warning in report.warnings}
+    pairs = {tuple(warning.split(" may be")[0].split(" and ")) for warning in report.warnings}
     assert pairs == {
         ("a (train)", "gain (test)"), ("b (train)", "mirrored (test)"), ("d (test)", "copy (validation)")
     }  # fmt: skip
+    said = {
+        name: next(warning for warning in report.warnings if name in warning) for name in ("gain", "mirrored", "copy")
+    }
+    assert "correlate" in said["gain"] and "quantiles" not in said["gain"]
+    assert "correlate" not in said["mirrored"] and "quantiles" in said["mirrored"]
+    assert "correlate" in said["copy"] and "quantiles" in said["copy"]
 
 
 def test_check_leakage_command(tmp_path: Path) -> None:

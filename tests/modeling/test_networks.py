@@ -248,6 +248,11 @@ class TestBadCheckpoints:
             from_pretrained("nothing-here")
         assert "folder" in str(error.value)
 
+    def test_an_unfinished_training_is_told(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(CheckpointNotFoundError, match="is not finished. Go on with --resume"):
+            from_pretrained(tmp_path / "model")
+
     def test_known_name_says_how_to_train_it(self, monkeypatch):
         monkeypatch.setattr("hf_binaryformer.modeling.pretrained.PACKAGED", Path("/nonexistent"))
         with pytest.raises(CheckpointNotFoundError, match="Train it with: accelerate launch"):

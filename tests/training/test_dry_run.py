@@ -33,6 +33,7 @@ KEYS = {
     "mixed_precision",
     "losses",
     "seconds_per_step",
+    "minutes",
     "peak_gib",
 }
 # Parameters. The paper's encoder and decoder have 19 and 8 million; the networks of token weights, which the form of the recipes

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -388,17 +387,3 @@ def test_theta_and_learned_scales_have_rates_of_their_own():
 @pytest.mark.parametrize(("every", "steps"), [(3, [3, 6, 7]), (None, []), (0, [])])
 def test_what_happens_every_so_often_happens_in_the_end_or_never(every, steps):
     assert [step for step in range(1, 8) if loop.due(step, every, last=7)] == steps
-
-
-@pytest.mark.parametrize(("hardware", "used"), [(torch.bfloat16, "bf16"), (torch.float32, "no")])
-def test_mixed_precision_is_found_on_each_machine(tmp_path, monkeypatch, hardware, used):
-    """A run that began where bfloat16 is fast must go on elsewhere, and its log must say what was used where."""
-    monkeypatch.setattr(loop, "fast_format", lambda device: hardware)
-    settings = SETTINGS | {"mixed_precision": "auto"}
-    try:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        assert loop.start(settings, tmp_path).mixed_precision == used and settings["mixed_precision"] == "auto"
-        train(tmp_path, mixed_precision="auto")
-        assert set(log(tmp_path, "mixed_precision")) == {used}
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)

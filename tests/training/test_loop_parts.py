@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_binaryformer.pipelines import precision
 from hf_binaryformer.training import loop, sampler
 from hf_binaryformer.training.checkpoints import BEST_WEIGHTS
 from hf_binaryformer.training.recipes import ATTENTION_DEFAULTS, DEFAULTS
@@ -140,3 +142,23 @@ def test_every_validation_of_the_sampler_has_the_same_masks() -> None:
         for one, t in zip(seen, [3, 7, 11, 15] * 2, strict=True)
     ]
     assert figures["validation_bits_per_token"] == pytest.approx(sum(map(sum, bits)) / 24, rel=1e-5)
+
+
+@pytest.mark.parametrize(("hardware", "used"), [(torch.bfloat16, "bf16"), (torch.float32, "no")])
+def test_mixed_precision_is_found_on_each_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hardware: torch.dtype, used: str
+) -> None:
+    """A run that began where bfloat16 is fast must go on elsewhere, and its log must say what was used where."""
+    monkeypatch.setattr(precision, "fast_format", lambda device: hardware)
+    settings = SETTINGS | {"mixed_precision": "auto"}
+    try:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = loop.start(settings, tmp_path)
+        assert accelerator.mixed_precision == used and settings["mixed_precision"] == "auto"
+        training: Any = SimpleNamespace(
+            progress=SimpleNamespace(step=1), optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))])
+        )
+        record = loop.record_of(training, SimpleNamespace(measures=None), {}, accelerator)  # type: ignore[arg-type]
+        assert record["mixed_precision"] == used
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
