@@ -295,7 +295,7 @@ def synthesize(
 @one_line_errors
 def evaluate(
     pred: Annotated[Path, typer.Option(help="Predicted label volume, or a folder of them.")],
-    truth: Annotated[Path, typer.Option(help="True label volume, or a folder with the same names, subfolders too.")],
+    truth: Annotated[Path, typer.Option(help="True label volume, or a folder with such names, subfolders too.")],
     report: Annotated[Path | None, typer.Option(help="All scores to write: .json.")] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Label names, or the report of `segment`: .json; or the word freesurfer.")

@@ -159,7 +159,7 @@ def evaluate_files(
     map_truth: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Dice, NSD and HD95 of one prediction, or of a folder of them against a folder of truths with equal file names.
+    """Dice, NSD and HD95 of one prediction, or of a folder of them against a folder of truths with such names.
 
     A label that neither volume has is not counted; one that only one of them has counts as Dice 0 and NSD 0.
 
@@ -220,8 +220,8 @@ def evaluate_files(
         "mean": mean.as_json(),
         "labels": [row.as_json() for row in rows],
         "cases": [
-            {"case": case, "labels": [score.as_json() for score in scores]}
-            for (case, _, _), scores in zip(pairs, cases, strict=True)
+            {"case": case, "truth": other.name, "labels": [score.as_json() for score in scores]}
+            for (case, _, other), scores in zip(pairs, cases, strict=True)
         ],
         "versions": versions(),
     }

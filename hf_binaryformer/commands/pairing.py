@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_binaryformer.data.file_pairs import pair_names
+from hf_binaryformer.data.file_pairs import SEPARATORS
 from hf_binaryformer.pipelines.volumes import VOLUME_SUFFIXES
 
 # What people's tools leave beside label volumes: text, tables, pictures, probabilities, and the voxels of an .mhd.
@@ -14,6 +15,8 @@ SIDE_SUFFIXES = (
     *(".json", ".txt", ".md", ".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".html", ".log", ".pdf"),
     *(".png", ".jpg", ".jpeg", ".npz", ".pkl", ".raw", ".zraw"),
 )
+# Words that make files of one person two.
+SIDES = {"left", "right", "l", "r", "lh", "rh"}
 # File names that a message lists before it says "...".
 SHOWN = 3
 
@@ -22,9 +25,8 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
     """The volumes of two files, or of two folders with all their subfolders, and notes on what is not scored.
 
     Names below the two folders are compared in full, except that an ending may be in capitals in one of them. If they
-    differ, files are pairs if their names are equal without the words that all files of a folder have: ``P1_t1_labels``
-    and ``P1_mask`` (:func:`hf_binaryformer.data.file_pairs.pair_names`). Hidden files, whose names start with a dot, are no
-    part of a folder.
+    differ, files are pairs if they differ only in the words that all names of a folder end with: ``P1_t1_labels`` and
+    ``P1_t1_mask``. Hidden files, whose names start with a dot, are no part of a folder.
 
     Returns:
         (case, prediction, truth) for each pair, sorted; case is the prediction's name below its folder.
@@ -44,8 +46,8 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
     (ours, our_notes), (theirs, their_notes) = find_volumes(pred), find_volumes(truth)
     if ours.keys() != theirs.keys():
         if alike := pairs_by_words(ours, theirs):
-            first, (_, partner) = next(iter(alike.items()))
-            note = f"names differ; taken for a pair, for example: {first} and {below(partner, truth)}"
+            first, partner = next(iter(alike.values()))
+            note = f"names differ; taken for pairs, such as {below(first, pred)} and {below(partner, truth)}"
             return [(below(path, pred), path, other) for path, other in alike.values()], [
                 note,
                 *our_notes,
@@ -67,19 +69,29 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
 
 
 def pairs_by_words(ours: dict[str, Path], theirs: dict[str, Path]) -> dict[str, tuple[Path, Path]]:
-    """Pairs by names without the words that all files of a folder have; none if that leaves a doubt, as one file does."""
-    stems = [{key.removesuffix(_ending(key)): path for key, path in found.items()} for found in (ours, theirs)]
-    if min(len(ours), len(theirs)) < 2 or any(len(a) != len(b) for a, b in zip(stems, (ours, theirs), strict=True)):
+    """Pairs of files whose names are equal but for the words that all names of their folder end with; none in doubt.
+
+    One file alone leaves a doubt, and so do endings that may say more than what kind of file it is: those with a side, and
+    two with other numbers, such as those of two visits.
+    """
+    cut, ends = zip(*(_without_common_end(found) for found in (ours, theirs)), strict=True)
+    words = [{*SEPARATORS.split(end.lower())} for end in ends]
+    numbers = [{word for word in one if re.search(r"\d", word)} for one in words]
+    other_numbers = numbers[0] - numbers[1] and numbers[1] - numbers[0]
+    if min(len(ours), len(theirs)) < 2 or SIDES & (words[0] | words[1]) or other_numbers:
         return {}
-    try:
-        names = pair_names(*stems)
-    except ValueError:
-        return {}
-    return {name: (stems[0][name], stems[1][partner]) for name, partner in sorted(names.items())}
+    return {name: (cut[0][name], cut[1][name]) for name in sorted(cut[0])} if cut[0].keys() == cut[1].keys() else {}
 
 
-def _ending(name: str) -> str:
-    return next(suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix))
+def _without_common_end(found: dict[str, Path]) -> tuple[dict[str, Path], str]:
+    """Files by what is left of their names, and what was cut off: the last words, and the signs between them, of all."""
+    stems = {name.removesuffix(next(s for s in VOLUME_SUFFIXES if name.endswith(s))): found[name] for name in found}
+    words = [SEPARATORS.split(name) for name in stems]
+    count = 0
+    while all(len(one) > count + 1 and one[-1 - count] == words[0][-1 - count] for one in words):
+        count += 1
+    end = "".join(words[0][len(words[0]) - count :])
+    return {name.removesuffix(end): path for name, path in stems.items()}, end
 
 
 def find_volumes(folder: Path) -> tuple[dict[str, Path], list[str]]:

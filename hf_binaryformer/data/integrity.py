@@ -13,6 +13,9 @@ from hf_binaryformer.pipelines.grids import SAME_GRID_TOLERANCE, VolumeError, ch
 from hf_binaryformer.pipelines.label_values import label_numbers
 from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES
 
+# The highest label of a prepared folder.
+MOST = 255
+
 
 def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Array (I, J, K) in the file's own order and type, and its affine to mm.
@@ -59,19 +62,21 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
     if "label" in read:
         classes, label_affine = read["label"]
         assert label_path is not None
+        label_name = label_path.relative_to(root).as_posix()
         try:
-            numbers, notes = label_numbers(label_path.relative_to(root).as_posix(), classes)
+            numbers, notes = label_numbers(label_name, classes)
         except VolumeError as error:
             problems.append(f"{name}: {error}")
         else:
             for note in notes:
                 warnings.warn(note, stacklevel=2)
             if unexpected := sorted(set(np.unique(numbers).tolist()) - set(known)):
-                labels = label_path.relative_to(root).as_posix()
-                problems.append(f"{labels}: unexpected label values {unexpected[:8]}; known are {spans(known)}")
+                above = f"; labels end at {MOST}" if unexpected[-1] > MOST else ""
+                problems.append(
+                    f"{label_name}: unexpected label values {unexpected[:8]}; known are {spans(known)}{above}"
+                )
         if "image" in read and voxels.shape != classes.shape:
-            labels = label_path.relative_to(root).as_posix()
-            problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape} ({labels})")
+            problems.append(f"{name}: image shape {voxels.shape}, label shape {classes.shape} ({label_name})")
         # Written so that a NaN in the label's affine counts as a difference too.
         elif (
             "image" in read

@@ -70,10 +70,10 @@ def check_leakage(folder: Path, rows: list[dict[str, Any]]) -> LeakageReport:
         if correlation[a, b] >= SAME_CORRELATION or apart <= SAME_STATISTICS:
             found = [f"they correlate by {correlation[a, b]:.4f}"] if correlation[a, b] >= SAME_CORRELATION else []
             if apart <= SAME_STATISTICS:
-                found.append(f"their intensities have the same mean and quantiles, to {100 * apart:.2g} % of the range")
+                found.append("mean and quantiles of their intensities agree")
             warnings.append(
                 f"{rows[a]['case']} ({splits[a]}) and {rows[b]['case']} ({splits[b]}) may be one scan: {' and '.join(found)}. "
-                f"If so, they belong into one split"
+                f"If so, they belong in one split"
             )
     return LeakageReport(errors, warnings, {str(s): summary(statistics[splits == s]) for s in sorted(set(splits))})
 

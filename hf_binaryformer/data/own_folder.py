@@ -19,13 +19,12 @@ import yaml
 from hf_binaryformer.data.file_pairs import find_volumes, pair_names, people_of
 from hf_binaryformer.data.folder_writer import NewCase, run_all, split_groups, write_case, write_dataset
 from hf_binaryformer.data.hashing import file_hash
-from hf_binaryformer.data.integrity import pair_problems, raise_problems
+from hf_binaryformer.data.integrity import MOST, pair_problems, raise_problems
 from hf_binaryformer.data.public_data import whole_numbers
 from hf_binaryformer.pipelines.grids import VolumeError
 from hf_binaryformer.pipelines.volumes import read_volume
 from hf_binaryformer.pipelines.whole_files import unchanged
 
-MOST = 255
 EXAMPLE = "expected names by number, such as 1=lesion,2=oedema, or a .yaml or .json file with them"
 
 

@@ -249,7 +249,7 @@ def backward_of_keys(
         d_value = tl.dot(p.to(d_out.dtype).to(DOT), d_out.to(DOT), d_value, input_precision=PRECISION)
         d_p = tl.dot(v, d_out.to(DOT).T, input_precision=PRECISION)
         d_scores = p * (d_p - dlt[None, :])
-        if WEIGHT_GRADIENT and (BIT_GRADIENT != "ste" or PLANES == 2):
+        if WEIGHT_GRADIENT and (BIT_GRADIENT != "ste" or tl.float16 == DOT):
             poison = tl.sum(d_scores * product, 1)
             d_weight += poison
             if PLANES == 2:
@@ -263,8 +263,9 @@ def backward_of_keys(
                 poison = tl.sum(d_scores, 1)
             t, size = ternary(d_scores * wq[None, :], draws(row[None, :], j[:, None]), poison)
             d_key += size[:, None] * tl.dot(t, query.to(tl.float16))
-    if WEIGHT_GRADIENT and BIT_GRADIENT == "ste" and PLANES == 1:
-        # The sum over queries of what multiplies the signs' products is in the signs' gradient: registers for a tile less.
+    if WEIGHT_GRADIENT and BIT_GRADIENT == "ste" and tl.float16 != DOT:
+        # The sum over queries is in the signs' gradient already, which saves the registers of a tile. float16 loses small
+        # gradients there.
         d_weight = tl.sum(d_key * key.to(tl.float32), 1)
     channel = tl.arange(0, V)
     target = (
@@ -309,7 +310,7 @@ def _step_of_queries(
         scores = tl.where((j < count)[None, :], scores, float("-inf"))
     p = tl.exp2(scores - lse[:, None])
     d_scores = p * (tl.dot(d_out, v.to(DOT).T, input_precision=PRECISION) - dlt[:, None])
-    if WEIGHT_GRADIENT and (BIT_GRADIENT != "ste" or PLANES == 2):
+    if WEIGHT_GRADIENT and (BIT_GRADIENT != "ste" or tl.float16 == DOT):
         poison = tl.sum(d_scores * product, 1)
         d_weight += poison
         if PLANES == 2:
@@ -373,7 +374,7 @@ def backward_of_queries(
             d_weight, d_weight_1, d_query, query, query_1, wq, wq_1, lse, dlt, d_out, keys_base, weights_base, value, row,
             whole, count, keys, value_n, factor, D, V, VALUE_DIM, PLANES, N, True, WEIGHT_GRADIENT, BIT_GRADIENT, PRECISION, DOT,
         )  # fmt: skip
-    if WEIGHT_GRADIENT and BIT_GRADIENT == "ste" and PLANES == 1:
+    if WEIGHT_GRADIENT and BIT_GRADIENT == "ste" and tl.float16 != DOT:
         d_weight = tl.sum(d_query * query.to(tl.float32), 1)
     if WEIGHT_GRADIENT:
         tl.store(grad_query_weight + group * PLANES * queries + i, d_weight * scale, mask=inside)

@@ -83,6 +83,11 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
             raise ValueError(f"slice_axis is {slice_axis}, expected 0, 1, 2 or 'all'")
         if num_slices < 1 or num_slices % 2 == 0:
             raise ValueError(f"num_slices is {num_slices}, expected an odd number of at least 1")
+        size = [image_size] * 2 if isinstance(image_size, int) else image_size
+        if not (isinstance(size, Sequence) and len(size) == 2 and all(int(s) == s > 0 for s in size)):
+            raise ValueError(f"image_size is {image_size}, expected (height, width) in pixels, or one number for both")
+        if spacing is not None and not (isinstance(spacing, Sequence) and len(spacing) == 3):
+            raise ValueError(f"spacing is {spacing}, expected three numbers in mm or null, such as [1.0, 1.0, null]")
         if not 0 <= window_overlap < 1:
             raise ValueError(f"window_overlap is {window_overlap}, expected at least 0 and below 1")
         self.orientation = orientation
@@ -91,7 +96,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         self.spacing = [None if s is None else float(s) for s in spacing or (None, None, None)]
         self.num_slices = num_slices
         self.slice_position = slice_position
-        self.image_size = [image_size] * 2 if isinstance(image_size, int) else [int(s) for s in image_size]
+        self.image_size = [int(s) for s in size]
         self.window_overlap = window_overlap
         self.percentiles = [float(p) for p in percentiles]
         self.foreground_only = foreground_only

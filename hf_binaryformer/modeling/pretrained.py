@@ -97,7 +97,7 @@ def resolve_checkpoint(name: str | os.PathLike[str], **hub_options: Any) -> Path
                 f"has no revisions: leave it out, or load '{repo_id}' from the Hub"
             )
         return local
-    if folder.name == "model" and (folder.parent / "checkpoints").is_dir():
+    if len(folder.parts) > 1 and folder.name == "model" and (folder.parent / "checkpoints").is_dir():
         raise CheckpointNotFoundError(
             f"no checkpoint '{name}': the training in '{folder.parent}' is not finished. Go on with --resume; with "
             f"--stop-after it ends earlier, and writes '{folder.name}'"

@@ -19,7 +19,7 @@ import torch
 import typer
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, parse_flag_from_env, send_to_device
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ def start(train: dict[str, Any], output: Path | None) -> Accelerator:
     missing = [name for name in train["trackers"] if name not in installed]
     if missing:
         raise typer.BadParameter(f"tracker {', '.join(missing)} is not installed; here are {', '.join(installed)}")
-    precision = mixed_precision(train["mixed_precision"], PartialState().device)
+    state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator itself begins
+    precision = mixed_precision(train["mixed_precision"], state.device)
     accelerator = Accelerator(mixed_precision=precision, log_with=train["trackers"] or None, project_dir=output)
     split = accelerator.distributed_type == DistributedType.FSDP
     if split and (train["ema_decay"] or train["validate_every"] or train.get("freeze_query_key")):

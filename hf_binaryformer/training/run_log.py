@@ -41,7 +41,9 @@ class Log:
         if self._accelerator.is_main_process:
             with writing(self._path, FREE_AND_RESUME), self._path.open("a") as log:
                 log.write(to_json(record) + "\n")
-        self._accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        # Not every tracker takes words.
+        figures = {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}
+        self._accelerator.log(figures, step=record["step"])
 
 
 def to_json(record: dict[str, Any]) -> str:

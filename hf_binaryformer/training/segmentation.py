@@ -68,13 +68,11 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
     timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
     pretrained = fields.pop("from_pretrained", None)
     with refused_in_one_line("processor", "model"):
+        if timm_name and not pretrained:
+            model = BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
+            return model, processor
         config = BinaryFormerConfig(**fields)
-    if pretrained:
-        model = load_weights(pretrained, config)
-    elif timm_name:
-        model = BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
-    else:
-        model = BinaryFormerForSemanticSegmentation(config)
+    model = load_weights(pretrained, config) if pretrained else BinaryFormerForSemanticSegmentation(config)
     return model, processor
 
 

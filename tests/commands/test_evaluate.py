@@ -180,17 +180,32 @@ def test_names_that_differ_in_what_all_of_a_folder_have(tmp_path):
     half[1:4, 1:4, 2:] = 0
     for name, ours, theirs in (("P1", CUBE, CUBE), ("P2", half, CUBE), ("P10", half, half)):
         save(tmp_path / "pred" / f"{name}_t1_labels.nii.gz", ours)
-        save(tmp_path / "truth" / f"{name}_mask.nii", theirs)
+        save(tmp_path / "truth" / f"{name}_t1_mask.nii", theirs)
     result = evaluate(tmp_path / "pred", tmp_path / "truth", "--report", tmp_path / "r.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["mean"]["dice"] == pytest.approx((1 + 0.5 + 1) / 3)
     (note,) = report["notes"]
-    assert "taken for a pair" in note and "P10_t1_labels and P10_mask.nii" in note
-    # One file more, or one alone in each folder, leaves a doubt.
-    save(tmp_path / "truth" / "P3_mask.nii", CUBE)
-    assert "1 only in" not in evaluate(tmp_path / "pred", tmp_path / "truth").stdout
-    assert evaluate(tmp_path / "pred", tmp_path / "truth").exit_code == 1
-    for folder, name in (("one", "x.nii.gz"), ("other", "y.nii.gz")):
-        save(tmp_path / folder / name, CUBE)
-    assert evaluate(tmp_path / "one", tmp_path / "other").exit_code == 1
+    assert "taken for pairs, such as P1_t1_labels.nii.gz and P1_t1_mask.nii" in note
+    assert [case["truth"] for case in report["cases"]] == ["P1_t1_mask.nii", "P10_t1_mask.nii", "P2_t1_mask.nii"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (["P1_labels", "P2_labels"], ["P1_mask", "P2_mask", "P3_mask"]),
+        (["brain_old"], ["brain_new"]),
+        (["P1_left", "P2_left"], ["P1_right", "P2_right"]),
+        (["P1_lesion_L", "P2_lesion_L"], ["P1_lesion", "P2_lesion"]),
+        (["P1_ses-1", "P2_ses-1"], ["P1_ses-2", "P2_ses-2"]),
+        (["sub-01_ses-1", "sub-01_ses-2"], ["sub-02_ses-1", "sub-02_ses-2"]),
+        (["fold1/a", "fold1/b"], ["fold2/a", "fold2/b"]),
+        (["1_labels", "2_labels"], ["labels_1", "labels_2"]),
+    ],
+)
+def test_names_that_leave_a_doubt_are_refused(tmp_path, ours, theirs):
+    for folder, names in (("pred", ours), ("truth", theirs)):
+        for name in names:
+            save(tmp_path / folder / f"{name}.nii.gz", CUBE)
+    result = evaluate(tmp_path / "pred", tmp_path / "truth")
+    assert result.exit_code == 1 and "every file needs one of the same name" in result.stderr

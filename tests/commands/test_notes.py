@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_binaryformer import cli
-from hf_binaryformer.commands import generation_jobs, jobs
+from hf_binaryformer.commands import display, generation_jobs, jobs
 
 NOTE = "scan.nii.gz: sform and qform lie up to 7 mm apart; the sform is used [sic]"
 
@@ -25,3 +25,12 @@ def test_notes_are_told_word_for_word(command, module, job, monkeypatch):
     result = CliRunner().invoke(cli.app, [*command, "-o", "out.nii.gz"])
     assert result.exit_code == 0, result.output
     assert f"note: {NOTE}" in result.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"), [(None, "quality 0.80 (how sure the network is, not how right)"), (0.7, "quality 0.80\n")]
+)
+def test_a_score_that_stands_for_no_dice_says_so(capsys, expected, said):
+    report = {"model": "m", "seconds": 1.0, "labels": [], "intracranial_ml": None}
+    display.show_volumes(report | {"quality": {"score": 0.8, "expected_dice": expected}})
+    assert said in capsys.readouterr().out

@@ -189,7 +189,7 @@ def test_without_names_all_label_maps_are_told_too(tmp_path):
     result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     for expected in (
-        "3 problems", "l/1_mask.nii.gz: unexpected label values [400]; known are 0-1, 7",
+        "3 problems", "l/1_mask.nii.gz: unexpected label values [400]; known are 0-1, 7; labels end at 255",
         "i/2_t1.nii.gz: image shape (6, 5, 4), label shape (6, 5, 3) (l/2_mask.nii.gz)", "i/3_t1.nii.gz: unreadable label",
     ):  # fmt: skip
         assert expected in said(result), expected
@@ -202,7 +202,7 @@ def test_a_copy_in_another_split_is_told_with_its_reason(tmp_path):
         save(tmp_path / "i" / f"{number}.nii.gz", 2 * first + number)
     result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out", "--names", "1=a,7=b")
     assert result.exit_code == 0, result.output
-    assert "may be one scan: they correlate by 1.0000. If so, they belong into one split" in said(result)
+    assert "may be one scan: they correlate by 1.0000. If so, they belong in one split" in said(result)
     assert "quantiles" not in said(result)
 
 

@@ -240,6 +240,9 @@ def test_a_pelvis_closes_the_body_below(anatomy: Anatomy, seed: int) -> None:
     sacrum = behind[behind[:, 2] > urine[2]]
     assert abs(urine[0] - 0.5 * (sides[0][:, 0].mean() + sides[1][:, 0].mean())) < 12
     assert sacrum[:, 1].mean() < urine[1] - 30, "the sacrum lies behind the bladder"
+    skin = np.isin(values, VALUE["skin"])
+    rim = (values > 0) & ndimage.binary_dilation(values == 0, np.ones((3, 3, 1)))
+    assert skin[rim].mean() > 0.9, "no bone reaches the air"
     # More muscle than above, as in a body's.
     muscle = np.isin(values, VALUE["muscle"]).sum((0, 1)) * mm**2
     assert muscle[: end - int(100 / mm)].mean() > 1.5 * muscle[end:].mean()

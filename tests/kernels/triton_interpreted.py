@@ -22,7 +22,7 @@ from hf_binaryformer.kernels.draws import seed_hash, uniform
 
 # The interpreter cuts numbers off where a GPU rounds them to bfloat16.
 CUT = {torch.bfloat16: 2, torch.float16: 1}
-SMALL = [shape for shape in SHAPES if shape[0] * shape[1] <= 6000]
+SMALL = [shape for shape in SHAPES if shape[0] * shape[1] <= 5000]
 
 
 def both_ways(case: Case) -> Case:
@@ -51,11 +51,12 @@ def test_accuracy(queries, keys, head_dim, value_dim, planes, weights) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("gradient", ["none", "ste"])
 @pytest.mark.parametrize(("queries", "keys", "head_dim", "value_dim", "planes"), SMALL)
-def test_accuracy_of_halves(queries, keys, head_dim, value_dim, planes, dtype) -> None:
+def test_accuracy_of_halves(queries, keys, head_dim, value_dim, planes, gradient, dtype) -> None:
     """The exponent of a weight must not leave the range of float16."""
     case = both_ways(make_case(queries, keys, head_dim, value_dim, batch=2, heads=1, planes=planes, dtype=dtype))
-    assert_near(case, dtype, "triton", slack=CUT[dtype], bit_gradient="none" if planes else "ste")
+    assert_near(case, dtype, "triton", slack=CUT[dtype], bit_gradient="none" if planes else gradient)
 
 
 def test_draws_are_the_reference_ones_bit_by_bit() -> None:

@@ -49,6 +49,13 @@ def invoke(script, *arguments) -> str:
     return result.stdout
 
 
+def test_minutes_are_those_of_the_whole_training(tmp_path):
+    path = toys.write_segmentation_recipe(tmp_path / "toy.yaml")
+    said = invoke(segmentation, "--recipe", path, "--dry-run", "--set", "train.iterations=6000")
+    report = json.loads(said.splitlines()[-1])
+    assert report["minutes"] == pytest.approx(6000 * report["seconds_per_step"] / 60, abs=0.2)
+
+
 def toy(script, folder: Path) -> tuple[str | Path, list[str]]:
     """A recipe at toy size, and overrides."""
     path = folder / "toy.yaml"

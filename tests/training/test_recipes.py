@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import toys
 import typer
 import yaml
 
@@ -191,3 +192,27 @@ def test_a_setting_that_had_another_name_still_loads(tmp_path):
     keep_recipe(recipe, tmp_path / "run", resume=True, writes=True)
     with pytest.raises(typer.BadParameter, match=r"data\.mirror_axis \(was 1, is now 0\)"):
         keep_recipe(load_recipe("brain-small", [], VQ_RECIPES), tmp_path / "run", resume=True, writes=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("processor.image_size=[100, 100]", "image_size .100, 100. must be a multiple of patch_size 8"),
+        ("processor.num_slices=2", "num_slices is 2, expected an odd number"),
+        ("processor.spacing=1", "section processor: spacing is 1, expected three numbers"),
+        ("processor.image_size=96.5", "image_size is 96.5, expected .height, width."),
+        ("processor.image_size=-8", "image_size is -8"),
+        ("model.hidden_size=many", "hidden_size"),
+    ],
+)
+def test_a_setting_that_a_class_refuses_is_a_wrong_option(tmp_path, override, message):
+    settings = load_recipe(str(toys.write_segmentation_recipe(tmp_path / "toy.yaml")), [override])
+    with pytest.raises(typer.BadParameter, match=message) as error:
+        build_model(settings, {0: "background", 1: "a"})
+    assert "\n" not in str(error.value)
+
+
+def test_one_number_is_a_square_window(tmp_path):
+    settings = load_recipe(str(toys.write_segmentation_recipe(tmp_path / "toy.yaml")), ["processor.image_size=32"])
+    model, processor = build_model(settings, {0: "background", 1: "a"})
+    assert processor.image_size == [32, 32] and list(model.config.image_size) == [32, 32]

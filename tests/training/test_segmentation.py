@@ -375,25 +375,3 @@ def test_wrong_options_say_what_is_known(tmp_path):
         load_recipe("hippocampus", ["iterations=3"])
     with pytest.raises(FileNotFoundError, match="binaryformer prepare"):
         PreparedFolder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("processor.image_size=[100, 100]", "image_size .100, 100. must be a multiple of patch_size 8"),
-        ("processor.num_slices=2", "num_slices is 2, expected an odd number"),
-        ("processor.spacing=1", "section processor: "),
-        ("model.hidden_size=many", "hidden_size"),
-    ],
-)
-def test_a_setting_that_a_class_refuses_is_a_wrong_option(tmp_path, override, message):
-    settings = load_recipe(str(toys.write_segmentation_recipe(tmp_path / "toy.yaml")), [override])
-    with pytest.raises(typer.BadParameter, match=message) as error:
-        segmentation.build_model(settings, {0: "background", 1: "a"})
-    assert "\n" not in str(error.value)
-
-
-def test_one_number_is_a_square_window(tmp_path):
-    settings = load_recipe(str(toys.write_segmentation_recipe(tmp_path / "toy.yaml")), ["processor.image_size=32"])
-    model, processor = segmentation.build_model(settings, {0: "background", 1: "a"})
-    assert processor.image_size == [32, 32] and list(model.config.image_size) == [32, 32]

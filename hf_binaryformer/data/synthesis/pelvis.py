@@ -32,20 +32,27 @@ WING = {"front": ((124.0, 4.0), (130.0, 22.0), (131.0, 50.0), (114.0, 46.0), (10
 WING_BOW, WING_THICK = 9.0, 4.5
 SAMPLES = 14
 HIP: Place = (88.0, 14.0, 122.0)
+NECK_END: Place = (122.0, -6.0, 134.0)
 SOCKET, HEAD, JOINT = 32.0, 23.0, 25.5
 # Rods of bone: course and radius at both ends.
 RODS: tuple[tuple[tuple[Place, ...], float, float], ...] = (
     (((76.0, 34.0, 112.0), (45.0, 55.0, 128.0), (9.0, 60.0, 140.0)), 10.0, 8.0),  # pubis
     (((9.0, 60.0, 138.0), (9.0, 50.0, 162.0), (44.0, -6.0, 190.0)), 8.0, 7.0),  # its lower branch
     (((84.0, -12.0, 128.0), (62.0, -30.0, 165.0), (54.0, -30.0, 198.0)), 17.0, 15.0),  # ischium
-    ((HIP, (122.0, -6.0, 134.0)), 14.0, 15.0),  # neck of the thigh bone
+    ((HIP, NECK_END), 14.0, 15.0),  # neck of the thigh bone
     (((128.0, -10.0, 120.0), (127.0, -6.0, 165.0), (118.0, 2.0, 290.0)), 17.0, 14.0),  # its shaft
 )
 HIP_FLEXOR: tuple[Place, ...] = ((46.0, 8.0, 10.0), (70.0, 32.0, 80.0), (92.0, 42.0, 125.0), (96.0, 4.0, 185.0))
-VESSELS: tuple[Place, ...] = ((32.0, 12.0, 55.0), (62.0, 30.0, 90.0), (72.0, 62.0, 125.0), (74.0, 74.0, 220.0))
-CORTEX_MM = 2.2
+# From where :func:`.tubes.paint_vessels` ends.
+VESSELS: tuple[Place, ...] = ((46.0, 24.0, 82.0), (66.0, 46.0, 108.0), (72.0, 62.0, 128.0), (74.0, 74.0, 220.0))
+# Half axes, the front, and the lowest depth of a full bladder; half axes and depth of what lies behind it.
+BLADDER, BLADDER_FRONT, BLADDER_LOW = (40.0, 30.0, 30.0), 50.0, 158.0
+BEHIND, BEHIND_DEPTH, BEHIND_GAP = (27.0, 17.0, 30.0), 138.0, 8.0
+# Depths between which the rectum is drawn, and to which it has content.
+RECTUM, RECTUM_FULL = (65.0, 195.0), 165.0
+CORTEX_MM, SKIN_MM = 2.2, 3.0
 # Sideways reach of the bones, and what remains of the muscle beside them.
-HALF_WIDTH, ROOM_MM = 145.0, 4.0
+HALF_WIDTH, ROOM_MM, LEAST_FIT = 145.0, 4.0, 0.4
 
 
 def paint_pelvis(canvas: Canvas, shell: Shell) -> None:
@@ -54,7 +61,13 @@ def paint_pelvis(canvas: Canvas, shell: Shell) -> None:
 
 
 class Pelvis:
-    """A pelvis in the making."""
+    """A pelvis in the making.
+
+    Attributes:
+        side, ahead, depth: the tables' coordinates, of shapes that broadcast to :attr:`box`.
+        box: the part of the volume at and below the crest.
+        body: (I, J, K), where anything may be painted.
+    """
 
     def __init__(self, canvas: Canvas, shell: Shell) -> None:
         self.canvas, self.shell = canvas, shell
@@ -67,13 +80,18 @@ class Pelvis:
         # The muscles of a narrow body hold narrow hips.
         right, left = shell.muscle[0, : k + 1], shell.muscle[180, : k + 1]
         room = float(min((shell.centre[0] + right - self.middle).min(), (self.middle - shell.centre[0] + left).min()))
-        self.width = min(rng.uniform(0.94, 1.08), (room - ROOM_MM) / (self.size * HALF_WIDTH))
+        self.width = rng.uniform(0.94, 1.08)
+        # They are smaller in all directions, and a little narrower still.
+        fits = float(np.clip((room - ROOM_MM) / (self.size * self.width * HALF_WIDTH), LEAST_FIT, 1))
+        self.size, self.width = self.size * fits**0.7, self.width * fits**0.3
         # Slices at and below the crest, in the coordinates of the tables.
         self.slices = slice(0, int(np.clip(self.crest / mm, 0, canvas.organs.shape[2] - 1)) + 1)
         self.side = (canvas.x - self.middle) / (self.size * self.width)
         self.ahead = (canvas.y - self.front) / self.size
         self.depth = (self.crest - canvas.z[..., self.slices]) / self.size
         self.box = (slice(None), slice(None), self.slices)
+        angle, radius = shell.polar(canvas)
+        self.body = radius < at_angles(shell.skin, angle) - SKIN_MM
 
     def paint(self) -> None:
         """From the outside inwards."""
@@ -99,7 +117,7 @@ class Pelvis:
 
     def fill(self, where: np.ndarray, name: str, over: tuple[str, ...] = ()) -> None:
         """Paint voxels of :attr:`box`."""
-        self.canvas.paint(where, name, self.box, over)
+        self.canvas.paint(where & self.body[self.box], name, self.box, over)
 
     def _muscles(self) -> None:
         """Muscle with seams of fat everywhere but in the hollow; it takes the place of what the wall and the loin have."""
@@ -141,9 +159,9 @@ class Pelvis:
         if any(side.start >= side.stop for side in box):
             return
         near = _within(self.canvas, box, course, radius)
-        self.canvas.paint(near < 1, name, box, over)
+        self.canvas.paint((near < 1) & self.body[box], name, box, over)
         if core:
-            self.canvas.paint(near < 1 - CORTEX_MM / max(radius), core, box)
+            self.canvas.paint((near < 1 - CORTEX_MM / max(radius)) & self.body[box], core, box)
 
     def _sacrum(self) -> None:
         """A wedge that bends backwards and forwards again, with the end of the canal in it."""
@@ -191,7 +209,7 @@ class Pelvis:
         """The gap between socket and head, the head, and the cartilage between the pubic bones."""
         for side in (-1, 1):
             # The cup is open to the side, where the neck leaves it.
-            hip, neck = self.at(side, HIP, (122.0, -6.0, 134.0))
+            hip, neck = self.at(side, HIP, NECK_END)
             for radius, name, core in ((JOINT, "cartilage", ""), (HEAD, "bone", "marrow")):
                 self._bar(hip[None], (radius * self.size,) * 2, name, core=core)
             self._bar(
@@ -210,26 +228,26 @@ class Pelvis:
     def _hollow_organs(self) -> None:
         """Bladder, what lies behind it, and rectum, in the fat of the hollow."""
         rng, fat = self.canvas.rng, ("visceral fat",)
-        full = rng.uniform(0.55, 1.2)
-        low = 158.0
-        axes = full * np.array([40.0, 30.0, 30.0])
-        forward = 50 - axes[1]
-        ball = sum(
-            ((c - m) / a) ** 2
-            for c, m, a in zip((self.side, self.ahead, self.depth), (0, forward, low - axes[2]), axes, strict=True)
-        )
+        axes = rng.uniform(0.55, 1.2) * np.array(BLADDER)
+        middle = (0.0, BLADDER_FRONT - axes[1], BLADDER_LOW - axes[2])
+        ball = self._ball(middle, axes)
         self.fill(ball < 1, "bowel wall", fat)
-        self.fill(ball < (1 - rng.uniform(0.08, 0.16)) ** 2, "urine", ("bowel wall",))
-        behind = forward - axes[1] - 8
-        womb = (self.side / 27) ** 2 + ((self.ahead - behind) / 17) ** 2 + ((self.depth - 138) / 30) ** 2
-        self.fill(womb < rng.uniform(0.3, 1.1), "bowel wall", fat)
-        forward_of = self.along(SACRUM_DEPTH, SACRUM["forward"]) + self.along(SACRUM_DEPTH, SACRUM["deep"])
+        self.fill(ball < 1 - rng.uniform(0.08, 0.16), "urine", ("bowel wall",))
+        behind = self._ball((0.0, middle[1] - axes[1] - BEHIND_GAP, BEHIND_DEPTH), BEHIND)
+        self.fill(behind < rng.uniform(0.55, 1.05), "bowel wall", fat)
+        front = self.along(SACRUM_DEPTH, SACRUM["forward"]) + self.along(SACRUM_DEPTH, SACRUM["deep"])
         radius = rng.uniform(12, 20)
-        tube = np.hypot(self.side - rng.uniform(-6, 6), self.ahead - forward_of - radius - 3) / radius
-        long = (self.depth > 65) & (self.depth < 195)
+        tube = np.hypot(self.side - rng.uniform(-6, 6), self.ahead - front - radius - SKIN_MM) / radius
+        long = (self.depth > RECTUM[0]) & (self.depth < RECTUM[1])
         self.fill(long & (tube < 1), "bowel wall", (*fat, "muscle"))
         content = rng.choice(["stool", "bowel gas", "bowel fluid"], p=[0.6, 0.25, 0.15])
-        self.fill(long & (tube < 1 - 3.0 / radius) & (self.depth < 165), str(content), ("bowel wall",))
+        inner = tube < 1 - self.canvas.draw("bowel_wall") / radius
+        self.fill(long & inner & (self.depth < RECTUM_FULL), str(content), ("bowel wall",))
+
+    def _ball(self, middle: Sequence[float], axes: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Distance from the middle of an ellipsoid, 1 at its surface, in :attr:`box`."""
+        parts = zip((self.side, self.ahead, self.depth), middle, axes, strict=True)
+        return np.sqrt(sum(((c - m) / a) ** 2 for c, m, a in parts))
 
 
 def _within(canvas: Canvas, box: tuple[slice, ...], course: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
