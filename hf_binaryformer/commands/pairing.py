@@ -74,11 +74,13 @@ def pairs_by_words(ours: dict[str, Path], theirs: dict[str, Path]) -> dict[str, 
     One file alone leaves a doubt, and so do endings that may say more than what kind of file it is: those with a side, and
     two with other numbers, such as those of two visits.
     """
+    if min(len(ours), len(theirs)) < 2:
+        return {}
     cut, ends = zip(*(_without_common_end(found) for found in (ours, theirs)), strict=True)
     words = [{*SEPARATORS.split(end.lower())} for end in ends]
     numbers = [{word for word in one if re.search(r"\d", word)} for one in words]
     other_numbers = numbers[0] - numbers[1] and numbers[1] - numbers[0]
-    if min(len(ours), len(theirs)) < 2 or SIDES & (words[0] | words[1]) or other_numbers:
+    if SIDES & (words[0] | words[1]) or other_numbers:
         return {}
     return {name: (cut[0][name], cut[1][name]) for name in sorted(cut[0])} if cut[0].keys() == cut[1].keys() else {}
 
