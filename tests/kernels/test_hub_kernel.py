@@ -48,7 +48,8 @@ def project(tmp_path: Path) -> Path:
 def run(code: str, folder: Path, **environment: str) -> str:
     """Standard output of a fresh Python process that has loaded the kernel."""
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    words = [sys.executable, "-W", "error", "-P", "-c", ALONE + textwrap.dedent(code)]
+    warnings = ["-W", "error", "-W", "ignore:Guards may run slower on Python:RuntimeWarning"]  # of Python 3.13.0 alone
+    words = [sys.executable, *warnings, "-P", "-c", ALONE + textwrap.dedent(code)]
     done = subprocess.run(words, cwd=folder, env={**kept, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
