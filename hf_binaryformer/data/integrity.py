@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_binaryformer.pipelines import itk, nifti
-from hf_binaryformer.pipelines.grids import SAME_GRID_TOLERANCE, VolumeError, check_shape, grid_distance
+from hf_binaryformer.pipelines.grids import SAME_GRID_TOLERANCE, VolumeError, affine_spacing, check_shape, grid_distance
 from hf_binaryformer.pipelines.label_values import label_numbers
 from hf_binaryformer.pipelines.volumes import NIFTI_SUFFIXES
 
@@ -83,7 +83,8 @@ def pair_problems(image_path: Path, label_path: Path | None, known: Collection[i
             and spans_volume
             and not (apart := grid_distance(affine, label_affine, voxels.shape)) <= SAME_GRID_TOLERANCE
         ):
-            problems.append(f"{name}: image and label have different affines, up to {apart:.3g} voxels apart")
+            mm = apart * min(affine_spacing(affine))
+            problems.append(f"{name}: image and label have different affines, up to {mm:.3g} mm apart ({label_name})")
     return problems
 
 

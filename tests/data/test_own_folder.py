@@ -210,9 +210,17 @@ def test_all_problems_are_told_and_nothing_is_written(tmp_path):
     volumes(tmp_path, "i/{}.nii.gz", "l/{}.nii.gz", count=4)
     save(tmp_path / "l" / "1.nii.gz", np.zeros((6, 5, 3), np.uint8))
     save(tmp_path / "i" / "2.nii.gz", np.zeros((6, 5, 4), np.float32))
+    moved = nib.load(tmp_path / "l" / "3.nii.gz")
+    shifted = moved.affine + np.array([[0, 0, 0, 1.5], [0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 0, 0]])
+    nib.save(nib.Nifti1Image(np.asanyarray(moved.dataobj), shifted), tmp_path / "l" / "3.nii.gz")
     result = run("folder", tmp_path / "i", tmp_path / "l", "-o", tmp_path / "out", "--names", "1=a")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
-    for expected in ("i/1.nii.gz: image shape", "i/2.nii.gz: all voxels are 0", "unexpected label values [7]"):
+    for expected in (
+        "i/1.nii.gz: image shape",
+        "i/2.nii.gz: all voxels are 0",
+        "unexpected label values [7]",
+        "2.5 mm apart (l/3.nii.gz)",
+    ):
         assert expected in said(result)
     result = run("folder", tmp_path / "i", "-o", tmp_path / "out")
     assert result.exit_code == 2 and "give two folders" in said(result)
