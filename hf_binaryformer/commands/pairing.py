@@ -48,11 +48,8 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
         if alike := pairs_by_words(ours, theirs):
             first, partner = next(iter(alike.values()))
             note = f"names differ; taken for pairs, such as {below(first, pred)} and {below(partner, truth)}"
-            return [(below(path, pred), path, other) for path, other in alike.values()], [
-                note,
-                *our_notes,
-                *their_notes,
-            ]
+            cases = [(below(path, pred), path, other) for path, other in alike.values()]
+            return cases, [note, *our_notes, *their_notes]
         only = "; ".join(
             f"{len(names)} only in '{folder}' ({shown([below(found[name], folder) for name in names])})"
             for folder, found, names in (
@@ -71,8 +68,8 @@ def pair_volumes(pred: Path, truth: Path) -> tuple[list[tuple[str, Path, Path]],
 def pairs_by_words(ours: dict[str, Path], theirs: dict[str, Path]) -> dict[str, tuple[Path, Path]]:
     """Pairs of files whose names are equal but for the words that all names of their folder end with; none in doubt.
 
-    One file alone leaves a doubt, and so do endings that may say more than what kind of file it is: those with a side, and
-    two with other numbers, such as those of two visits.
+    One file alone leaves a doubt, and so do two files of one name, and endings that may say more than what kind of file it is:
+    those with a side, and two with other numbers, such as those of two visits.
     """
     if min(len(ours), len(theirs)) < 2:
         return {}
@@ -80,7 +77,8 @@ def pairs_by_words(ours: dict[str, Path], theirs: dict[str, Path]) -> dict[str, 
     words = [{*SEPARATORS.split(end.lower())} for end in ends]
     numbers = [{word for word in one if re.search(r"\d", word)} for one in words]
     other_numbers = numbers[0] - numbers[1] and numbers[1] - numbers[0]
-    if SIDES & (words[0] | words[1]) or other_numbers:
+    doubled = len(cut[0]) < len(ours) or len(cut[1]) < len(theirs)
+    if doubled or SIDES & (words[0] | words[1]) or other_numbers:
         return {}
     return {name: (cut[0][name], cut[1][name]) for name in sorted(cut[0])} if cut[0].keys() == cut[1].keys() else {}
 

@@ -209,3 +209,11 @@ def test_names_that_leave_a_doubt_are_refused(tmp_path, ours, theirs):
             save(tmp_path / folder / f"{name}.nii.gz", CUBE)
     result = evaluate(tmp_path / "pred", tmp_path / "truth")
     assert result.exit_code == 1 and "every file needs one of the same name" in result.stderr
+
+
+def test_two_files_of_one_name_leave_a_doubt(tmp_path):
+    """None of the two may be left out without a word."""
+    for path in ("pred/a_x.nii", "pred/a_x.nii.gz", "pred/b_x.nii", "truth/a_y.nii", "truth/b_y.nii"):
+        save(tmp_path / path, CUBE)
+    result = evaluate(tmp_path / "pred", tmp_path / "truth")
+    assert result.exit_code == 1 and "every file needs one of the same name" in result.stderr
