@@ -39,6 +39,8 @@ struct Avx512 : Vector<float16, int16, uint16> {
             x[12 + k] = (F)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
         }
     }
+    // x[index] for each lane
+    static inline F look_up(F x, I index) { return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)x); }
     static inline float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
     static inline uint32_t below(F a, F b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 

@@ -252,6 +252,9 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
                                                 : FloatRows{rows_of<const float>(a.grad_output, a.heads, head), a.grad_output.row_stride};
     }
 
+    // Do the weights need sums of their own? Those of the straight-through gradient say it all.
+    static bool weighs(const hf_attention &a) { return (a.grad_query_weight || a.grad_key_weight) && !(a.grad_query && a.straight_through); }
+
     static void backward(const Call &call, int64_t head, int64_t chunk, Arena &arena) {
         const hf_attention &a = *call.a;
         Carver c{arena.base};
@@ -266,7 +269,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
             for (int64_t t = 0; t < tiles; t++) {
                 Weights weights{r.delta + i, a.query_weight + (row + i) * Planes, {}, {}};
                 for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
-                if (a.grad_query_weight || a.grad_key_weight) {
+                if (weighs(a)) {
                     recompute<true, true>(a, r, grad, i, count, t, weights);
                     for (int p = 0; p < Planes; p++) r.d_weight[t * Planes + p] += weights.d_key[p];
                 } else {
@@ -291,7 +294,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
     // The chunk's share of dw_q for a block of queries.
     static void write_query_block(const Call &call, int64_t head, int64_t chunk, int64_t i, int64_t count, const BackwardRoom &r) {
         const hf_attention &a = *call.a;
-        if (!a.grad_query_weight) return;
+        if (!a.grad_query_weight || !weighs(a)) return;
         float *partial = call.partial + ((head * call.chunks + chunk) * a.queries + i) * Planes;
         for (int64_t n = 0; n < count * Planes; n++) partial[n] = V::sum(r.d_query[n]) * (float)(-2 * a.scale);
     }
@@ -311,7 +314,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
                     for (int m = 0; m < L; m++) V::store(r.rows + m * values + c, x[m]);
                 }
             from_float(r.rows + l * values, a.type, a.value_dim, d_value + key * a.grad_value.row_stride * width_of(a));
-            if (a.grad_key_weight)
+            if (a.grad_key_weight && weighs(a))
                 for (int p = 0; p < Planes; p++)
                     a.grad_key_weight[(head * a.keys + key) * Planes + p] = ((const float *)&r.d_weight[t * Planes + p])[l] * (float)(-2 * a.scale);
         }
