@@ -68,7 +68,7 @@ def test_a_volume_has_the_labels_of_the_command(checkpoint, scan, tmp_path):
     run = pipeline("mri-segmentation", model=checkpoint)
     result = run(scan)
     out = tmp_path / "labels.nii.gz"
-    done = CliRunner().invoke(app, ["segment", scan, "-o", str(out), "--model", checkpoint])
+    done = CliRunner().invoke(app, ["segment", scan, "-o", str(out), "--model", checkpoint, "--dtype", "float32"])
     assert done.exit_code == 0, done.output
     result.save(tmp_path / "again.nii.gz")
     wanted, again = nib.load(out), nib.load(tmp_path / "again.nii.gz")
