@@ -44,7 +44,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-
 # For commands that pass their arguments on to another program; that program is imported only then.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options that mean the same in several commands.
@@ -363,12 +362,15 @@ def models() -> None:
 
 @app.command()
 @one_line_errors
-def demo(folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo")) -> None:
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path("demo"),
+    model: Model = jobs.DEFAULT_MODEL,
+) -> None:
     """Try it on the MNI152 template, an average of real brains."""
     from hf_binaryformer.commands.demo import run_demo
 
     with progress_bar("segmenting and filling MNI152") as progress:
-        content = run_demo(folder, progress=progress)
+        content = run_demo(folder, model=model, progress=progress)
     show_demo(content)
     tell_written(*(folder / name for name in content["files"]))
 

@@ -11,10 +11,21 @@ from hf_binaryformer.commands import generation_jobs, jobs, outputs
 from hf_binaryformer.pipelines.provenance import NOTICE
 from hf_binaryformer.pipelines.whole_files import whole_file
 
-# Labels of binaryformer-tiny-brain that make up each tissue of the template's probability maps.
-TISSUES: dict[str, tuple[int, ...]] = {
-    "white matter": (1, 4),
-    "grey matter": (2, 5, 6, 7, 8, 9, 12, 13),
+# Structures, of either side, that make up each tissue of the template's probability maps.
+TISSUES: dict[str, tuple[str, ...]] = {
+    "white matter": ("cerebral white matter", "cerebellum white matter"),
+    "grey matter": (
+        *(
+            "cerebral cortex",
+            "cerebellum cortex",
+            "thalamus",
+            "caudate",
+            "putamen",
+            "pallidum",
+            "hippocampus",
+            "amygdala",
+        ),
+    ),
 }
 # A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that the
 # same structures are missing on both sides.
@@ -53,18 +64,23 @@ def load_mni152(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def segmentation_job(
-    folder: Path, brain: Path, tissues: dict[str, np.ndarray], progress: jobs.Progress | bool = False
+    folder: Path, brain: Path, tissues: dict[str, np.ndarray], model: str, progress: jobs.Progress | bool = False
 ) -> dict[str, Any]:
     """Segment the brain into `segmentation.nii.gz` and `.png`; return the report with a Dice for each tissue."""
     from hf_binaryformer.pipelines.metrics import mask_dice
+    from hf_binaryformer.pipelines.structure_names import without_side
     from hf_binaryformer.pipelines.volumes import read_volume
 
-    output = folder / "segmentation.nii.gz"
+    output, picture = folder / "segmentation.nii.gz", folder / "segmentation.png"
     content = jobs.segment_file(
-        brain, output, overlay=folder / "segmentation.png", title="MNI152 T1 template", progress=progress
+        brain, output, overlay=picture, model=model, title="MNI152 T1 template", progress=progress
     )
     labels = read_volume(output, labels=True).array
-    dice = {tissue: mask_dice(np.isin(labels, TISSUES[tissue]), mask) for tissue, mask in tissues.items()}
+    parts = {
+        tissue: [one["label"] for one in content["labels"] if without_side(one["name"]) in TISSUES[tissue]]
+        for tissue in tissues
+    }
+    dice = {tissue: mask_dice(np.isin(labels, parts[tissue]), mask) for tissue, mask in tissues.items()}
     return {**content, "dice": dice}
 
 
@@ -120,11 +136,14 @@ def inpainting_job(folder: Path, brain: Path, progress: jobs.Progress | bool = F
     return {**content, "psnr_hole": {"samples": each, "model": float(np.mean(each)), **psnr}}
 
 
-def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[str, Any]:
+def run_demo(
+    folder: Path, *, model: str = jobs.DEFAULT_MODEL, progress: jobs.Progress | bool = False
+) -> dict[str, Any]:
     """All jobs of the demo, one after the other.
 
     Args:
         folder: created if it is missing; receives the results, the input, and `report.json`.
+        model: what segments, see :func:`~hf_binaryformer.commands.jobs.segment_file`; structures are found by name.
         progress: called with (done, total), or whether to show a bar.
 
     Returns:
@@ -136,7 +155,7 @@ def run_demo(folder: Path, *, progress: jobs.Progress | bool = False) -> dict[st
     brain, tissues = load_mni152(folder)
     content: dict[str, Any] = {
         "notice": NOTICE,
-        "segmentation": segmentation_job(folder, brain, tissues, progress),
+        "segmentation": segmentation_job(folder, brain, tissues, model, progress),
         "inpainting": inpainting_job(folder, brain, progress),
         "files": [
             "mni152.nii.gz",

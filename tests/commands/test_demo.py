@@ -14,15 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner
 from vq_cases import save_checkpoint
 
+import hf_binaryformer as bf
 from hf_binaryformer import cli
 from hf_binaryformer.commands import demo, generation_jobs, jobs
+from hf_binaryformer.data.label_schemes import read_label_names
 from hf_binaryformer.modeling import pretrained
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
 
-# The label numbers of the issue that asked for the demo, written out once more.
+# Label numbers of binaryformer-tiny-brain and of FreeSurfer, written out once more.
 WHITE, GREY = {1, 4}, {2, 5, 6, 7, 8, 9, 12, 13}
+FREESURFER_WHITE, FREESURFER_GREY = {2, 41, 7, 46}, {3, 42, 8, 47, 10, 49, 11, 50, 12, 51, 13, 52, 17, 53, 18, 54}
 
 
 def tissue_maps() -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +47,7 @@ def random_checkpoints(tmp_path, monkeypatch) -> None:
         num_hidden_layers=1,
         decoder_hidden_size=32,
         attention_type="sign",
-        id2label={i: f"part {i}" for i in range(17)},
+        id2label=bf.from_pretrained("binaryformer-tiny-brain").config.id2label,
     )
     BinaryFormerForSemanticSegmentation(config).save_pretrained(folder)
     BinaryFormerImageProcessor(num_slices=1, spacing=(4, 4, 4), image_size=(64, 64)).save_pretrained(folder)
@@ -96,19 +99,27 @@ def test_demo_writes_its_files_and_its_figures(tmp_path, random_checkpoints):
         assert min(picture.size) > 500
 
 
-def test_perfect_labels_get_a_perfect_dice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheme", ["tiny-brain", "freesurfer"])
+def test_perfect_labels_get_a_perfect_dice(tmp_path, monkeypatch, scheme):
     white, grey = tissue_maps()
     rng = np.random.default_rng(0)
-    labels = np.where(white, rng.choice(sorted(WHITE), white.shape), 0)
-    labels = np.where(grey, rng.choice(sorted(GREY), grey.shape), labels)
+    if scheme == "freesurfer":
+        names = read_label_names(Path("freesurfer"))
+        numbers = FREESURFER_WHITE, FREESURFER_GREY
+    else:
+        names = {int(i): name for i, name in bf.from_pretrained("binaryformer-tiny-brain").config.id2label.items()}
+        numbers = WHITE, GREY
+    labels = np.where(white, rng.choice(sorted(numbers[0]), white.shape), 0)
+    labels = np.where(grey, rng.choice(sorted(numbers[1]), grey.shape), labels)
 
     def perfect(source: Path, output: Path, **options) -> dict:
+        assert options["model"] == "any"
         nib.save(nib.Nifti1Image(labels.astype(np.uint8), nib.load(source).affine), output)
-        return {}
+        return {"labels": [{"label": number, "name": name} for number, name in names.items()]}
 
     monkeypatch.setattr(jobs, "segment_file", perfect)
     monkeypatch.setattr(demo, "inpainting_job", lambda *a: {})
-    assert demo.run_demo(tmp_path)["segmentation"]["dice"] == {"white matter": 1.0, "grey matter": 1.0}
+    assert demo.run_demo(tmp_path, model="any")["segmentation"]["dice"] == {"white matter": 1.0, "grey matter": 1.0}
 
 
 def test_missing_nilearn_names_the_extra(tmp_path, monkeypatch):
