@@ -47,7 +47,13 @@ def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def evaluate_split(
-    model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool, merge_sides: bool = False
+    model: str | Path,
+    folder: PreparedFolder,
+    split: str,
+    *,
+    baseline: bool,
+    merge_sides: bool = False,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Segment every volume of a split, print a table, and return the figures.
 
@@ -57,13 +63,14 @@ def evaluate_split(
         split: whose volumes are segmented.
         baseline: whether the prior atlas, made from the split ``train``, is scored too.
         merge_sides: score "left hippocampus" and "right hippocampus" as one.
+        dtype: number format of the network, see :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`.
 
     Returns:
-        ``split``, ``volumes`` and ``merge_sides``; ``rows`` has the :func:`figures_of` the network (and the prior atlas);
-        ``sets`` has those of the network for each set of the data, if it has sets; ``cases`` has the network's Dice of each
-        label of each volume.
+        ``split``, ``volumes``, ``merge_sides``, and ``dtype``, which is never "auto"; ``rows`` has the :func:`figures_of`
+        the network (and the prior atlas); ``sets`` has those of the network for each set of the data, if it has sets;
+        ``cases`` has the network's Dice of each label of each volume.
     """
-    pipeline = VolumeSegmentationPipeline.from_pretrained(str(model))
+    pipeline = VolumeSegmentationPipeline.from_pretrained(str(model), dtype=dtype)
     labels = sorted(label for label in folder.label_names if label != 0)
     scheme = common_scheme(folder.label_names, None, None, merge_sides=merge_sides)
     atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
@@ -88,6 +95,7 @@ def evaluate_split(
         "split": split,
         "volumes": len(cases),
         "merge_sides": merge_sides,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
         "attention_type": pipeline.model.config.attention_type,
         "bit_gradient": pipeline.model.config.resolved_bit_gradient,
         "rows": summary,

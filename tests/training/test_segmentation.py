@@ -136,6 +136,9 @@ def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
     assert len(dice) == 3 and sum({"validation_nsd", "validation_hd95"} <= {*record} for record in records) == 3
     results = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False)
     assert np.nanmean(list(results["cases"].values())) == pytest.approx(max(dice), abs=1e-3)
+    half = evaluate_split(tmp_path / "model", PreparedFolder(prepared), "validation", baseline=False, dtype="bfloat16")
+    assert (results["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert np.nanmean(list(half["cases"].values())) == pytest.approx(max(dice), abs=0.05)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["terminal", "scheduler"])
@@ -285,8 +288,8 @@ def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     names = {"0": "background", "1": "side"}
     (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
     config = SimpleNamespace(attention_type="sign", resolved_bit_gradient="none")
-    network = SimpleNamespace(model=SimpleNamespace(config=config))
-    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder: network)
+    network = SimpleNamespace(model=SimpleNamespace(config=config), dtype=torch.float32)
+    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
     monkeypatch.setattr(
         segmentation_scores, "network_scores", lambda pipeline, case, truth, scheme: scores(truth.array, truth, scheme)
     )
@@ -313,7 +316,8 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
         return SimpleNamespace(labels=crossed)
 
     network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
-    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder: network)
+    network.dtype = torch.float32
+    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
     apart, together = (
         evaluate_split(tmp_path, PreparedFolder(tmp_path), "test", baseline=False, merge_sides=merge)
         for merge in (False, True)
