@@ -16,7 +16,6 @@ import typer
 from scipy.optimize import isotonic_regression
 from scipy.stats import pearsonr, spearmanr
 
-from hf_binaryformer.commands.choices import DType
 from hf_binaryformer.data.prepared_folder import PreparedFolder, read_labels
 from hf_binaryformer.modeling.pretrained import MODEL_CONFIG, read_json
 from hf_binaryformer.pipelines.metrics import mask_dice
@@ -104,7 +103,6 @@ def main(
         str, typer.Option(help="Its volumes; never the test split, which the card reports.")
     ] = "validation",
     report: Annotated[Path | None, typer.Option(help="Pairs, correlations and table to write: .json.")] = None,
-    dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
 ) -> None:
     """Fill the field `quality` of a checkpoint from volumes that it was not trained on."""
     config = read_json(model / MODEL_CONFIG)
@@ -113,7 +111,7 @@ def main(
         raise typer.BadParameter("the test split stays unseen until the end: give validation")
     if not folder.split(split):
         raise typer.BadParameter(f"{data} has no volumes in the split '{split}': give another --split")
-    pairs = observed(VolumeSegmentationPipeline.from_pretrained(model, dtype=dtype.value), folder, split)
+    pairs = observed(VolumeSegmentationPipeline.from_pretrained(model), folder, split)
     try:
         table = quality_table(pairs)
     except ValueError as error:
