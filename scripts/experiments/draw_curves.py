@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999")
 TITLES = {
-    "loss": "training loss, bits a token",
+    "loss": "training loss",
     "bit_entropy": "entropy of a bit over the tokens (1: balanced)",
     "gradient": "gradient of queries and keys",
     "entropy": "entropy of attention, nats",
@@ -45,6 +45,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Picture to write: .png.")],
     series: Annotated[str, typer.Option(help="Names of series, with commas between.")] = "loss,bit_entropy",
     forms: Annotated[str | None, typer.Option(help="Names of forms.  [default: all]")] = None,
+    first: Annotated[int, typer.Option(help="First iteration that is drawn.")] = 0,
 ) -> None:
     """Draw."""
     curves, names = read_curves(folder / "series.csv"), series.split(",")
@@ -52,7 +53,7 @@ def main(
     figure = Figure(figsize=(5 * len(names), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for number, form in enumerate(chosen):
-            points = curves[name][form]
+            points = {x: value for x, value in curves[name][form].items() if x >= first}
             axes.plot(list(points), list(points.values()), color=COLOURS[number % len(COLOURS)], label=form, lw=1.8)
         axes.set(xlabel="iteration", title=TITLES.get(name, name))
         axes.grid(alpha=0.25)
