@@ -15,16 +15,14 @@ from hf_binaryformer.pipelines.whole_files import whole_file
 TISSUES: dict[str, tuple[str, ...]] = {
     "white matter": ("cerebral white matter", "cerebellum white matter"),
     "grey matter": (
-        *(
-            "cerebral cortex",
-            "cerebellum cortex",
-            "thalamus",
-            "caudate",
-            "putamen",
-            "pallidum",
-            "hippocampus",
-            "amygdala",
-        ),
+        "cerebral cortex",
+        "cerebellum cortex",
+        "thalamus",
+        "caudate",
+        "putamen",
+        "pallidum",
+        "hippocampus",
+        "amygdala",
     ),
 }
 # A ball in the middle of the brain: thalami, basal ganglia, ventricles. Its centre lies on the midline, so that the

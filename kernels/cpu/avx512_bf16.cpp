@@ -290,7 +290,7 @@ template <int Halves> struct AttentionBf16 : Attention<Avx512, Halves, 1> {
                 products<true>(a, r, w, i, count, 0, w.value + t * values / 2, r.d_value + t * values);
                 for (int64_t c = C; c < values; c += C) products<false>(a, r, w, i, count, c, w.value + (t * values + c) / 2, r.d_value + t * values + c);
                 if (!a.grad_query_weight && !a.grad_key_weight) continue;
-                const F counted = Base::counted(first + t * L, last, r.tile_weight[t]);
+                const F counted = zero_past_end<V>(first + t * L, last, r.tile_weight[t]);
                 weights(r, w, r.delta + i, a.query_weight + row + i, count, counted, r.d_weight + t);
             }
             Base::write_query_block(call, head, chunk, i, count, r);

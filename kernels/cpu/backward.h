@@ -268,7 +268,7 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
             with_signs(a, r, [&](auto &signs) { signs.start_queries(call, head, i, count); });
             for (int64_t t = 0; t < tiles; t++) {
                 Weights weights{r.delta + i, a.query_weight + (row + i) * Planes, {}, {}};
-                for (int p = 0; p < Planes; p++) weights.counted[p] = counted(first + t * L, last, r.tile_weight[t * Planes + p]);
+                for (int p = 0; p < Planes; p++) weights.counted[p] = zero_past_end<V>(first + t * L, last, r.tile_weight[t * Planes + p]);
                 if (weighs(a)) {
                     recompute<true, true>(a, r, grad, i, count, t, weights);
                     for (int p = 0; p < Planes; p++) r.d_weight[t * Planes + p] += weights.d_key[p];
@@ -282,13 +282,6 @@ template <class V, int Halves, int Planes> struct Backward : Tiles<V, Halves, Pl
         }
         write_chunk(call, head, first, last, r);
         with_signs(a, r, [&](auto &signs) { signs.write_chunk(call, head, first, last); });
-    }
-
-    // A tile's key weights, 0 in lanes past the end.
-    static F counted(int64_t key, int64_t last, F weight) {
-        for (int l = 0; l < L; l++)
-            if (key + l >= last) ((float *)&weight)[l] = 0;
-        return weight;
     }
 
     // The chunk's share of dw_q for a block of queries.

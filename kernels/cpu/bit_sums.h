@@ -14,6 +14,13 @@ namespace {
 
 constexpr int kSignBlock = 64;
 
+// The weights of the keys from `key` on, 0 in lanes past the end.
+template <class V> typename V::F zero_past_end(int64_t key, int64_t last, typename V::F weight) {
+    for (int l = 0; l < V::lanes; l++)
+        if (key + l >= last) ((float *)&weight)[l] = 0;
+    return weight;
+}
+
 template <class V> struct BitSums {
     using F = typename V::F;
     using I = typename V::I;

@@ -112,8 +112,7 @@ template <class V> struct SignSumsInRegisters : SignSums<V, int32_t> {
     // the last ones, are there.
     void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, const float *delta, F weight) const {
         const int64_t key = first + t * L, part = t % kParts, block = t / kParts;
-        for (int l = 0; l < L; l++)
-            if (key + l >= last) ((float *)&weight)[l] = 0;
+        weight = zero_past_end<V>(key, last, weight);
         const float *query_weight = call.a->query_weight + head * call.a->queries + i;
         for (int64_t n = 0; n < count; n++) {
             const F ds = p[n] * (dp[n] - delta[n]);
@@ -212,8 +211,7 @@ template <class V> struct SignSumsInMemory : SignSums<V, uint16_t> {
     // As above.
     void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, const float *delta, F weight) const {
         const int64_t key = first + t * L, part = t % kParts, block = t / kParts;
-        for (int l = 0; l < L; l++)
-            if (key + l >= last) ((float *)&weight)[l] = 0;
+        weight = zero_past_end<V>(key, last, weight);
         V::store(key_weight + part * L, weight);
         for (int64_t n = 0; n < count; n++) d_scores[n * kParts + part] = p[n] * (dp[n] - delta[n]);
         for (int64_t n = count; n % L; n++) d_scores[n * kParts + part] = V::splat(0);

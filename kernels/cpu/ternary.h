@@ -107,9 +107,7 @@ template <class V> struct Ternary : BitSums<V> {
     void add_tile(const Call &call, int64_t head, int64_t i, int64_t count, int64_t first, int64_t last, int64_t t, const F *p, const F *dp, const float *delta, F weight) const {
         const hf_attention &a = *call.a;
         const int64_t key = first + t * L, part = t % kParts;
-        for (int l = 0; l < L; l++)
-            if (key + l >= last) ((float *)&weight)[l] = 0;
-        weight = V::absolute(weight);
+        weight = V::absolute(zero_past_end<V>(key, last, weight));
         key_weight[part] = weight;
         const float *query_weight = a.query_weight + head * a.queries + i;
         I largest = V::splat_int(0);

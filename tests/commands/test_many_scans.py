@@ -111,14 +111,14 @@ def test_half_a_result_is_not_taken_for_done(done, model, worked, spoil):
 
 @pytest.mark.parametrize(
     "options",
-    [["--views", "all"], ["--keep-largest"], ["--head-only"], ["--dtype", "SLOW OR FAST"], ["--model", "OTHER"]],
+    [["--views", "all"], ["--keep-largest"], ["--head-only"], ["--dtype", "NOT AUTOMATIC"], ["--model", "OTHER"]],
     ids=lambda options: options[0],
 )
 def test_results_of_other_settings_are_not_taken_for_done(done, tmp_path, model, worked, options):
     scans, out = done
     other = checkpoint(tmp_path / "tiny-random", seed=1)  # of the same name
     not_automatic = "bfloat16" if fast_format("cpu") == torch.float32 else "float32"
-    options = [{"OTHER": str(other), "SLOW OR FAST": not_automatic}.get(o, o) for o in options]
+    options = [{"OTHER": str(other), "NOT AUTOMATIC": not_automatic}.get(o, o) for o in options]
     assert run(scans, "-o", out, "--model", model, "--skip-existing", *options).exit_code == 0
     assert worked == ["a.nii.gz", "b.nii.gz"]
     # What the model does anyway may be asked for by name.
