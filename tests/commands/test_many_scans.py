@@ -230,7 +230,10 @@ class Page(HTMLParser):
         self.texts.append(data.strip())
 
 
-def test_the_page_is_one_file_with_a_picture_of_each_scan(scans, tmp_path, model):
+def test_the_page_is_one_file_with_a_picture_of_each_scan(scans, tmp_path, model, monkeypatch):
+    quality, scores = segmentation.quality_report, iter([0.9, 0.2, 0.9])
+    # Scores of an untrained network depend on the processor. These are in no order, and two are equal.
+    monkeypatch.setattr(segmentation, "quality_report", lambda *a: quality(*a) | {"score": next(scores)})
     (scans / "<script>x.nii.gz").write_bytes(b"broken")
     out = tmp_path / "out"
     assert run(scans, "-o", out, "--model", model).exit_code == 1
@@ -253,9 +256,7 @@ def test_the_page_is_one_file_with_a_picture_of_each_scan(scans, tmp_path, model
     # The worst comes first, and the order by name is there too.
     rows = table(out)
     order = [t for t in page.texts if t in rows]
-    # From the reports: the table has the scores rounded, and two may then be equal.
-    scores = {name: json.loads((out / f"{name}_labels.json").read_text())["quality"]["score"] for name in rows}
-    assert order == sorted(rows, key=lambda name: (scores[name], name))
+    assert order == ["c", "a", "deep/a"]
     places = [int(n) for n in re.findall(r"--by-name:(\d+)", text)]
     assert [sorted(rows)[n] for n in places] == order
     assert all(f"{float(row['shell <b> ml']):,.1f} ml" in page.texts for row in rows.values())
