@@ -50,6 +50,7 @@ from hf_binaryformer.training.publishing import check_target, publish
 from hf_binaryformer.training.recipes import keep_recipe, load_recipe, refused_in_one_line
 from hf_binaryformer.training.run_log import save_model, write_summary
 from hf_binaryformer.training.segmentation_scores import evaluate_split, validation_figures
+from hf_binaryformer.training.warm_start import load_weights
 
 
 def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[Any, Any]:
@@ -74,21 +75,6 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
         config = BinaryFormerConfig(**fields)
     model = load_weights(pretrained, config) if pretrained else BinaryFormerForSemanticSegmentation(config)
     return model, processor
-
-
-def load_weights(name: str, config: BinaryFormerConfig) -> BinaryFormerForSemanticSegmentation:
-    """A network with all weights of a checkpoint that fit it; transformers reports those that do not.
-
-    Raises:
-        typer.BadParameter: no weight fits.
-    """
-    model, report = BinaryFormerForSemanticSegmentation.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-    )
-    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if new >= model.state_dict().keys():
-        raise typer.BadParameter(f"from_pretrained={name}: no tensor fits this recipe's network")
-    return model
 
 
 def build_criterion(train: dict[str, Any]) -> DiceCELoss:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import hf_binaryformer as bf
 from hf_binaryformer.modeling.pretrained import CheckpointError
-from hf_binaryformer.training import segmentation
+from hf_binaryformer.training import warm_start
 from hf_binaryformer.training.sampler import load_autoencoder
 from jobs import save_network
 
@@ -51,7 +51,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "AbsorbingScheduler": ("pipeline/scheduler", bf.AbsorbingScheduler.from_pretrained),
     "model.from_pretrained of a recipe": (
         "network",
-        lambda folder: segmentation.load_weights(str(folder), bf.BinaryFormerConfig.from_pretrained(folder)),
+        lambda folder: warm_start.load_weights(str(folder), bf.BinaryFormerConfig.from_pretrained(folder)),
     ),
     "--vqmodel of a training": (
         "pipeline/vqmodel",
