@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 
 import hf_binaryformer as bf
 from hf_binaryformer.data.label_schemes import common_scheme
+from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.attention_configuration import attention_form
 from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
-from hf_binaryformer.pipelines.volumes import read_volume
+from hf_binaryformer.pipelines.volumes import read_volume, volume_from_image
 from hf_binaryformer.training.cards import checkpoint_card
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 TINY_BRAIN, TINY_VQ = "binaryformer-tiny-brain", "binaryvq-tiny-brain"
+BRAIN = "binaryformer-brain"
 
 
 def test_tiny_brain_is_shipped():
@@ -124,6 +126,29 @@ def test_segments_slices_of_a_real_brain():
     truth = np.moveaxis(white[box] > 0.5, 1, 0)[index, :160, :160]
     assert mask_dice(np.isin(labels, [1, 4]), truth) > 0.8
     assert {1, 2, 3, 5, 6, 8, 11} <= set(np.unique(labels))
+
+
+@pytest.mark.slow
+def test_left_stays_left_in_a_real_brain_and_in_its_mirror_image():
+    """The mirror image is that of a person whose left and right are exchanged: labels must follow what lies where."""
+    template = pytest.importorskip("nilearn.datasets").load_mni152_template(resolution=1)
+    array = np.asarray(template.dataobj, dtype=np.float32)
+    pipeline = bf.VolumeSegmentationPipeline.from_pretrained(BRAIN)
+    names = pipeline.label_names
+    # First axis: from left to right.
+    seen, mirrored = (
+        pipeline(volume_from_image(nib.Nifti1Image(one, template.affine))).labels for one in (array, array[::-1].copy())
+    )
+    for labels in (seen, mirrored):
+        for label, name in names.items():
+            where = np.flatnonzero((labels == label).any(axis=(1, 2)))
+            if name.startswith("left") and where.size:
+                other = next(number for number, n in names.items() if n == name.replace("left", "right"))
+                assert where.mean() < np.flatnonzero((labels == other).any(axis=(1, 2))).mean(), name
+    exchanged = mirrored_labels(names)
+    back = np.vectorize(exchanged.get, otypes=[seen.dtype])(mirrored[::-1])
+    inside = (seen > 0) | (back > 0)
+    assert (seen == back)[inside].mean() > 0.85 and (seen == mirrored[::-1])[inside].mean() < 0.3
 
 
 @pytest.mark.slow

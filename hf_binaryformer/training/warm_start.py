@@ -53,10 +53,11 @@ def load_weights(name: str, config: BinaryFormerConfig) -> BinaryFormerForSemant
         state[POSITIONS].copy_(
             resample_abs_pos_embed(stored[POSITIONS], *grids, num_prefix_tokens=int(source.class_token))
         )
-    row_of = {label.lower(): row for row, label in source.id2label.items()}
-    for row, label in config.id2label.items():
-        known = row_of.get(label.lower(), row_of.get(without_side(label).lower()))
+    old_labels, labels = ({int(row): str(label) for row, label in (c.id2label or {}).items()} for c in (source, config))
+    row_of = {label.lower(): row for row, label in old_labels.items()}
+    for row, label in labels.items():
+        old = row_of.get(label.lower(), row_of.get(without_side(label).lower()))
         for key in HEAD:
-            if known is not None and key in stored and stored[key].shape[1:] == state[key].shape[1:]:
-                state[key][row].copy_(stored[key][known])
+            if old is not None and key in stored and stored[key].shape[1:] == state[key].shape[1:]:
+                state[key][row].copy_(stored[key][old])
     return model
