@@ -44,7 +44,7 @@ KNOWN_MODELS = {
         "brain",
         "32 brain structures, left and right apart, in MRI of any contrast",
         "synthetic images of 16 heads",
-        "4 M",
+        "2.2 M",
         SYNTHSEG.format("synth-brain-sides"),
     ),
     "binaryformer-tiny-abdomen": _segmentation(
