@@ -36,7 +36,9 @@ class SliceSamples(Dataset):
         cases: volumes to draw from; held in memory, scaled and at the processor's spacing.
         processor: scaling, slicing and window size.
         augment: the recipe's ``augment`` section. Optional in it: ``slice_axes``, which replace the processor's slice axis
-            by one of them at random, and ``mirror``, the probability that left and right are exchanged, labels included.
+            by one of them at random; ``mirror``, the probability that left and right are exchanged, labels included; and
+            ``class_fraction``, the share of slices drawn for a class: one of the volume's at random, then a slice that
+            shows it. Structures in few slices are then seen more often.
         seed: random seed of the whole run.
         length: number of samples.
         label_names: of the labels in the cases' files. The k-th smallest label becomes class k. None: labels are
@@ -67,7 +69,7 @@ class SliceSamples(Dataset):
             raise ValueError("labels are of the left or right: set augment.flip_axis to null and use augment.mirror")
         self.images: list[Tensor] = []
         self.labels: list[Tensor] = []
-        self.foreground: list[list[np.ndarray]] = []
+        self.shown: list[dict[int, np.ndarray]] = []  # of each volume and axis: whether a slice shows a class
         extents = []
         for case in cases:
             image, label = read_volume(case.image), read_labels(case).array
@@ -92,10 +94,7 @@ class SliceSamples(Dataset):
             ):
                 inner = np.ascontiguousarray(array.transpose(order))
                 kept.append(torch.from_numpy(inner).movedim(0, self.axes[0]))
-            occupied = self.labels[-1].numpy() > 0
-            self.foreground.append(
-                [np.flatnonzero(occupied.any(tuple(b for b in range(3) if b != a))) for a in range(3)]
-            )
+            self.shown.append({axis: shown_classes(self.labels[-1].movedim(axis, 0)) for axis in set(self.axes)})
         self.foreground_extent = tuple(np.min(extents, axis=0).tolist())
         self.spatial, self.intensity = build_augmentation(augment, processor)
 
@@ -108,10 +107,7 @@ class SliceSamples(Dataset):
         volume = int(rng.integers(len(self.images)))
         axis = self.axes[int(rng.integers(len(self.axes)))] if len(self.axes) > 1 else self.axes[0]
         image, label = self.images[volume].movedim(axis, 0), self.labels[volume].movedim(axis, 0)
-        slices = self.foreground[volume][axis]
-        if rng.random() >= self.augment["foreground_fraction"] or len(slices) == 0:
-            slices = np.arange(len(image))
-        index = int(rng.choice(slices))
+        index = self._slice(self.shown[volume][axis], rng)
 
         processor = self.processor
         channels = processor.slices_at(image, torch.tensor([index]))[0]
@@ -138,6 +134,15 @@ class SliceSamples(Dataset):
             "labels": sample["label"][0].round().long(),
         }
 
+    def _slice(self, shown: np.ndarray, rng: np.random.Generator) -> int:
+        """Number of a slice, given whether each slice shows each foreground class."""
+        slices = np.flatnonzero(shown.any(1))
+        if rng.random() >= self.augment["foreground_fraction"] or len(slices) == 0:
+            slices = np.arange(len(shown))
+        elif self.augment.get("class_fraction") and rng.random() < self.augment["class_fraction"]:
+            slices = np.flatnonzero(shown[:, rng.choice(np.flatnonzero(shown.any(0)))])
+        return int(rng.choice(slices))
+
     def _window(self, pixels: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window 1.5 times as large as the network's, at a position that the pipeline could use, shifted at random.
 
@@ -153,6 +158,13 @@ class SliceSamples(Dataset):
         padding = [int(p) for p in (before[1], after[1], before[0], after[0])]
         cut = [torch.nn.functional.pad(t[..., inner[0], inner[1]], padding) for t in (pixels, label)]
         return cut[0][..., : size[0], : size[1]], cut[1][: size[0], : size[1]]
+
+
+def shown_classes(label: Tensor) -> np.ndarray:
+    """Whether each slice of classes (slices, H, W) shows each foreground class: (slices, 255)."""
+    first = torch.arange(len(label))[:, None, None] * 256
+    counts = torch.bincount((first + label).flatten(), minlength=256 * len(label)).view(-1, 256)
+    return (counts[:, 1:] > 0).numpy()
 
 
 def class_tables(label_names: dict[int, str] | None, *, strict: bool) -> tuple[np.ndarray, Tensor]:

@@ -93,6 +93,20 @@ def test_the_stated_share_of_samples_is_labelled(fraction: float, expected: floa
     assert abs(share - expected) <= 4 * (expected * (1 - expected) / 300) ** 0.5
 
 
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 1 / 2), (0.5, 0.5 / 2 + 0.5 / 10), (0.0, 1 / 10)])
+def test_slices_are_drawn_for_a_class(fraction: float, expected: float, tmp_path: Path) -> None:
+    """Class 3 is in one of the ten labelled slices, class 1 in all; class 2 is in no slice and is never asked for."""
+    label = np.zeros((8, 20, 8), np.uint8)
+    label[2:5, 5:15, 3:6] = 1
+    label[6, 9, 6] = 3
+    _, samples = samples_of(
+        tmp_path, bright(label), label, count=300, foreground_fraction=1.0, class_fraction=fraction
+    )
+    assert all((sample["labels"] == 1).any() for sample in samples)
+    share = np.mean([bool((sample["labels"] == 3).any()) for sample in samples])
+    assert abs(share - expected) <= 4 * (expected * (1 - expected) / 300) ** 0.5
+
+
 @pytest.mark.parametrize("augment", [{"max_gain": 0.4}, {"max_rotation": 0.5}, {"max_zoom": 0.3}, {"max_shear": 0.4}])
 def test_every_sample_draws_its_own_augmentation(augment: dict[str, float], tmp_path: Path) -> None:
     label = lopsided()
