@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
     from hf_binaryformer.pipelines.volumes import Volume
 
-DEFAULT_MODEL = "binaryformer-tiny-brain"
+DEFAULT_MODEL = "binaryformer-brain"
 
 Progress = Callable[[int, int], None]
 

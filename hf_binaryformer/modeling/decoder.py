@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,8 @@ class SegmentationDecoder(nn.Module):
         for stage in self.stages:
             x = stage(F.gelu(x))
         if self.image_skip is not None:
+            if is_channels_last(x):  # a sum of two memory formats is slow
+                image = image.contiguous(memory_format=torch.channels_last)
             x = x + self.image_skip(image)
         for conv in self.convs:
             x = conv(x)
@@ -98,10 +101,26 @@ class ShuffleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), C a multiple of 4."""
+        plain = is_plain(self.fc1, nn.Conv2d) and is_plain(self.fc2, nn.Conv2d)
+        if plain and is_channels_last(x) and x.dtype != torch.float32:
+            # Four times the products, but no pixel moves in memory: faster, unless products are as slow as in float32.
+            return x + _on_each_of_four(F.gelu(_on_each_of_four(x, self.fc1)), self.fc2)
         # The layers map each of the 2x2 pixels that pixel_shuffle(x, 2) makes of one pixel in the same way, so their
         # arrangement does not matter. A reshape that stacks them along the height is enough.
         pixels = x.reshape(x.shape[0], x.shape[1] // 4, -1, x.shape[3])
         return x + self.fc2(F.gelu(self.fc1(pixels))).reshape(x.shape)
+
+
+def _on_each_of_four(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """pixel_unshuffle(layer(pixel_shuffle(x, 2)), 2) of a 1x1 convolution: (B, 4 C, H, W) -> (B, 4 C', H, W)."""
+    weight = torch.kron(layer.weight[..., 0, 0], torch.eye(4, dtype=layer.weight.dtype, device=layer.weight.device))
+    bias = None if layer.bias is None else layer.bias.repeat_interleave(4)
+    return F.conv2d(x, weight[..., None, None], bias)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of (B, C, H, W) lie together in memory, and the pixels do not."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class ResidualConv(nn.Module):

@@ -30,7 +30,7 @@ def from_pretrained(name: str | os.PathLike[str], **options: Any) -> Any:
         CheckpointError: it cannot be used.
 
     Example:
-        >>> model = from_pretrained("binaryformer-tiny-brain")
+        >>> model = from_pretrained("binaryformer-brain")
         >>> model.config.attention_type
         'sign'
     """

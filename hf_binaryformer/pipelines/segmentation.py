@@ -96,7 +96,7 @@ class VolumeSegmentationPipeline:
         ValueError: processor and model do not belong together, or ``dtype`` or ``batch_size`` is invalid.
 
     Example:
-        >>> pipeline = VolumeSegmentationPipeline.from_pretrained("binaryformer-tiny-brain")
+        >>> pipeline = VolumeSegmentationPipeline.from_pretrained("binaryformer-brain")
         >>> result = pipeline("head.nii.gz", progress=True)
         >>> result.save("head_labels.nii.gz")
     """

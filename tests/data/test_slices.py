@@ -99,9 +99,7 @@ def test_slices_are_drawn_for_a_class(fraction: float, expected: float, tmp_path
     label = np.zeros((8, 20, 8), np.uint8)
     label[2:5, 5:15, 3:6] = 1
     label[6, 9, 6] = 3
-    _, samples = samples_of(
-        tmp_path, bright(label), label, count=300, foreground_fraction=1.0, class_fraction=fraction
-    )
+    _, samples = samples_of(tmp_path, bright(label), label, count=300, foreground_fraction=1.0, class_fraction=fraction)
     assert all((sample["labels"] == 1).any() for sample in samples)
     share = np.mean([bool((sample["labels"] == 3).any()) for sample in samples])
     assert abs(share - expected) <= 4 * (expected * (1 - expected) / 300) ** 0.5

@@ -21,7 +21,7 @@ from hf_binaryformer.modeling.attention_configuration import (
     attention_forms,
     register_attention_form,
 )
-from hf_binaryformer.modeling.decoder import UnshuffleBlock
+from hf_binaryformer.modeling.decoder import ShuffleBlock, UnshuffleBlock
 
 DIM, HEADS = 16, 2
 # Another value of every field that one form reads and others do not.
@@ -164,11 +164,13 @@ def networks() -> list[tuple[nn.Module, Tensor, str]]:
     torch.manual_seed(0)
     config = AttentionConfig(attention_type="hamming", value_head_dim=4)
     theta = BinaryAttention(DIM, HEADS, config=config).query_theta
+    pixels = torch.randn(1, 4, 6, 6).double().contiguous(memory_format=torch.channels_last)
     return [(theta, torch.randn(2, HEADS, 5, 8), "fc1"), (theta, torch.randn(2, HEADS, 5, 8), "fc2"),
-            (UnshuffleBlock(4, 1.5), torch.randn(1, 4, 6, 6), "fc1")]  # fmt: skip
+            (UnshuffleBlock(4, 1.5), torch.randn(1, 4, 6, 6), "fc1"),
+            (ShuffleBlock(4).double(), pixels, "fc1"), (ShuffleBlock(4).double(), pixels, "fc2")]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(5))
 def test_hooks_and_wrappers_of_layers_act(number: int) -> None:
     """A network that computes with a layer's weights must not pass over what somebody put around the layer."""
     network, x, name = networks()[number]

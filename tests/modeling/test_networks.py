@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -299,16 +300,22 @@ def test_learned_scales_are_saved(tmp_path):
     assert torch.equal(outputs(BinaryFormerModel.from_pretrained(tmp_path), x), outputs(model, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [UnshuffleBlock(8, 1.5), ShuffleBlock(8)], ids=["unshuffle", "shuffle"])
-def test_shuffle_blocks_are_their_formula(block):
-    """The blocks as the paper draws them: shuffle, two 1x1 convolutions, and back."""
+def test_shuffle_blocks_are_their_formula(block, dtype):
+    """The blocks as the paper draws them: shuffle, two 1x1 convolutions, and back; gradients too."""
+    block = copy.deepcopy(block).to(dtype)
     there, back = (
         (F.pixel_unshuffle, F.pixel_shuffle)
         if isinstance(block, UnshuffleBlock)
         else (F.pixel_shuffle, F.pixel_unshuffle)
     )
-    x = torch.randn(2, 8, 6, 4)
+    x, dy = torch.randn(2, 2, 8, 6, 4, dtype=dtype)
     inner = block.norm(x) if isinstance(block, UnshuffleBlock) else x
     wanted = x + back(block.fc2(F.gelu(block.fc1(there(inner, 2)))), 2)
-    torch.testing.assert_close(block(x), wanted)
-    torch.testing.assert_close(block(x.to(memory_format=torch.channels_last)), wanted)
+    gradients = torch.autograd.grad(wanted, block.parameters(), dy)
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        found = block(given)
+        torch.testing.assert_close(found, wanted)
+        for mine, gradient in zip(torch.autograd.grad(found, block.parameters(), dy), gradients, strict=True):
+            torch.testing.assert_close(mine, gradient)
