@@ -51,7 +51,7 @@ ATTENTION_DEFAULTS: dict[str, Any] = {
 }
 TRAININGS = {"train": DEFAULTS | ATTENTION_DEFAULTS, "sampler": DEFAULTS | ATTENTION_DEFAULTS, "vqae": DEFAULTS}
 # Settings of the section ``model`` that say where its weights come from; finetune.py reads them.
-START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained"}
+START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained", "grow_from", "growth_noise"}
 # The classes that other sections describe.
 CLASSES = {
     "processor": BinaryFormerImageProcessor,

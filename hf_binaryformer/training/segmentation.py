@@ -6,8 +6,10 @@ whole volumes of a split and prints Dice for each label beside the prior-atlas b
 form of attention; that of the paper is ``--set model.attention_type=hamming --set model.bit_gradient=null --set
 model.query_key_centering=none --set model.query_key_norm=none --set model.learned_logit_scale=false``. A training starts from
 random weights, from a timm model where the recipe says so (``from_timm``), or from a checkpoint that
-``model.from_pretrained`` names by its folder, short name or Hub id. With ``--resume`` a run continues from its own newest
-checkpoint. On one machine with one number of threads, it ends with the same weights as a run without the interruption.
+``model.from_pretrained`` names by its folder, short name or Hub id. ``model.grow_from`` names a smaller network,
+whose weights are spread over the larger one (:mod:`~hf_binaryformer.training.growing`). With ``--resume`` a run
+continues from its own newest checkpoint. On one machine with one number of threads, it ends with the same weights as
+a run without the interruption.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.whole_files import whole_folder, write_text
 from hf_binaryformer.training.checkpoints import only_run_in
 from hf_binaryformer.training.dry_run import RandomSamples, rehearse
+from hf_binaryformer.training.growing import grow_weights
 from hf_binaryformer.training.loop import Task, load_batches, run, start
 from hf_binaryformer.training.optimization import build_optimizer
 from hf_binaryformer.training.options import (
@@ -68,13 +71,17 @@ def build_model(recipe: dict[str, Any], label_names: dict[int, str]) -> tuple[An
     }
     timm_name, checkpoint = fields.pop("from_timm", None), fields.pop("timm_checkpoint", None)
     pretrained = fields.pop("from_pretrained", None)
+    smaller, noise = fields.pop("grow_from", None), fields.pop("growth_noise", 0.0)
     with refused_in_one_line("processor", "model"):
         if timm_name and not pretrained:
             model = BinaryFormerForSemanticSegmentation.from_timm(timm_name, checkpoint=checkpoint, **fields)
             return model, processor
         config = BinaryFormerConfig(**fields)
-    model = load_weights(pretrained, config) if pretrained else BinaryFormerForSemanticSegmentation(config)
-    return model, processor
+    if pretrained:
+        return load_weights(pretrained, config), processor
+    if smaller:
+        return grow_weights(smaller, config, noise), processor
+    return BinaryFormerForSemanticSegmentation(config), processor
 
 
 def build_criterion(train: dict[str, Any]) -> DiceCELoss:
@@ -95,7 +102,7 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
     samples: Dataset
     if folder is None:
         classes = recipe["data"]["classes"]
-        recipe["model"] |= {"timm_checkpoint": False, "from_pretrained": None}
+        recipe["model"] |= {"timm_checkpoint": False, "from_pretrained": None, "grow_from": None}
         model, processor = build_model(recipe, {label: str(label) for label in range(classes)})
         size = tuple(processor.image_size)
         samples = RandomSamples((processor.num_channels, *size), size, classes, count)
