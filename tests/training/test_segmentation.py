@@ -60,6 +60,7 @@ def test_every_recipe_builds_and_trains_a_step(path):
     settings = load_recipe(path.stem, [])
     settings["model"]["timm_checkpoint"] = False  # no download
     settings["processor"]["image_size"] = [64, 64]  # the true size is that of the dry runs
+    settings["model"]["grow_from"] = None  # has the true size
     model, processor = segmentation.build_model(settings, {0: "background", 1: "a"})
     x = torch.randn(1, processor.num_channels, *processor.image_size)
     loss = model(x, labels=torch.zeros(1, *processor.image_size, dtype=torch.long)).loss
