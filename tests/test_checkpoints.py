@@ -154,8 +154,9 @@ def test_left_stays_left_in_a_real_brain_and_in_its_mirror_image():
 @pytest.mark.slow
 def test_demo_repeats_the_card(tmp_path):
     from hf_binaryformer.commands.demo import run_demo
+    from hf_binaryformer.commands.jobs import DEFAULT_MODEL
 
-    record = json.loads((CARDS / "evidence" / TINY_BRAIN / "mni152.json").read_text())
+    record = json.loads((CARDS / "evidence" / DEFAULT_MODEL / "mni152.json").read_text())
     report = run_demo(tmp_path)
     psnr = report["inpainting"]["psnr_hole"]
     filled = json.loads((CARDS / "evidence" / TINY_VQ / "mni152.json").read_text())["against"]["original"]
