@@ -33,7 +33,7 @@ SAME = (
     "decoder_num_convs",
     "decoder_image_skip",
     "id2label",
-)  # fmt: skip
+)
 
 
 def grow_weights(name: str, config: BinaryFormerConfig, noise: float) -> BinaryFormerForSemanticSegmentation:

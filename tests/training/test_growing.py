@@ -66,7 +66,7 @@ def test_the_larger_network_computes_the_same(larger, small):
 
 
 def test_widths_that_are_no_multiples_come_close(small):
-    """Group normalisation then sees other means; random weights are 140 % of the deviation off."""
+    """Group normalisation then sees other means. Unrelated logits would differ by more than their deviation."""
     name, model = small
     grown = grow_weights(name, bf.BinaryFormerConfig(**(SMALL | {"decoder_hidden_size": 48})), noise=0.0).eval()
     x = torch.randn(2, 2, 32, 32)
