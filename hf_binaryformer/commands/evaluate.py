@@ -29,17 +29,14 @@ def segmentation(
     model: Annotated[str, typer.Option(help="Short name, folder or Hub id.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     report: Annotated[Path | None, typer.Option(help="All figures to write: .json.")] = None,
-    merge_sides: Annotated[bool, typer.Option("--merge-sides", help="Score left and right as one structure.")] = False,
     dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
 ) -> None:
-    """Segment the volumes of a split and score them, beside the prior atlas."""
+    """Segment the volumes of a split and score them, beside the prior atlas; sides apart, and merged if there are any."""
     targets = check_outputs([(report, (".json",))], [])
     folder = PreparedFolder(data)
     if not folder.split(split):
         raise typer.BadParameter(f"{data} has no volumes in the split '{split}': give another --split")
-    results = evaluate_split(
-        model, folder, split, baseline=bool(folder.split("train")), merge_sides=merge_sides, dtype=dtype.value
-    )
+    results = evaluate_split(model, folder, split, baseline=bool(folder.split("train")), dtype=dtype.value)
     with all_or_nothing(targets) as temporary:
         if report:
             write_json(temporary[report], results)

@@ -47,58 +47,69 @@ def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def evaluate_split(
-    model: str | Path,
-    folder: PreparedFolder,
-    split: str,
-    *,
-    baseline: bool,
-    merge_sides: bool = False,
-    dtype: str = "float32",
+    model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Segment every volume of a split, print a table, and return the figures.
+    """Segment every volume of a split, print tables, and return the figures.
 
     Args:
         model: short name, folder or Hub id.
         folder: prepared data.
         split: whose volumes are segmented.
         baseline: whether the prior atlas, made from the split ``train``, is scored too.
-        merge_sides: score "left hippocampus" and "right hippocampus" as one.
         dtype: number format of the network, see :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`.
 
     Returns:
-        ``split``, ``volumes``, ``merge_sides``, and ``dtype``, which is never "auto"; ``rows`` has the :func:`figures_of`
-        the network (and the prior atlas); ``sets`` has those of the network for each set of the data, if it has sets;
-        ``cases`` has the network's Dice of each label of each volume.
+        ``split``, ``volumes``, ``dtype``, which is never "auto", and the network's form of attention; the
+        :func:`figures_of_split`; if labels have sides, ``merged`` has those of "left hippocampus" and "right hippocampus"
+        scored as one.
     """
     pipeline = VolumeSegmentationPipeline.from_pretrained(str(model), dtype=dtype)
-    labels = sorted(label for label in folder.label_names if label != 0)
-    scheme = common_scheme(folder.label_names, None, None, merge_sides=merge_sides)
-    atlas = PriorAtlas(folder.split("train"), labels) if baseline else None
-    rows: dict[str, list[list[LabelScore]]] = {"network": []}
+    atlas = PriorAtlas(folder.split("train"), sorted({*folder.label_names} - {0})) if baseline else None
+    schemes = {"apart": common_scheme(folder.label_names, None, None)}
+    together = common_scheme(folder.label_names, None, None, merge_sides=True)
+    if any(number != of_both for number, of_both in together.merged.items()):
+        schemes["merged"] = together
     cases = folder.split(split)
+    rows: dict[str, dict[str, list[list[LabelScore]]]] = {name: {} for name in schemes}
     for case in cases:
         truth = read_labels(case)
-        rows["network"].append(network_scores(pipeline, case, truth, scheme))
+        guesses = {"network": labels_of(pipeline, case)}
         if atlas is not None:
-            guess = atlas.predict(truth.array.shape)
-            rows.setdefault("prior atlas", []).append(scores(guess, truth, scheme))
-    summary = {name: figures_of(found) for name, found in rows.items()}
-    print_table(summary, f"Dice, {len(cases)} volumes of split '{split}'")
+            guesses["prior atlas"] = atlas.predict(truth.array.shape)
+        for name, scheme in schemes.items():
+            for method, guess in guesses.items():
+                rows[name].setdefault(method, []).append(scores(guess, truth, scheme))
+    figures = {name: figures_of_split(found, cases) for name, found in rows.items()}
+    for name, found in figures.items():
+        sides = ", left and right as one" if name == "merged" else ""
+        print_table(found["rows"], f"Dice, {len(cases)} volumes of split '{split}'{sides}")
+        if "sets" in found:
+            print_sets(found["sets"])
+    return {
+        "split": split,
+        "volumes": len(cases),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "attention_type": pipeline.model.config.attention_type,
+        "bit_gradient": pipeline.model.config.resolved_bit_gradient,
+        **figures.pop("apart"),
+        **figures,
+    }
+
+
+def figures_of_split(rows: dict[str, list[list[LabelScore]]], cases: list[Case]) -> dict[str, Any]:
+    """What the scores of each method, a list for each volume, come to.
+
+    Returns:
+        ``rows`` has the :func:`figures_of` each method; ``sets`` has those of the network for each set of the data, if it
+        has sets; ``cases`` has the network's Dice of each label of each volume.
+    """
     by_set: dict[str, list[list[LabelScore]]] = {}
     for case, found in zip(cases, rows["network"], strict=True):
         if case.set is not None:
             by_set.setdefault(case.set, []).append(found)
     sets = {name: {"volumes": len(found), **figures_of(found)} for name, found in by_set.items()}
-    if sets:
-        print_sets(sets)
     return {
-        "split": split,
-        "volumes": len(cases),
-        "merge_sides": merge_sides,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "attention_type": pipeline.model.config.attention_type,
-        "bit_gradient": pipeline.model.config.resolved_bit_gradient,
-        "rows": summary,
+        "rows": {method: figures_of(found) for method, found in rows.items()},
         **({"sets": sets} if sets else {}),
         "cases": {
             case.name: list(rounded({score.name: score.dice for score in found}).values())
@@ -113,14 +124,14 @@ def validation_figures(
     """Dice, NSD and HD95 (mm), means over labels and the first volumes of the validation split (None: all)."""
     cases = folder.split("validation")[:volumes]
     scheme = common_scheme(folder.label_names, None, None)
-    mean = summarize([network_scores(pipeline, case, read_labels(case), scheme) for case in cases])[-1]
+    mean = summarize([scores(labels_of(pipeline, case), read_labels(case), scheme) for case in cases])[-1]
     return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
 
 
-def network_scores(pipeline: VolumeSegmentationPipeline, case: Case, truth: Volume, scheme: Scheme) -> list[LabelScore]:
-    """Scores of the network for each label on one volume."""
+def labels_of(pipeline: VolumeSegmentationPipeline, case: Case) -> np.ndarray:
+    """The network's labels of one volume, (I, J, K)."""
     with torch.inference_mode():
-        return scores(pipeline(case.image).labels, truth, scheme)
+        return pipeline(case.image).labels
 
 
 def scores(found: np.ndarray, truth: Volume, scheme: Scheme) -> list[LabelScore]:

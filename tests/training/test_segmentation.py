@@ -282,9 +282,7 @@ def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     config = SimpleNamespace(attention_type="sign", resolved_bit_gradient="none")
     network = SimpleNamespace(model=SimpleNamespace(config=config), dtype=torch.float32)
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
-    monkeypatch.setattr(
-        segmentation_scores, "network_scores", lambda pipeline, case, truth, scheme: scores(truth.array, truth, scheme)
-    )
+    monkeypatch.setattr(segmentation_scores, "labels_of", lambda pipeline, case: read_labels(case).array)
     found = evaluate_split(tmp_path, PreparedFolder(tmp_path), split, baseline=True)
     assert found["rows"]["network"]["mean"] == 1.0 and found["rows"]["prior atlas"]["mean"] == 0.0
     assert found["volumes"] == 1 and list(found["cases"]) == ["c" if split == "validation" else "d"]
@@ -310,10 +308,8 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
     network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
     network.dtype = torch.float32
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
-    apart, together = (
-        evaluate_split(tmp_path, PreparedFolder(tmp_path), "test", baseline=False, merge_sides=merge)
-        for merge in (False, True)
-    )
+    apart = evaluate_split(tmp_path, PreparedFolder(tmp_path), "test", baseline=False)
+    together = apart["merged"]
     assert {name: (of["volumes"], of["mean"]) for name, of in apart["sets"].items()} == {
         "crossed": (2, 0),
         "blind": (1, 0),
@@ -321,6 +317,7 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
     assert {name: of["mean"] for name, of in together["sets"].items()} == {"crossed": 1, "blind": 0}
     assert list(together["rows"]["network"]["labels"]) == ["hippocampus"]
     assert (apart["rows"]["network"]["mean"], together["rows"]["network"]["mean"]) == (0.25, 0.75)
+    assert (apart["cases"]["0"], together["cases"]["0"]) == ([0, 0], [1])
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
