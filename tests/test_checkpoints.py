@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 TINY_BRAIN, TINY_VQ = "binaryformer-tiny-brain", "binaryvq-tiny-brain"
 BRAIN = "binaryformer-brain"
+AMOS = {2: "right kidney", 6: "liver", 8: "aorta", 14: "bladder"}
 
 
 def test_tiny_brain_is_shipped():
@@ -55,7 +56,8 @@ def test_card_is_rendered_from_the_records(name):
     ("name", "licence", "labels"),
     [
         ("binaryformer-tiny-hippocampus", "cc-by-sa-4.0", {1: "anterior", 2: "posterior"}),
-        ("binaryformer-tiny-abdomen", "cc-by-4.0", {2: "right kidney", 6: "liver", 8: "aorta", 14: "bladder"}),
+        ("binaryformer-tiny-abdomen", "cc-by-4.0", AMOS),
+        ("binaryformer-vit-s8-amos", "cc-by-4.0", AMOS),
     ],
 )
 def test_weights_for_the_hub_alone_have_the_licence_of_their_data(name, licence, labels):
