@@ -20,6 +20,8 @@ from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
 from hf_binaryformer.pipelines.volumes import read_volume, volume_from_image
 from hf_binaryformer.training.cards import checkpoint_card
+from hf_binaryformer.training.recipes import load_recipe
+from hf_binaryformer.training.segmentation import build_model
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -151,6 +153,16 @@ def test_left_stays_left_in_a_real_brain_and_in_its_mirror_image():
     back = np.vectorize(exchanged.get, otypes=[seen.dtype])(mirrored[::-1])
     inside = (seen > 0) | (back > 0)
     assert (seen == back)[inside].mean() > 0.85 and (seen == mirrored[::-1])[inside].mean() < 0.3
+
+
+def test_the_vit_s8_of_the_abdomen_begins_as_the_tiny_one():
+    small = bf.from_pretrained("binaryformer-tiny-abdomen")
+    grown, _ = build_model(load_recipe("vit-s8-amos-synthetic", ["model.growth_noise=0.0"]), small.config.id2label)
+    x = torch.rand(1, 3, 192, 192)
+    with torch.no_grad():
+        wanted, found = small(x).logits, grown.eval()(x).logits
+    assert (found.argmax(1) == wanted.argmax(1)).float().mean() > 0.98
+    assert (found - wanted).std() < 0.05 * wanted.std()
 
 
 @pytest.mark.slow
