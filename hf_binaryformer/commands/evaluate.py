@@ -30,13 +30,24 @@ def segmentation(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     report: Annotated[Path | None, typer.Option(help="All figures to write: .json.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
+    compare_pieces: Annotated[
+        bool,
+        typer.Option("--compare-pieces", help="All pieces of each structure, and beside them the largest only."),
+    ] = False,
 ) -> None:
     """Segment the volumes of a split and score them, beside the prior atlas; sides apart, and merged if there are any."""
     targets = check_outputs([(report, (".json",))], [])
     folder = PreparedFolder(data)
     if not folder.split(split):
         raise typer.BadParameter(f"{data} has no volumes in the split '{split}': give another --split")
-    results = evaluate_split(model, folder, split, baseline=bool(folder.split("train")), dtype=dtype.value)
+    results = evaluate_split(
+        model,
+        folder,
+        split,
+        baseline=bool(folder.split("train")),
+        dtype=dtype.value,
+        compare_pieces=compare_pieces,
+    )
     with all_or_nothing(targets) as temporary:
         if report:
             write_json(temporary[report], results)

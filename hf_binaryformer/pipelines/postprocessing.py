@@ -12,8 +12,8 @@ from hf_binaryformer.pipelines.structure_names import side_of
 HEAD_BLOCK_MM = 4.0
 # A structure that is labelled on both sides with one number has two pieces: each is kept that has this share of the larger.
 PAIR_SHARE = 0.5
-# Words of names whose structures lie in many places.
-SCATTERED = ("csf", "lesion")
+# Words of names whose structures lie in many places, or are so thin that they are often found in pieces.
+SCATTERED = ("csf", "lesion", "inferior lateral ventricle")
 # Sulci of up to twice this width count as inside the skull, in blocks of this edge.
 CLOSING_MM, CLOSING_BLOCK_MM = 8.0, 2.0
 
@@ -22,7 +22,8 @@ def largest_pieces(labels: np.ndarray, label_names: Mapping[int, str]) -> np.nda
     """Labels with the largest connected piece of each structure only; the rest becomes background.
 
     Voxels that share a corner are connected. If a name has no side, pieces of at least half the largest one's size are kept
-    too, because one label may stand for a pair. Fluid outside the ventricles (CSF) and lesions are left as they are.
+    too, because one label may stand for a pair. Fluid outside the ventricles (CSF), the inferior lateral ventricles, which are
+    thin, and lesions are left as they are.
 
     Args:
         labels: (I, J, K) int32.

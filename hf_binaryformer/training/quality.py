@@ -111,7 +111,8 @@ def main(
         raise typer.BadParameter("the test split stays unseen until the end: give validation")
     if not folder.split(split):
         raise typer.BadParameter(f"{data} has no volumes in the split '{split}': give another --split")
-    pairs = observed(VolumeSegmentationPipeline.from_pretrained(model), folder, split)
+    pipeline = VolumeSegmentationPipeline.from_pretrained(model, dtype="auto")
+    pairs = observed(pipeline, folder, split)
     try:
         table = quality_table(pairs)
     except ValueError as error:
@@ -122,6 +123,7 @@ def main(
         content = {
             "split": split,
             "volumes": len(folder.split(split)),
+            **pipeline.settings(),
             "correlations": found,
             "quality": table,
             "pairs": pairs,

@@ -15,6 +15,7 @@ from scipy.ndimage import zoom
 from hf_binaryformer.data.label_schemes import Scheme, common_scheme
 from hf_binaryformer.data.prepared_folder import Case, PreparedFolder, read_labels
 from hf_binaryformer.pipelines.metrics import METRICS, LabelScore, sample_deviation, score_labels, summarize
+from hf_binaryformer.pipelines.postprocessing import largest_pieces
 from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
 from hf_binaryformer.pipelines.volumes import Volume
 
@@ -47,7 +48,13 @@ def resize_nearest(labels: np.ndarray, shape: np.ndarray) -> np.ndarray:
 
 
 def evaluate_split(
-    model: str | Path, folder: PreparedFolder, split: str, *, baseline: bool, dtype: str = "float32"
+    model: str | Path,
+    folder: PreparedFolder,
+    split: str,
+    *,
+    baseline: bool,
+    dtype: str = "float32",
+    compare_pieces: bool = False,
 ) -> dict[str, Any]:
     """Segment every volume of a split, print tables, and return the figures.
 
@@ -57,6 +64,7 @@ def evaluate_split(
         split: whose volumes are segmented.
         baseline: whether the prior atlas, made from the split ``train``, is scored too.
         dtype: number format of the network, see :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`.
+        compare_pieces: score all pieces of each structure, whatever the checkpoint says, and beside them the largest only.
 
     Returns:
         ``split``, ``volumes``, ``dtype``, which is never "auto", and the network's form of attention; the
@@ -73,7 +81,9 @@ def evaluate_split(
     rows: dict[str, dict[str, list[list[LabelScore]]]] = {name: {} for name in schemes}
     for case in cases:
         truth = read_labels(case)
-        guesses = {"network": labels_of(pipeline, case)}
+        guesses = {"network": labels_of(pipeline, case, keep_largest=False if compare_pieces else None)}
+        if compare_pieces:
+            guesses["largest pieces"] = largest_pieces(guesses["network"], pipeline.label_names)
         if atlas is not None:
             guesses["prior atlas"] = atlas.predict(truth.array.shape)
         for name, scheme in schemes.items():
@@ -128,10 +138,10 @@ def validation_figures(
     return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
 
 
-def labels_of(pipeline: VolumeSegmentationPipeline, case: Case) -> np.ndarray:
+def labels_of(pipeline: VolumeSegmentationPipeline, case: Case, keep_largest: bool | None = None) -> np.ndarray:
     """The network's labels of one volume, (I, J, K)."""
     with torch.inference_mode():
-        return pipeline(case.image).labels
+        return pipeline(case.image, keep_largest=keep_largest).labels
 
 
 def scores(found: np.ndarray, truth: Volume, scheme: Scheme) -> list[LabelScore]:

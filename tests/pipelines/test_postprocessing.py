@@ -27,12 +27,14 @@ def test_the_largest_piece_of_each_structure_is_kept():
     np.testing.assert_array_equal(labels, before)
 
 
-def test_both_sides_of_one_label_and_scattered_fluid_are_kept():
+def test_both_sides_of_one_label_and_scattered_or_thin_fluid_are_kept():
     labels = np.zeros((30, 10, 10), np.int32)
     labels[2:8, 2:6, 2:6], labels[20:25, 2:6, 2:6] = 1, 1
     labels[14, 8, 8] = 1
     labels[28, 0, 0], labels[0, 9, 9], labels[10:13, 0:3, 0:3] = 24, 24, 24
-    found = largest_pieces(labels, {0: "background", 1: "hippocampus", 24: "CSF"})
+    labels[28, 4, 4], labels[26, 8, 8] = 5, 5
+    names = {0: "background", 1: "hippocampus", 5: "left inferior lateral ventricle", 24: "CSF"}
+    found = largest_pieces(labels, names)
     changed = np.argwhere(found != labels).tolist()
     assert changed == [[14, 8, 8]] and found[14, 8, 8] == 0
 

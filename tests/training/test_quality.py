@@ -67,7 +67,7 @@ def test_the_script_fills_the_configuration(tmp_path: Path) -> None:
     before = json.loads((model / "config.json").read_text())
     main(model=model, data=data, split="validation", report=tmp_path / "r.json")
 
-    pipeline = VolumeSegmentationPipeline.from_pretrained(model)
+    pipeline = VolumeSegmentationPipeline.from_pretrained(model, dtype="auto")
     report = json.loads((tmp_path / "r.json").read_text())
     wanted: dict[str, list[list[float]]] = {}
     for case in folder.split("validation"):

@@ -282,7 +282,7 @@ def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     config = SimpleNamespace(attention_type="sign", resolved_bit_gradient="none")
     network = SimpleNamespace(model=SimpleNamespace(config=config), dtype=torch.float32)
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
-    monkeypatch.setattr(segmentation_scores, "labels_of", lambda pipeline, case: read_labels(case).array)
+    monkeypatch.setattr(segmentation_scores, "labels_of", lambda pipeline, case, **_: read_labels(case).array)
     found = evaluate_split(tmp_path, PreparedFolder(tmp_path), split, baseline=True)
     assert found["rows"]["network"]["mean"] == 1.0 and found["rows"]["prior atlas"]["mean"] == 0.0
     assert found["volumes"] == 1 and list(found["cases"]) == ["c" if split == "validation" else "d"]
@@ -300,7 +300,8 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
     names = {"0": "background", "17": "left hippocampus", "53": "right hippocampus"}
     (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
 
-    def network(path):
+    def network(path, keep_largest):
+        assert keep_largest is None  # as the checkpoint says
         truth = np.asarray(nib.load(path).dataobj)
         crossed = {"0": truth[::-1], "1": truth * 0, "2": truth[::-1], "3": truth}[path.name.split(".")[0]]
         return SimpleNamespace(labels=crossed)
@@ -318,6 +319,29 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
     assert list(together["rows"]["network"]["labels"]) == ["hippocampus"]
     assert (apart["rows"]["network"]["mean"], together["rows"]["network"]["mean"]) == (0.25, 0.75)
     assert (apart["cases"]["0"], together["cases"]["0"]) == ([0, 0], [1])
+
+
+def test_all_pieces_and_the_largest_are_scored(tmp_path, monkeypatch):
+    """The network finds a structure and a speck elsewhere, whatever the checkpoint's own setting is."""
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[:2, :2, :2] = 17
+    nib.save(nib.Nifti1Image(truth, np.eye(4)), tmp_path / "a.nii.gz")
+    case = {"case": "a", "group": "a", "split": "validation", "image": "a.nii.gz", "label": "a.nii.gz"}
+    names = {0: "background", 17: "left hippocampus"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": [case]}))
+
+    def network(path, keep_largest):
+        found = truth.astype(np.int32)
+        found[7, 7, 4:8] = 0 if keep_largest in (None, True) else 17
+        return SimpleNamespace(labels=found)
+
+    network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
+    network.dtype, network.label_names = torch.float32, names
+    monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
+    folder = PreparedFolder(tmp_path)
+    rows = evaluate_split(tmp_path, folder, "validation", baseline=False, compare_pieces=True)["rows"]
+    assert {name: row["mean"] for name, row in rows.items()} == {"network": 0.8, "largest pieces": 1}
+    assert evaluate_split(tmp_path, folder, "validation", baseline=False)["rows"]["network"]["mean"] == 1
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
