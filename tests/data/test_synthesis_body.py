@@ -211,6 +211,22 @@ def test_parts_lie_where_a_person_has_them(anatomy: Anatomy, seed: int) -> None:
     assert not (lungs & np.isin(body.values, [v for v, label in LABEL_OF.items() if label])).any()
 
 
+@pytest.mark.parametrize("reach", [60.0, 95.0])
+def test_the_back_is_as_thick_as_asked(anatomy: Anatomy, reach: float) -> None:
+    """With a thin back in every image, kidneys and great vessel of a real scan were missed."""
+    words = anatomy.description.body | {
+        "back_reach": [reach, reach],
+        "back_width": [34.0, 34.0],
+        "back_depth": [23.0, 23.0],
+    }
+    body = body_of(dataclasses.replace(anatomy, description=dataclasses.replace(anatomy.description, body=words)), 0)
+    spine = in_mm(body, np.isin(body.values, VALUE["disc core"]))
+    heights = np.isin(body.values, VALUE["disc core"]).any((0, 1))
+    muscle = np.argwhere(np.isin(body.values, VALUE["muscle"]) & heights) * body.mm + body.affine[:3, 3]
+    beside = np.abs(np.abs(muscle[:, 0] - spine[0]) - 38) < 6
+    assert spine[1] - muscle[beside, 1].min() == pytest.approx(reach, abs=1.5 * MM)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pelvis_closes_the_body_below(anatomy: Anatomy, seed: int) -> None:
     """Without one, networks find livers in hips. Seen from the great vessel's end, in directions of the patient."""
@@ -237,7 +253,7 @@ def test_a_pelvis_closes_the_body_below(anatomy: Anatomy, seed: int) -> None:
     assert abs(sides[0][:, 2].mean() - sides[1][:, 2].mean()) < 2 * mm
     urine = places(np.isin(values, VALUE["urine"])).mean(0)
     behind = places(bone & (np.abs(np.arange(values.shape[0]) * mm + body.affine[0, 3] - urine[0]) < 15)[:, None, None])
-    sacrum = behind[behind[:, 2] > urine[2]]
+    sacrum = behind[(behind[:, 2] > urine[2]) & (behind[:, 2] < urine[2] + 25)]  # the pubis is lower
     assert abs(urine[0] - 0.5 * (sides[0][:, 0].mean() + sides[1][:, 0].mean())) < 12
     assert sacrum[:, 1].mean() < urine[1] - 30, "the sacrum lies behind the bladder"
     skin = np.isin(values, VALUE["skin"])

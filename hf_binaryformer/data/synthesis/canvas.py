@@ -20,6 +20,8 @@ class BodyRanges:
         fat, fat_back: under the skin, in front and at the sides, and below a person who lies on the back.
         visceral: between the organs and the wall.
         wall, skin: thickness.
+        back_width, back_depth: half axes of the long muscles of the back, one on each side of the spine. ``back_reach``: how
+            far they reach behind the middle of a vertebra.
         vertebra_width, vertebra_depth: half axes of a vertebral body. ``vertebra_height`` with its disc.
         bowel_share: of the free space of the belly. ``bowel_radius`` of the small one, ``colon_radius`` of the large one.
         bowel_wall, stomach_wall: thickness.
@@ -36,6 +38,9 @@ class BodyRanges:
     visceral: Range
     wall: Range
     skin: Range
+    back_width: Range
+    back_depth: Range
+    back_reach: Range
     vertebra_width: Range
     vertebra_depth: Range
     vertebra_height: Range

@@ -14,8 +14,8 @@ from hf_binaryformer.data.synthesis.canvas import BodyRanges, Canvas
 ANGLES = 360
 BACK, FRONT = 270, 90  # degrees from the right
 AROUND = ("wrap", "nearest")
-# Half axes and place of the long muscles of the back, beside and behind the middle of a vertebra, mm.
-BACK_MUSCLE = (30.0, 23.0, 33.0, 35.0)
+# Half the gap between the long muscles of the back, where the spinous processes are, mm.
+FURROW_MM = 4.0
 
 
 def smooth_noise(
@@ -73,7 +73,7 @@ class Shell:
         thick = thick * (0.75 + 0.35 * np.abs(np.sin(np.deg2rad(angle))) ** 2) + 18 * np.exp(-((behind / 28) ** 2))
         # The two straight muscles of the belly meet in a thin line.
         thick = thick * (1 - 0.6 * np.exp(-(((angle - FRONT) / 5) ** 2)))
-        muscle = np.maximum(cavity + thick, _back_muscles(spine, centre))
+        muscle = np.maximum(cavity + thick, _back_muscles(spine, centre, ranges, rng))
         muscle = ndimage.gaussian_filter(muscle, (4, 6 / mm), mode=AROUND)
 
         wide = ndimage.gaussian_filter(ndimage.maximum_filter(muscle, (25, 1), mode=AROUND), (12, 10 / mm), mode=AROUND)
@@ -201,9 +201,10 @@ def _behind(
     return limit
 
 
-def _back_muscles(spine: np.ndarray, centre: np.ndarray) -> np.ndarray:
+def _back_muscles(spine: np.ndarray, centre: np.ndarray, ranges: BodyRanges, rng: np.random.Generator) -> np.ndarray:
     """Radius (360, K) that the long muscles of the back and the spinous processes reach."""
-    across, deep, beside, behind = BACK_MUSCLE
+    across, deep = rng.uniform(*ranges.back_width), rng.uniform(*ranges.back_depth)
+    beside, behind = across + FURROW_MM, rng.uniform(*ranges.back_reach) - deep
     turn = np.deg2rad(np.arange(0, 360, 2))
     points, heights = [], []
     for side in (-1, 1):
