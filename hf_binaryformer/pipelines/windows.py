@@ -1,7 +1,6 @@
 """Slices larger than a network's input: overlapping windows, whose results are blended.
 
-MONAI's ``sliding_window_inference`` does the same and is what the tests compare with; importing it takes longer than many
-a scan.
+MONAI's ``sliding_window_inference`` does the same and is what the tests compare with; importing it takes more than a second.
 """
 
 from __future__ import annotations
