@@ -48,7 +48,7 @@ def in_windows(network: Callable[[Tensor], Tensor], pixels: Tensor, window: Sequ
     rows, columns = (window_starts(*sizes, overlap) for sizes in zip(pixels.shape[2:], window, strict=True))
     for row, column in itertools.product(rows, columns):
         place = (..., slice(row, row + window[0]), slice(column, column + window[1]))
-        found = network(pixels[place])
+        found = network(pixels[place].contiguous())
         if total is None:
             total = found.new_zeros(*found.shape[:2], *pixels.shape[2:])
         total[place] += found * weights
