@@ -12,8 +12,8 @@ from hf_binaryformer.pipelines.structure_names import side_of
 HEAD_BLOCK_MM = 4.0
 # A structure that is labelled on both sides with one number has two pieces: each is kept that has this share of the larger.
 PAIR_SHARE = 0.5
-# Words of names whose structures lie in many places, or are so thin that they are often found in pieces.
-SCATTERED = ("csf", "lesion", "inferior lateral ventricle")
+# Words of names whose structures keep all their pieces: they lie in many places, or are thin and often found in pieces.
+ALL_PIECES = ("csf", "lesion", "inferior lateral ventricle")
 # Sulci of up to twice this width count as inside the skull, in blocks of this edge.
 CLOSING_MM, CLOSING_BLOCK_MM = 8.0, 2.0
 
@@ -34,7 +34,7 @@ def largest_pieces(labels: np.ndarray, label_names: Mapping[int, str]) -> np.nda
     result = labels.copy()
     for label, box in enumerate(ndimage.find_objects(labels), 1):
         name = label_names.get(label, "")
-        if box is None or any(word in name.lower() for word in SCATTERED):
+        if box is None or any(word in name.lower() for word in ALL_PIECES):
             continue
         pieces, count = ndimage.label(labels[box] == label, np.ones((3, 3, 3)))
         if count < 2:

@@ -43,7 +43,6 @@ from hf_binaryformer.pipelines.slice_results import (
 )
 from hf_binaryformer.pipelines.structure_names import is_brain
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
-from hf_binaryformer.pipelines.windows import in_windows
 
 DEFAULT_SEED = 0
 
@@ -357,7 +356,13 @@ class VolumeSegmentationPipeline:
         window = tuple(self.processor.image_size)
         if tuple(pixel_values.shape[2:]) == window:
             return self._forward(pixel_values)
-        return in_windows(self._forward, pixel_values, window, self.processor.window_overlap)
+        from monai.inferers import sliding_window_inference
+
+        logits = sliding_window_inference(
+            pixel_values, window, self.batch_size, self._forward, overlap=self.processor.window_overlap, mode="gaussian"
+        )
+        assert isinstance(logits, Tensor)
+        return logits
 
     def _forward(self, pixel_values: Tensor) -> Tensor:
         precision: AbstractContextManager[Any] = nullcontext()
