@@ -21,7 +21,7 @@ from hf_binaryformer.training.run_log import read_log
 ROOT = Path(__file__).parents[2]
 LAUNCH = sorted((ROOT / "scripts" / "launch").glob("*.yaml"))
 SPLIT = """
-import copy, sys
+import copy, os, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -54,6 +54,9 @@ if dist.get_rank() == 0:
     gathered(x)
     print("equal")
 dist.destroy_process_group()
+# PyTorch's own threads of split weights on a CPU can abort a process at its exit.
+sys.stdout.flush()
+os._exit(0)
 """
 
 
