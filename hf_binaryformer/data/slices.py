@@ -38,7 +38,8 @@ class SliceSamples(Dataset):
         augment: the recipe's ``augment`` section. Optional in it: ``slice_axes``, which replace the processor's slice axis
             by one of them at random; ``mirror``, the probability that left and right are exchanged, labels included; and
             ``class_fraction``, the share of slices drawn for a class: one of the volume's at random, then a slice that
-            shows it. Structures in few slices are then seen more often.
+            shows it. Structures in few slices are then seen more often; and ``curve_probability``, of another contrast
+            (:class:`RandomCurve`).
         seed: random seed of the whole run.
         length: number of samples.
         label_names: of the labels in the cases' files. The k-th smallest label becomes class k. None: labels are
@@ -184,6 +185,34 @@ def class_tables(label_names: dict[int, str] | None, *, strict: bool) -> tuple[n
     return classes, mirrored
 
 
+class RandomCurve(mt.RandomizableTransform, mt.MapTransform):
+    """Another contrast from the same image: intensities pass through a random curve, which need not rise.
+
+    The curve is linear between ``KNOTS``, starts at 0, so that the background stays, and ends level. Of several slices all get
+    the same curve. Tissues that it makes alike cannot be told apart by intensity any more, as in some scans.
+
+    Args:
+        keys: of the images, (C, H, W), scaled: 0 is background, about 1 the brightest tissue.
+        prob: probability of a curve.
+    """
+
+    KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+    VALUES = (0.05, 1.0)
+
+    def __init__(self, keys: str, prob: float) -> None:
+        mt.MapTransform.__init__(self, keys)
+        mt.RandomizableTransform.__init__(self, prob)
+
+    def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same sample, its images changed."""
+        self.randomize(None)
+        if not self._do_transform:
+            return data
+        values = [0.0, *self.R.uniform(*self.VALUES, len(self.KNOTS) - 1)]
+        images = {str(key): np.interp(np.asarray(data[str(key)]), self.KNOTS, values) for key in self.keys}
+        return {**data, **{key: torch.from_numpy(image.astype(np.float32)) for key, image in images.items()}}
+
+
 def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProcessor) -> tuple[mt.Compose, mt.Compose]:
     """MONAI transforms of a recipe's ``augment`` section: spatial ones for image and label, intensity ones for the image."""
     zoom, turn = augment["max_zoom"], augment["max_rotation"]
@@ -203,6 +232,7 @@ def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProc
         spatial.append(mt.RandFlipd(keys=["image", "label"], prob=0.5, spatial_axis=augment["flip_axis"]))
     p, key = augment["intensity_probability"], "image"
     intensity: list[mt.Transform] = [
+        *([RandomCurve(key, augment["curve_probability"])] if augment.get("curve_probability") else []),
         mt.RandGaussianSmoothd(key, sigma_x=(0.3, augment["max_blur"]), sigma_y=(0.3, augment["max_blur"]), prob=p),
         # MONAI's own choice, "nearest", moves the image by up to a pixel off its labels.
         mt.RandSimulateLowResolutiond(

@@ -117,6 +117,19 @@ def test_a_wrong_description_is_told(change: dict, message: str, tmp_path: Path)
         load_description(path)
 
 
+def test_a_description_like_another_says_only_what_differs(tmp_path: Path) -> None:
+    path, full = tmp_path / "mine.yaml", yaml.safe_load(BRAIN.read_text())
+    path.write_text("like: brain-sides\ncase: head\nranges: {contrasts: {random: 1.0}}\n")
+    full["ranges"]["contrasts"] = {"random": 1.0}
+    assert dataclasses.asdict(load_description(path)) == full | {
+        name: value for name, value in dataclasses.asdict(load_description(BRAIN)).items() if name not in full
+    } | {"case": "head"}
+    path = tmp_path / "wrong.yaml"
+    path.write_text("like: brains\n")
+    with pytest.raises(ValueError, match=r"brains.yaml does not exist; those of the project are abdomen, brain-sides"):
+        load_description(path)
+
+
 @pytest.mark.parametrize(
     ("contrast", "order"),
     [

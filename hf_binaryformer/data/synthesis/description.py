@@ -246,15 +246,26 @@ def _tuples(content: dict[str, Any]) -> dict[str, Any]:
 def load_description(path: Path) -> Description:
     """Read a YAML file.
 
+    A file with ``like: brain-sides`` takes from that description of the project what it does not have itself: whole keys,
+    and in the sections that it has in part, such as ``ranges``, the settings that it leaves out.
+
     Raises:
         ValueError: the file is missing, keys are missing or unknown, or values contradict each other.
     """
-    if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in DESCRIPTIONS.glob("*.yaml")))
-        raise ValueError(f"{path} does not exist; those of the project are {shipped}, in {DESCRIPTIONS}")
-    content = yaml.safe_load(path.read_text())
+    content = _read(path)
+    if isinstance(content, dict) and "like" in content:
+        base = _read(DESCRIPTIONS / f"{content.pop('like')}.yaml")
+        both = {key for key in base.keys() & content if isinstance(base[key], dict) and isinstance(content[key], dict)}
+        content = base | content | {key: base[key] | content[key] for key in both}
     check_keys(Description, content, f"{path} lacks", "and has the unknown keys")
     try:
         return Description(**content)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in DESCRIPTIONS.glob("*.yaml")))
+        raise ValueError(f"{path} does not exist; those of the project are {shipped}, in {DESCRIPTIONS}")
+    return yaml.safe_load(path.read_text())
