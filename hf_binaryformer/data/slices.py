@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_binaryformer.data.contrasts import RandomCurve, redrawn
 from hf_binaryformer.data.prepared_folder import Case, read_labels
 from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
@@ -38,8 +39,8 @@ class SliceSamples(Dataset):
         augment: the recipe's ``augment`` section. Optional in it: ``slice_axes``, which replace the processor's slice axis
             by one of them at random; ``mirror``, the probability that left and right are exchanged, labels included; and
             ``class_fraction``, the share of slices drawn for a class: one of the volume's at random, then a slice that
-            shows it. Structures in few slices are then seen more often; and ``curve_probability``, of another contrast
-            (:class:`RandomCurve`).
+            shows it. Structures in few slices are then seen more often. ``redraw_probability`` and ``curve_probability``:
+            of another contrast (:func:`redrawn`, :class:`RandomCurve`).
         seed: random seed of the whole run.
         length: number of samples.
         label_names: of the labels in the cases' files. The k-th smallest label becomes class k. None: labels are
@@ -115,13 +116,16 @@ class SliceSamples(Dataset):
         pixels, position = channels[: processor.num_slices], channels[processor.num_slices :]
         # Augmentation works on the scaled intensities, in which 0 is background.
         pixels = pixels * processor.image_std + processor.image_mean
-        target = label[index]
+        half = processor.num_slices // 2
+        classes = label[torch.arange(index - half, index + half + 1).clamp(0, len(label) - 1)].long()
         if self.augment.get("mirror") and rng.random() < self.augment["mirror"]:
             # In a sagittal slice, left and right are the neighbours and the sign of the position.
             pixels = pixels.flip(0 if axis == 0 else 1)
             position = -position if axis == 0 else position
-            target = self.mirrored_classes[(target if axis == 0 else target.flip(0)).long()]
-        pixels, target = self._window(pixels, target, rng)
+            classes = self.mirrored_classes[classes.flip(0 if axis == 0 else 1)]
+        if self.augment.get("redraw_probability") and rng.random() < self.augment["redraw_probability"]:
+            pixels = redrawn(pixels, classes, self.mirrored_classes, rng)
+        pixels, target = self._window(pixels, classes[half], rng)
 
         for transform in (self.spatial, self.intensity):
             transform.set_random_state(seed=int(rng.integers(2**31)))
@@ -183,34 +187,6 @@ def class_tables(label_names: dict[int, str] | None, *, strict: bool) -> tuple[n
     for label, other in mirrored_labels(label_names, strict=strict).items():
         mirrored[int(classes[label])] = int(classes[other])
     return classes, mirrored
-
-
-class RandomCurve(mt.RandomizableTransform, mt.MapTransform):
-    """Another contrast from the same image: intensities pass through a random curve, which need not rise.
-
-    The curve is linear between ``KNOTS``, starts at 0, so that the background stays, and ends level. Of several slices all get
-    the same curve. Tissues that it makes alike cannot be told apart by intensity any more, as in some scans.
-
-    Args:
-        keys: of the images, (C, H, W), scaled: 0 is background, about 1 the brightest tissue.
-        prob: probability of a curve.
-    """
-
-    KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-    VALUES = (0.05, 1.0)
-
-    def __init__(self, keys: str, prob: float) -> None:
-        mt.MapTransform.__init__(self, keys)
-        mt.RandomizableTransform.__init__(self, prob)
-
-    def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same sample, its images changed."""
-        self.randomize(None)
-        if not self._do_transform:
-            return data
-        values = [0.0, *self.R.uniform(*self.VALUES, len(self.KNOTS) - 1)]
-        images = {str(key): np.interp(np.asarray(data[str(key)]), self.KNOTS, values) for key in self.keys}
-        return {**data, **{key: torch.from_numpy(image.astype(np.float32)) for key, image in images.items()}}
 
 
 def build_augmentation(augment: dict[str, Any], processor: BinaryFormerImageProcessor) -> tuple[mt.Compose, mt.Compose]:
