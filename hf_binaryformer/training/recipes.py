@@ -50,6 +50,15 @@ ATTENTION_DEFAULTS: dict[str, Any] = {
     "log_scale_lr_scale": 10.0,  # factor of the learning rate: in one step Adam moves a logarithm by at most the rate
 }
 TRAININGS = {"train": DEFAULTS | ATTENTION_DEFAULTS, "sampler": DEFAULTS | ATTENTION_DEFAULTS, "vqae": DEFAULTS}
+# What a recipe's section ``augment`` may leave out; None: not done.
+AUGMENT_DEFAULTS: dict[str, Any] = {
+    "slice_axes": None,  # of which one is drawn for each window, in place of the processor's slice_axis
+    "mirror": None,  # probability that left and right are exchanged, labels included
+    "class_fraction": None,  # share of the slices with foreground that are drawn for one structure
+    "redraw_probability": None,  # of new mean intensities for the structures of a window
+    "curve_probability": None,  # that a window's intensities pass through a random curve
+}
+OPTIONAL = {**TRAININGS, "augment": AUGMENT_DEFAULTS}
 # Settings of the section ``model`` that say where its weights come from; finetune.py reads them.
 START_FIELDS = {"from_timm", "timm_checkpoint", "from_pretrained", "grow_from", "growth_noise"}
 # The classes that other sections describe.
@@ -208,7 +217,7 @@ def known_fields(section: str, given: dict[str, Any]) -> set[str]:
         return {field.name for field in dataclasses.fields(BinaryFormerConfig)} | START_FIELDS
     if section in CLASSES:
         return {*inspect.signature(CLASSES[section].__init__).parameters} - {"self", "kwargs"}
-    return {*given, *TRAININGS.get(section, {})}
+    return {*given, *OPTIONAL.get(section, {})}
 
 
 @contextmanager
@@ -267,5 +276,5 @@ def keep_recipe(recipe: dict[str, Any], output: Path, resume: bool, writes: bool
 
 
 def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with all defaults of its trainings filled in."""
-    return {section: TRAININGS.get(section, {}) | fields for section, fields in recipe.items()}
+    """A recipe with everything filled in that it left out."""
+    return {section: OPTIONAL.get(section, {}) | fields for section, fields in recipe.items()}

@@ -23,7 +23,7 @@ from hf_binaryformer.modeling.vq_autoencoder import BinaryVQModel
 from hf_binaryformer.modeling.vq_transformer import BinaryVQTransformer3DModel
 from hf_binaryformer.pipelines.absorbing_scheduler import AbsorbingScheduler
 from hf_binaryformer.training import autoencoder, classification, sampler, segmentation
-from hf_binaryformer.training.recipes import RECIPES, TRAININGS, known_recipes, trainings_of
+from hf_binaryformer.training.recipes import OPTIONAL, RECIPES, known_recipes, trainings_of
 
 TRAININGS_OF_COMMAND = (segmentation, classification, autoencoder, sampler)
 KINDS: dict[Any, str] = {bool: "switch", int: "integer", float: "number", str: "text", Path: "path"}
@@ -140,7 +140,9 @@ def recipes() -> str:
         ),
         "## Defaults that a recipe may leave out",
         "These keys belong to the sections `train`, `sampler` and `vqae`. The last two are for networks with attention.",
-        table(("key", "default", "what"), recipe_defaults()),
+        table(("key", "default", "what"), recipe_defaults("train")),
+        "These belong to the section `augment` of a segmentation.",
+        table(("key", "default", "what"), recipe_defaults("augment")),
         "## Recipes in the package",
         table(
             ("recipe", "for", "made for"),
@@ -159,10 +161,10 @@ def opening(name: str) -> str:
     return comment.partition(". ")[0].rstrip(".")
 
 
-def recipe_defaults() -> Iterator[tuple[object, ...]]:
+def recipe_defaults(section: str) -> Iterator[tuple[object, ...]]:
     """Keys, defaults, and the comments beside them in the source."""
     source = inspect.getsource(inspect.getmodule(trainings_of) or inspect)
-    for key, default in TRAININGS["train"].items():
+    for key, default in OPTIONAL[section].items():
         line = next(line for line in source.splitlines() if line.strip().startswith(f'"{key}":'))
         shown = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
         yield f"`{key}`", f"`{shown}`", cell(line.partition("#")[2])

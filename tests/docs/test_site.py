@@ -12,7 +12,7 @@ import typer
 
 from hf_binaryformer.cli import app
 from hf_binaryformer.modeling.attention_configuration import attention_forms
-from hf_binaryformer.training.recipes import TRAININGS, known_recipes
+from hf_binaryformer.training.recipes import OPTIONAL, known_recipes
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_every_command_and_option_is_on_the_page(pages):
 
 
 def test_every_recipe_key_and_form_is_on_its_page(pages):
-    for name in (*known_recipes(), *TRAININGS["train"]):
+    for name in (*known_recipes(), *OPTIONAL["train"], *OPTIONAL["augment"]):
         assert name in pages["reference/recipes.md"]
     for form in attention_forms():
         assert f"| `{form.name}` |" in pages["reference/configuration.md"]

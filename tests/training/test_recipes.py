@@ -64,6 +64,8 @@ def test_settings_that_there_are_not(override, message):
 def test_what_recipes_need_not_say_can_be_set():
     given = load_recipe("hippocampus", ["train.schedule=step", "train.decay_factor=0.9", "train.ema_decay=0.5"])
     assert given["train"]["decay_factor"] == 0.9
+    given = load_recipe("hippocampus", ["augment.redraw_probability=0.5"])
+    assert given["augment"]["redraw_probability"] == 0.5 and given["augment"]["mirror"] is None
     with pytest.raises(typer.BadParameter, match="vqae has no setting 'freeze_query_key'"):
         load_recipe("brain-small", ["vqae.freeze_query_key=true"], VQ_RECIPES)
 
