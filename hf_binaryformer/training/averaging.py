@@ -1,4 +1,4 @@
-"""The mean of several trainings' weights: one checkpoint, which often labels better than each of them.
+"""The mean of several trainings' weights: one checkpoint that has most of what each of them learned.
 
 It works where trainings start from the same weights and see different data (Wortsman et al., "Model soups", ICML 2022), and lets
 machines or cores train side by side without exchanging gradients. The program is ``scripts/average_weights.py``.
