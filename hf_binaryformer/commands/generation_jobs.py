@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_binaryformer.commands.jobs import Progress, usable_device
 from hf_binaryformer.commands.outputs import check_outputs, write_json
+from hf_binaryformer.commands.start_up import without_collection
 from hf_binaryformer.pipelines.provenance import GENERATED, NOTICE, versions
 from hf_binaryformer.pipelines.whole_files import all_or_nothing
 
@@ -79,13 +80,14 @@ def inpaint_file(
         raise ValueError(f"a std map needs at least 2 samples, asked for is {samples}: add --samples 8, for example")
     volume, hole, true_volume = _read_inpainting(source, mask, truth)
 
-    import torch
+    with without_collection():
+        import torch
 
-    from hf_binaryformer.pipelines.volumes import check_output_path, write_image
-    from hf_binaryformer.pipelines.vq_inpainting import EMPTY_MASK, BinaryVQInpaintPipeline
+        from hf_binaryformer.pipelines.volumes import check_output_path, write_image
+        from hf_binaryformer.pipelines.vq_inpainting import EMPTY_MASK, BinaryVQInpaintPipeline
 
-    check_output_path(output, volume)
-    pipeline = _load(BinaryVQInpaintPipeline, model)
+        check_output_path(output, volume)
+        pipeline = _load(BinaryVQInpaintPipeline, model)
     callback = _set_up(pipeline, device, dtype, backend, progress)
     with warnings.catch_warnings():
         # The report contains the same note, so the warning is not needed.
@@ -173,14 +175,15 @@ def synthesize_file(
     """
     targets = check_outputs(((output, _suffixes(samples)), (overlay, (".png",)), (report, (".json",))), [])
 
-    import torch
+    with without_collection():
+        import torch
 
-    from hf_binaryformer.pipelines.panels import volume_panels
-    from hf_binaryformer.pipelines.volumes import write_image
-    from hf_binaryformer.pipelines.vq_inpainting import as_one
-    from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
+        from hf_binaryformer.pipelines.panels import volume_panels
+        from hf_binaryformer.pipelines.volumes import write_image
+        from hf_binaryformer.pipelines.vq_inpainting import as_one
+        from hf_binaryformer.pipelines.vq_synthesis import BinaryVQPipeline
 
-    pipeline = _load(BinaryVQPipeline, model)
+        pipeline = _load(BinaryVQPipeline, model)
     start = time.perf_counter()
     result = pipeline(
         batch_size=samples,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_binaryformer.commands.outputs import check_outputs, write_json
+from hf_binaryformer.commands.start_up import without_collection
 from hf_binaryformer.data.label_schemes import common_scheme, read_label_names
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
 from hf_binaryformer.pipelines.whole_files import all_or_nothing
@@ -93,6 +94,7 @@ def segment_file(
     return result.report
 
 
+@without_collection()
 def load_pipeline(
     model: str, *, backend: str | None = None, dtype: str = "float32", device: str | None = None
 ) -> VolumeSegmentationPipeline:

@@ -112,10 +112,15 @@ def differ(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
 
 def start_seconds(model: str) -> float:
     """Seconds from nothing to a loaded network, in a process of its own."""
-    code = f"from hf_binaryformer.commands.jobs import load_pipeline; load_pipeline({model!r})"
+    code = f"from hf_binaryformer.commands.jobs import load_pipeline; load_pipeline({model!r}); print('loaded', flush=True)"
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return time.perf_counter() - start
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        seconds = time.perf_counter() - start
+    if said != "loaded\n":
+        raise RuntimeError(f"{model} was not loaded: exit code {process.returncode}")
+    return seconds
 
 
 if __name__ == "__main__":
