@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def without_collection() -> Iterator[None]:
     """Put the garbage collector off while modules are imported and weights loaded; also a decorator.
 
-    torch, transformers and diffusers make a million objects, nearly all of which stay; looking through them again and again for
-    some to free takes a fifth of the start.
+    torch, transformers and diffusers make very many objects, nearly all of which stay; looking through them again and again for
+    some to free is a good part of the start.
     """
     was_on = gc.isenabled()
     gc.disable()
