@@ -13,7 +13,22 @@ import typer
 
 # Everything heavy (torch, monai, transformers) is imported inside the commands, so that --help answers at once.
 from hf_binaryformer.commands import generation_jobs, jobs
-from hf_binaryformer.commands.choices import DType, Selection, Views
+from hf_binaryformer.commands.choices import (
+    Backend,
+    Device,
+    DType,
+    HeadOnly,
+    KeepLargest,
+    Mirror,
+    Model,
+    NumberFormat,
+    Samples,
+    Seed,
+    Selection,
+    Steps,
+    Temperature,
+    Views,
+)
 from hf_binaryformer.commands.display import (
     err,
     progress_bar,
@@ -46,17 +61,6 @@ app = typer.Typer(
 
 # For commands that pass their arguments on to another program; that program is imported only then.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-# Options that mean the same in several commands.
-Samples = Annotated[int, typer.Option(min=1, help="How many results; more than one become a 4D NIfTI.")]
-Seed = Annotated[
-    int, typer.Option(help="The same seed gives the same bytes, on one machine with one number of threads.")
-]
-Steps = Annotated[int, typer.Option(min=1, help="Steps that share the tokens to be drawn.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Of the draws; 0 takes the likeliest token.")]
-Model = Annotated[str, typer.Option(help="Short name, folder or Hub id.")]
-Backend = Annotated[str | None, typer.Option(help="Code that computes 1-bit attention; see `info`.")]
-NumberFormat = Annotated[DType, typer.Option(help="Number format; auto: bfloat16 where the hardware has it.")]
-Device = Annotated[str | None, typer.Option(help="torch device, such as cpu or cuda:0.  [default: best]")]
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -117,16 +121,9 @@ def segment(
             help="Slices that the network sees; all averages three views, in 3 times the time.  [default: model's]"
         ),
     ] = None,
-    keep_largest: Annotated[
-        bool | None,
-        typer.Option(
-            "--keep-largest/--no-keep-largest", help="Largest piece of each structure only.  [default: model's]"
-        ),
-    ] = None,
-    head_only: Annotated[
-        bool | None,
-        typer.Option("--head-only/--no-head-only", help="No labels outside the head.  [default: model's]"),
-    ] = None,
+    mirror: Mirror = None,
+    keep_largest: KeepLargest = None,
+    head_only: HeadOnly = None,
     skip_existing: Annotated[
         bool,
         typer.Option(
@@ -152,6 +149,7 @@ def segment(
         "dtype": dtype.value,
         "device": device,
         "views": views.value if views else None,
+        "mirror": mirror,
         "keep_largest": keep_largest,
         "head_only": head_only,
     }

@@ -40,7 +40,7 @@ def checkpoint(folder: Path, seed: int = 0, **settings: Any) -> Path:
     sizes = {"image_size": 16, "hidden_size": 48, "num_heads": 3, "value_head_dim": 4, "num_hidden_layers": 1}
     config = BinaryFormerConfig(**sizes, decoder_hidden_size=64, attention_type="sign", id2label=NAMES)
     BinaryFormerForSemanticSegmentation(config).save_pretrained(folder)
-    processor = {"num_slices": 3, "spacing": None, "image_size": (16, 16), **settings}
+    processor = {"num_slices": 3, "spacing": None, "image_size": (16, 16), "mirror": False, **settings}
     BinaryFormerImageProcessor(**processor).save_pretrained(folder)
     return folder
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from hf_binaryformer.commands.choices import DType
+from hf_binaryformer.commands.choices import DType, Mirror
 from hf_binaryformer.commands.evaluate_inpainting import inpainting
 from hf_binaryformer.commands.outputs import check_outputs, write_json
 from hf_binaryformer.data.prepared_folder import PreparedFolder
@@ -30,6 +30,7 @@ def segmentation(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     report: Annotated[Path | None, typer.Option(help="All figures to write: .json.")] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of the network.")] = DType.float32,
+    mirror: Mirror = None,
     compare_pieces: Annotated[
         bool,
         typer.Option("--compare-pieces", help="All pieces of each structure, and beside them the largest only."),
@@ -46,6 +47,7 @@ def segmentation(
         split,
         baseline=bool(folder.split("train")),
         dtype=dtype.value,
+        mirror=mirror,
         compare_pieces=compare_pieces,
     )
     with all_or_nothing(targets) as temporary:

@@ -35,6 +35,7 @@ def segment_file(
     dtype: str = "float32",
     device: str | None = None,
     views: str | None = None,
+    mirror: bool | None = None,
     keep_largest: bool | None = None,
     head_only: bool | None = None,
     title: str = "",
@@ -52,7 +53,7 @@ def segment_file(
         backend: backend of Hamming attention; None leaves the choice to the operator.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device has it in hardware, or else float32.
         device: torch device; None takes CUDA if it is available, otherwise the CPU.
-        views, keep_largest, head_only: as for
+        views, mirror, keep_largest, head_only: as for
             :meth:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline.__call__`.
         title: first line of the overlay; the source's name if empty.
         progress: called with (done, total), or whether to show the pipeline's own bar.
@@ -76,6 +77,7 @@ def segment_file(
         return_probabilities=probabilities is not None,
         progress=progress,
         views=views,
+        mirror=mirror,
         keep_largest=keep_largest,
         head_only=head_only,
     )

@@ -38,6 +38,7 @@ def segment_scans(
     dtype: str = "float32",
     device: str | None = None,
     views: str | None = None,
+    mirror: bool | None = None,
     keep_largest: bool | None = None,
     head_only: bool | None = None,
     skip_existing: bool = False,
@@ -53,7 +54,8 @@ def segment_scans(
     Args:
         sources: see :func:`~hf_binaryformer.commands.scans.find_scans`.
         output: folder, made if it is missing.
-        model, backend, dtype, device, views, keep_largest, head_only: as for :func:`~hf_binaryformer.commands.jobs.segment_file`.
+        model, backend, dtype, device, views, mirror, keep_largest, head_only: as for
+            :func:`~hf_binaryformer.commands.jobs.segment_file`.
         skip_existing: leave out scans whose results are whole and come from the same scan, checkpoint, settings and version.
         bids_suffix: which scans of a BIDS folder.
         progress: called as each scan goes on.
@@ -73,10 +75,10 @@ def segment_scans(
             f"output '{output}' is a file, expected a folder for the results of {len(scans)} scan(s)"
         )
     pipeline = load_pipeline(model, backend=backend, dtype=dtype, device=device)
-    options = {"views": views, "keep_largest": keep_largest, "head_only": head_only}
+    options: dict[str, Any] = {"views": views, "mirror": mirror, "keep_largest": keep_largest, "head_only": head_only}
     settings = {
         "checkpoint_sha256": checkpoint_hash(model),
-        **pipeline.settings(views, keep_largest, head_only),
+        **pipeline.settings(**options),
         "version": __version__,
     }
     output.mkdir(parents=True, exist_ok=True)

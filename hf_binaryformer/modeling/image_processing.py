@@ -46,6 +46,8 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         keep_largest: pipelines keep the largest connected piece of each structure only. None: False.
         head_only: pipelines remove labels outside the head (:func:`~hf_binaryformer.pipelines.postprocessing.head_mask`).
             None: False.
+        mirror: pipelines average the probabilities of each image with those of its mirror image, left and right exchanged.
+            False: they do if asked to. None: they refuse, since the network was not trained on mirror images.
 
     Example:
         >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)
@@ -74,6 +76,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         foreground_extent: Sequence[float] | None = None,
         keep_largest: bool | None = None,
         head_only: bool | None = None,
+        mirror: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -107,6 +110,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         self.foreground_extent = None if foreground_extent is None else [float(mm) for mm in foreground_extent]
         self.keep_largest = keep_largest
         self.head_only = head_only
+        self.mirror = mirror
 
     @property
     def num_channels(self) -> int:

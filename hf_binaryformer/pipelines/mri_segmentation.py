@@ -10,7 +10,7 @@ from transformers.pipelines.base import Pipeline
 if TYPE_CHECKING:
     from hf_binaryformer.pipelines.segmentation import VolumeSegmentationOutput
 
-CALL_OPTIONS = ("return_probabilities", "progress", "generator", "views", "keep_largest", "head_only")
+CALL_OPTIONS = ("return_probabilities", "progress", "generator", "views", "mirror", "keep_largest", "head_only")
 
 
 class MRISegmentationPipeline(Pipeline):
@@ -43,9 +43,9 @@ class MRISegmentationPipeline(Pipeline):
 
         Args:
             inputs: a file (NIfTI, .mha, DICOM folder), a :class:`~hf_binaryformer.pipelines.volumes.Volume`, or a list.
-            kwargs: ``views``, ``keep_largest``, ``head_only``, ``return_probabilities``, ``progress`` and ``generator`` of
-                :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`, and ``window_batch_size``,
-                windows of a slice that go through the network at once (4).
+            kwargs: ``views``, ``mirror``, ``keep_largest``, ``head_only``, ``return_probabilities``, ``progress`` and
+                ``generator`` of :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`, and
+                ``window_batch_size``, windows of a slice that go through the network at once (4).
 
         Returns:
             ``labels`` (I, J, K) int32 on the volume's own grid in RAS order, ``label_names``, ``report``, ``save(path)``;
@@ -54,7 +54,7 @@ class MRISegmentationPipeline(Pipeline):
         Raises:
             VolumeError: a file cannot be used.
             TypeError: there is no such option.
-            ValueError: there is no such view.
+            ValueError: there is no such view, or the network was not trained on mirror images.
         """
         return super().__call__(inputs, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import attention_backend, drawing_from
 from hf_binaryformer.pipelines.grids import (
@@ -33,13 +34,14 @@ from hf_binaryformer.pipelines.provenance import NOTICE
 from hf_binaryformer.pipelines.quality import quality_notes, quality_report
 from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
 from hf_binaryformer.pipelines.slice_results import (
-    VIEWS,
     Probabilities,
     ProgressCallback,
     Winners,
     axes_of,
+    batches_of_slices,
     most_probable,
     pad_in_plane,
+    view_names,
 )
 from hf_binaryformer.pipelines.structure_names import is_brain
 from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
@@ -207,19 +209,26 @@ class VolumeSegmentationPipeline:
         return self.dtype
 
     def settings(
-        self, views: str | None = None, keep_largest: bool | None = None, head_only: bool | None = None
+        self,
+        views: str | None = None,
+        mirror: bool | None = None,
+        keep_largest: bool | None = None,
+        head_only: bool | None = None,
     ) -> dict[str, Any]:
         """What decides about labels beside the weights: number format, views, steps after the network.
 
         Arguments as in a call; the result says what such a call takes.
 
         Raises:
-            ValueError: there is no such view.
+            ValueError: there is no such view, or the network was not trained on mirror images.
         """
+        if mirror and self.processor.mirror is None:
+            raise ValueError(f"mirror is asked of {self.name}, which was not trained on mirror images: leave it out")
         axes = self.processor.slice_axes if views is None else axes_of(views)
         return {
             "dtype": str(self._number_format()).removeprefix("torch."),
-            "views": [name for name, along in VIEWS.items() if len(along) == 1 and along[0] in axes],
+            "views": view_names(axes),
+            "mirror": bool(self.processor.mirror if mirror is None else mirror),
             "keep_largest": bool(self.processor.keep_largest if keep_largest is None else keep_largest),
             "head_only": bool(self.processor.head_only if head_only is None else head_only),
         }
@@ -232,6 +241,7 @@ class VolumeSegmentationPipeline:
         progress: ProgressCallback | bool = False,
         generator: torch.Generator | None = None,
         views: str | None = None,
+        mirror: bool | None = None,
         keep_largest: bool | None = None,
         head_only: bool | None = None,
     ) -> VolumeSegmentationOutput:
@@ -245,6 +255,8 @@ class VolumeSegmentationPipeline:
                 each volume, so that a volume gets the same labels each time.
             views: "sagittal", "coronal" or "axial" slices, or "all": the mean of the three views' probabilities, in three
                 times the time and with 2 bytes per label and voxel. None: the processor's ``slice_axis``.
+            mirror: average the probabilities with those of the mirror image, left and right exchanged, in twice the time.
+                None: as the processor says.
             keep_largest: keep the largest piece of each structure
                 (:func:`~hf_binaryformer.pipelines.postprocessing.largest_pieces`). None: as the processor says.
             head_only: remove labels outside the head (:func:`~hf_binaryformer.pipelines.postprocessing.head_mask`). None: as
@@ -252,11 +264,11 @@ class VolumeSegmentationPipeline:
 
         Raises:
             VolumeError: the file cannot be used.
-            ValueError: the model was cast to a type that does not go with ``dtype``, or there is no such view.
+            ValueError: as for :meth:`settings`, or the model was cast to a type that does not go with ``dtype``.
         """
         start = time.perf_counter()
         self._number_format()  # the model may have been cast since
-        settings = self.settings(views, keep_largest, head_only)
+        settings = self.settings(views, mirror, keep_largest, head_only)
         axes = [axis for view in settings["views"] for axis in axes_of(view)]
         if not isinstance(volume, Volume):
             volume = read_volume(volume)
@@ -279,12 +291,12 @@ class VolumeSegmentationPipeline:
         generator = generator or torch.Generator(self.device).manual_seed(DEFAULT_SEED)
         if resampled or return_probabilities or len(axes) > 1:
             found = Probabilities(network_input.shape, axes)
-            self._predict(network_input, axes, progress, generator, found)
+            self._predict(network_input, axes, settings["mirror"], progress, generator, found)
             kept = probabilities[(slice(None), *box)] if probabilities is not None else None
             inside, confidence = most_probable(found.volume, network_affine, affine, crop.shape, kept)
         else:
             winners = Winners(network_input.shape, axes[0])
-            self._predict(network_input, axes, progress, generator, winners)
+            self._predict(network_input, axes, settings["mirror"], progress, generator, winners)
             inside, confidence = winners.labels.numpy(), winners.confidence.numpy()
         if self.label_values is not None:
             inside = np.array(self.label_values, dtype=np.int32)[inside]
@@ -296,11 +308,11 @@ class VolumeSegmentationPipeline:
         quality = quality_report(inside, confidence, self.label_names, getattr(self.model.config, "quality", None))
 
         seconds = time.perf_counter() - start
-        seen = getattr(self.processor, "foreground_extent", None)
+        extent = extent_mm(foreground, volume.spacing)
         report = {
             **segmentation_report(volume, labels, self.label_names),
             "notes": [
-                *segmentation_notes(volume, labels, extent_mm(foreground, volume.spacing), seen),
+                *segmentation_notes(volume, labels, extent, settings["views"], self.processor),
                 *quality_notes(quality),
             ],
             "quality": quality,
@@ -321,23 +333,38 @@ class VolumeSegmentationPipeline:
         self,
         scaled: np.ndarray,
         axes: Sequence[int],
+        mirror: bool,
         progress: ProgressCallback | bool,
         generator: torch.Generator,
         result: Winners | Probabilities,
     ) -> None:
-        """Run the slices of (I, J, K) along each of the axes, and hand the logits (B, C, H, W) of each batch to the result."""
+        """Run the slices of (I, J, K) along each of the axes, and hand the probabilities of each batch to the result."""
         training = self.model.training
         self.model.eval()
-        views = [pad_in_plane(torch.from_numpy(scaled).movedim(axis, 0), self.processor.image_size) for axis in axes]
+        images = [scaled, scaled[::-1].copy()] if mirror else [scaled]
+        views = [
+            [pad_in_plane(torch.from_numpy(image).movedim(axis, 0), self.processor.image_size) for image in images]
+            for axis in axes
+        ]
+        classes = list(self.label_names)
+        exchanged = [classes.index(label) for label in mirrored_labels(self.label_names).values()] if mirror else []
         try:
-            for view, index in self._steps([len(slices) for slices, _ in views], progress):
-                slices, inner = views[view]
-                pixel_values = self.processor.slices_at(slices, index).to(self.device)
+            for view, index in batches_of_slices([scaled.shape[axis] for axis in axes], self.batch_size, progress):
+                axis, sagittal = axes[view], axes[view] == 0
                 with drawing_from(self.model, generator):
-                    logits = self._logits(pixel_values)[(..., *inner)]
-                result.add(axes[view], index, logits)
+                    probability = self._probability(*views[view][0], index)
+                    if mirror:  # sagittal slices come in reverse, others are flipped
+                        there = scaled.shape[0] - 1 - index if sagittal else index
+                        mirrored = self._probability(*views[view][1], there)[:, exchanged]
+                        probability = (probability + (mirrored if sagittal else mirrored.flip(2))) / 2
+                result.add(axis, index, probability)
         finally:
             self.model.train(training)
+
+    def _probability(self, slices: Tensor, inner: tuple[slice, slice], index: Tensor) -> Tensor:
+        """Probabilities (B, C, H, W) float32 of padded slices ``index`` (B,), without their padding."""
+        pixel_values = self.processor.slices_at(slices, index).to(self.device)
+        return self._logits(pixel_values)[(..., *inner)].softmax(1)
 
     def _window_voxels(self, axes: Sequence[int], spacing: tuple[float, float, float]) -> list[int | None]:
         """How many of a volume's voxels the window of slices along ``axes`` holds along I, J, K; None: no slice has that axis.
@@ -371,17 +398,3 @@ class VolumeSegmentationPipeline:
         with precision:
             logits = self.model(pixel_values.to(self.weight_dtype)).logits
         return logits.float()
-
-    def _steps(self, lengths: Sequence[int], progress: ProgressCallback | bool) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of the view and the slices of every batch, and report progress over all views."""
-        from tqdm.auto import tqdm
-
-        done, total = 0, sum(lengths)
-        with tqdm(total=total, unit="slice", desc="segmenting", disable=progress is not True) as bar:
-            for view, length in enumerate(lengths):
-                for index in torch.arange(length).split(self.batch_size):
-                    yield view, index
-                    done += len(index)
-                    bar.update(len(index))
-                    if callable(progress):
-                        progress(done, total)

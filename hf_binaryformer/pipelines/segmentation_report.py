@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_binaryformer.pipelines.provenance import NOTICE, versions
+from hf_binaryformer.pipelines.slice_results import view_names
 from hf_binaryformer.pipelines.volumes import Volume
 
 # An image that shows less than this share of the smallest extent of the training images is told.
@@ -41,18 +42,26 @@ def segmentation_report(volume: Volume, labels: np.ndarray, label_names: dict[in
 
 
 def segmentation_notes(
-    volume: Volume, labels: np.ndarray, extent: Sequence[float], trained_extent: Sequence[float] | None
+    volume: Volume, labels: np.ndarray, extent: Sequence[float], views: Sequence[str], processor: Any
 ) -> list[str]:
-    """What the user should know: choices of the reader, an image that shows less than was trained on, no labels.
+    """What the user should know: choices of the reader, images or slices unlike those that were trained on, no labels.
 
     Args:
         volume: the input.
         labels: (I, J, K), on its grid.
         extent: of the image's foreground in mm, (R, A, S).
-        trained_extent: the smallest extent of the training images; None if it is not known.
+        views: names of those whose slices were labelled.
+        processor: the network's, with ``slice_axes`` and, if it is known, ``foreground_extent``.
     """
     notes = list(volume.notes)
-    for mm, least, way in zip(extent, trained_extent or (0, 0, 0), WAYS, strict=True):
+    usual = view_names(processor.slice_axes)
+    if unusual := [view for view in views if view not in usual]:
+        notes.append(
+            f"the checkpoint takes {' and '.join(usual)} slices: with {' and '.join(unusual)} ones, labels are worse, unless its "
+            f"network was trained on them too"
+        )
+    trained_extent = getattr(processor, "foreground_extent", None) or (0, 0, 0)
+    for mm, least, way in zip(extent, trained_extent, WAYS, strict=True):
         if mm < ENOUGH_OF_EXTENT * least:
             notes.append(
                 f"the image shows {mm:.0f} mm {way}, the training images at least {least:.0f} mm: what is cut off, and "

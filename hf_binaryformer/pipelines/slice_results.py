@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,11 @@ def axes_of(views: str) -> tuple[int, ...]:
     return VIEWS[views]
 
 
+def view_names(axes: Iterable[int]) -> list[str]:
+    """Names of the views along the axes, each one by itself."""
+    return [name for name, along in VIEWS.items() if along in [(axis,) for axis in axes]]
+
+
 def pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[slice, slice]]:
     """Pad (S, H, W) with 0 to at least the window, half on each side; also returns the slices' place in the result."""
     padding: list[int] = []
@@ -37,6 +42,23 @@ def pad_in_plane(slices: Tensor, window: Iterable[int]) -> tuple[Tensor, tuple[s
         padding = [missing // 2, missing - missing // 2, *padding]
         inner.append(slice(missing // 2, missing // 2 + size))
     return F.pad(slices, padding), (inner[0], inner[1])
+
+
+def batches_of_slices(
+    lengths: Sequence[int], batch_size: int, progress: ProgressCallback | bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield number of the view and slices (B,) of every batch, for views of so many slices; report progress over all."""
+    from tqdm.auto import tqdm
+
+    done, total = 0, sum(lengths)
+    with tqdm(total=total, unit="slice", desc="segmenting", disable=progress is not True) as bar:
+        for view, length in enumerate(lengths):
+            for index in torch.arange(length).split(batch_size):
+                yield view, index
+                done += len(index)
+                bar.update(len(index))
+                if callable(progress):
+                    progress(done, total)
 
 
 class Winners:
@@ -57,11 +79,11 @@ class Winners:
         self.labels = torch.empty(outermost, dtype=torch.int32).movedim(0, axis)
         self.confidence = torch.empty(outermost, dtype=torch.float16).movedim(0, axis)
 
-    def add(self, axis: int, index: Tensor, logits: Tensor) -> None:
-        """Take the logits (B, C, H, W) of slices ``index`` (B,)."""
+    def add(self, axis: int, index: Tensor, probability: Tensor) -> None:
+        """Take the probabilities (B, C, H, W) of slices ``index`` (B,)."""
         # Round to the stored precision first, so that labels do not depend on whether probabilities are returned. max is 4
         # times as fast as argmax.
-        value, label = logits.softmax(1).half().max(1)
+        value, label = probability.half().max(1)
         self.labels.movedim(axis, 0)[index] = label.int().cpu()
         self.confidence.movedim(axis, 0)[index] = value.cpu()
 
@@ -81,14 +103,13 @@ class Probabilities:
         self.shape, self.axes = tuple(shape), tuple(axes)
         self.volume: Tensor
 
-    def add(self, axis: int, index: Tensor, logits: Tensor) -> None:
-        """Take the logits (B, C, H, W) of slices ``index`` (B,) along ``axis``."""
-        probability = logits.softmax(1)
+    def add(self, axis: int, index: Tensor, probability: Tensor) -> None:
+        """Take the probabilities (B, C, H, W) of slices ``index`` (B,) along ``axis``."""
         if not hasattr(self, "volume"):
             # As in Winners; several views share one order.
             first = self.axes[0] if len(self.axes) == 1 else 0
             outermost = [self.shape[first], *(n for a, n in enumerate(self.shape) if a != first)]
-            stored = torch.zeros(outermost[0], logits.shape[1], *outermost[1:], dtype=torch.float16)
+            stored = torch.zeros(outermost[0], probability.shape[1], *outermost[1:], dtype=torch.float16)
             self.volume = stored.movedim(0, -3).movedim(-3, first - 3)
         slices = self.volume.movedim(axis + 1, 0)
         if len(self.axes) == 1:

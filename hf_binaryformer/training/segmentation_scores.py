@@ -54,6 +54,7 @@ def evaluate_split(
     *,
     baseline: bool,
     dtype: str = "float32",
+    mirror: bool | None = None,
     compare_pieces: bool = False,
 ) -> dict[str, Any]:
     """Segment every volume of a split, print tables, and return the figures.
@@ -64,10 +65,11 @@ def evaluate_split(
         split: whose volumes are segmented.
         baseline: whether the prior atlas, made from the split ``train``, is scored too.
         dtype: number format of the network, see :class:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline`.
+        mirror: average with the mirror image, as the pipeline does. None: as the checkpoint says.
         compare_pieces: score all pieces of each structure, whatever the checkpoint says, and beside them the largest only.
 
     Returns:
-        ``split``, ``volumes``, ``dtype``, which is never "auto", and the network's form of attention; the
+        ``split``, ``volumes``, ``dtype``, which is never "auto", ``mirror``, and the network's form of attention; the
         :func:`figures_of_split`; if labels have sides, ``merged`` has those of "left hippocampus" and "right hippocampus"
         scored as one.
     """
@@ -81,7 +83,7 @@ def evaluate_split(
     rows: dict[str, dict[str, list[list[LabelScore]]]] = {name: {} for name in schemes}
     for case in cases:
         truth = read_labels(case)
-        guesses = {"network": labels_of(pipeline, case, keep_largest=False if compare_pieces else None)}
+        guesses = {"network": labels_of(pipeline, case, mirror=mirror, keep_largest=False if compare_pieces else None)}
         if compare_pieces:
             guesses["largest pieces"] = largest_pieces(guesses["network"], pipeline.label_names)
         if atlas is not None:
@@ -99,6 +101,7 @@ def evaluate_split(
         "split": split,
         "volumes": len(cases),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "mirror": pipeline.settings(mirror=mirror)["mirror"],
         "attention_type": pipeline.model.config.attention_type,
         "bit_gradient": pipeline.model.config.resolved_bit_gradient,
         **figures.pop("apart"),
@@ -138,10 +141,10 @@ def validation_figures(
     return {f"validation_{metric}": getattr(mean, metric) for metric in METRICS}
 
 
-def labels_of(pipeline: VolumeSegmentationPipeline, case: Case, keep_largest: bool | None = None) -> np.ndarray:
-    """The network's labels of one volume, (I, J, K)."""
+def labels_of(pipeline: VolumeSegmentationPipeline, case: Case, **options: Any) -> np.ndarray:
+    """The network's labels of one volume, (I, J, K); ``options`` are those of the pipeline's call."""
     with torch.inference_mode():
-        return pipeline(case.image, keep_largest=keep_largest).labels
+        return pipeline(case.image, **options).labels
 
 
 def scores(found: np.ndarray, truth: Volume, scheme: Scheme) -> list[LabelScore]:

@@ -111,7 +111,14 @@ def test_half_a_result_is_not_taken_for_done(done, model, worked, spoil):
 
 @pytest.mark.parametrize(
     "options",
-    [["--views", "all"], ["--keep-largest"], ["--head-only"], ["--dtype", "NOT AUTOMATIC"], ["--model", "OTHER"]],
+    [
+        ["--views", "all"],
+        ["--mirror"],
+        ["--keep-largest"],
+        ["--head-only"],
+        ["--dtype", "NOT AUTOMATIC"],
+        ["--model", "OTHER"],
+    ],
     ids=lambda options: options[0],
 )
 def test_results_of_other_settings_are_not_taken_for_done(done, tmp_path, model, worked, options):

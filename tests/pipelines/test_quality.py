@@ -99,6 +99,8 @@ def test_the_three_views_differ_and_the_processor_may_ask_for_all() -> None:
     asked = VolumeSegmentationPipeline(model, processor(slice_axis="all"))(v)
     named = VolumeSegmentationPipeline(model, processor())(v, views="all")
     np.testing.assert_array_equal(asked.labels, named.labels)
+    unusual = "the checkpoint takes coronal slices: with sagittal and axial ones, labels are worse"
+    assert [any(unusual in note for note in one.report["notes"]) for one in (asked, named)] == [False, True]
     calls: list[tuple[int, int]] = []
     VolumeSegmentationPipeline(model, processor())(v, views="all", progress=lambda *step: calls.append(step))
     assert calls[-1] == (31, 31) and calls == sorted(calls) and len({total for _, total in calls}) == 1
@@ -122,6 +124,54 @@ def test_views_of_a_resampled_volume() -> None:
     assert (best >= mean.max(0) - 4e-3).all()
     for row in whole.report["quality"]["groups"]:
         assert row["score"] == pytest.approx(best[np.isin(whole.labels, row["labels"])].mean(), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("views", "axes"), [("sagittal", (0,)), ("coronal", (1,)), ("axial", (2,)), ("all", (0, 1, 2))]
+)
+def test_the_mirror_image_is_averaged_with_its_sides_exchanged(views: str, axes: tuple[int, ...]) -> None:
+    v, model, p = volume(), OfIntensity(), processor(mirror=False)
+    other = by_hand(model, p, Volume(v.array[::-1].copy(), v.affine, v.source), axes)
+    wanted = (by_hand(model, p, v, axes) + other[[0, 2, 1, 3], ::-1]) / 2
+    pipeline = VolumeSegmentationPipeline(model, p)
+    result = pipeline(v, views=views, mirror=True, return_probabilities=True)
+    np.testing.assert_allclose(result.probabilities, wanted, atol=2e-3)
+    assert result.report["mirror"] and not pipeline(v, views=views).report["mirror"]
+    asked = VolumeSegmentationPipeline(model, processor(mirror=True))(v, views=views)
+    np.testing.assert_array_equal(asked.labels, pipeline(v, views=views, mirror=True).labels)
+
+
+@pytest.mark.parametrize("views", ["sagittal", "coronal", "axial", "all"])
+def test_the_mirror_image_gets_the_mirrored_labels(views: str) -> None:
+    """Neighbouring slices, positions, windows that overlap, and FreeSurfer's numbers; a plain call treats the two apart."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "num_channels": 4, "hidden_size": 48, "num_heads": 3, "num_hidden_layers": 1}
+    names = {0: "background", 1: "brain stem", 2: "left hippocampus", 3: "right hippocampus"}
+    config = BinaryFormerConfig(
+        **sizes, decoder_hidden_size=64, attention_type="sign", id2label=names, label_values=[0, 16, 17, 53]
+    )
+    p = processor(num_slices=3, slice_position=True, image_size=(8, 8), mirror=False)
+    pipeline = VolumeSegmentationPipeline(BinaryFormerForSemanticSegmentation(config), p)
+    v = volume((13, 10, 9))
+    turned = Volume(v.array[::-1].copy(), v.affine, v.source)
+    exchanged = {0: 0, 16: 16, 17: 53, 53: 17}
+
+    def share_alike(**options: Any) -> float:
+        plain, mirrored = (pipeline(one, views=views, **options).labels for one in (v, turned))
+        assert len(np.unique(plain)) > 2
+        return float((np.vectorize(exchanged.get)(mirrored[::-1]) == plain).mean())
+
+    # Where two labels have the same probability in float16, the lower number wins.
+    assert share_alike(mirror=True) > 0.998 and share_alike() < 0.9
+
+
+def test_a_network_that_saw_no_mirror_images_refuses_them() -> None:
+    v, model = volume(), OfIntensity()
+    with pytest.raises(ValueError, match="OfIntensity, which was not trained on mirror images: leave it out"):
+        VolumeSegmentationPipeline(model, processor())(v, mirror=True)
+    one_side = VolumeSegmentationPipeline(OfIntensity({0: "background", 1: "left eye"}), processor(mirror=False))
+    with pytest.raises(ValueError, match="'left eye' and no label is the same on the right"):
+        one_side(v, mirror=True)
 
 
 def test_steps_after_the_network_are_off_unless_asked_for() -> None:
@@ -195,7 +245,8 @@ def test_the_table_of_a_checkpoint_is_kept_and_checked(tmp_path: Any) -> None:
     pipeline = VolumeSegmentationPipeline.from_pretrained(tmp_path)
     assert pipeline.model.config.quality == table
     assert pipeline.settings() == {
-        "dtype": "float32", "views": ["sagittal", "coronal", "axial"], "keep_largest": True, "head_only": False
+        "dtype": "float32", "views": ["sagittal", "coronal", "axial"], "mirror": False, "keep_largest": True,
+        "head_only": False,
     }  # fmt: skip
     quality = pipeline(volume()).report["quality"]
     found = [row for row in quality["groups"] if row["score"] is not None]

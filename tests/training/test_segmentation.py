@@ -268,6 +268,11 @@ def test_prior_atlas_is_the_majority_vote(prepared):
     np.testing.assert_array_equal(PriorAtlas(folder.split("train"), [1, 2]).predict(truth[0].shape), votes.argmax(0))
 
 
+def settings(mirror):
+    """Those that a stand-in for the pipeline tells of."""
+    return {"mirror": bool(mirror)}
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     """Label 1 is on one side in training and on the other in the split that is scored."""
@@ -280,7 +285,7 @@ def test_the_atlas_knows_the_training_masks_alone(split, tmp_path, monkeypatch):
     names = {"0": "background", "1": "side"}
     (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
     config = SimpleNamespace(attention_type="sign", resolved_bit_gradient="none")
-    network = SimpleNamespace(model=SimpleNamespace(config=config), dtype=torch.float32)
+    network = SimpleNamespace(model=SimpleNamespace(config=config), dtype=torch.float32, settings=settings)
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
     monkeypatch.setattr(segmentation_scores, "labels_of", lambda pipeline, case, **_: read_labels(case).array)
     found = evaluate_split(tmp_path, PreparedFolder(tmp_path), split, baseline=True)
@@ -300,14 +305,14 @@ def test_sets_are_scored_apart_and_sides_together(tmp_path, monkeypatch):
     names = {"0": "background", "17": "left hippocampus", "53": "right hippocampus"}
     (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": cases}))
 
-    def network(path, keep_largest):
-        assert keep_largest is None  # as the checkpoint says
+    def network(path, mirror, keep_largest):
+        assert mirror is None and keep_largest is None  # as the checkpoint says
         truth = np.asarray(nib.load(path).dataobj)
         crossed = {"0": truth[::-1], "1": truth * 0, "2": truth[::-1], "3": truth}[path.name.split(".")[0]]
         return SimpleNamespace(labels=crossed)
 
     network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
-    network.dtype = torch.float32
+    network.dtype, network.settings = torch.float32, settings
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
     apart = evaluate_split(tmp_path, PreparedFolder(tmp_path), "test", baseline=False)
     together = apart["merged"]
@@ -330,18 +335,21 @@ def test_all_pieces_and_the_largest_are_scored(tmp_path, monkeypatch):
     names = {0: "background", 17: "left hippocampus"}
     (tmp_path / "manifest.json").write_text(json.dumps({"label_names": names, "cases": [case]}))
 
-    def network(path, keep_largest):
+    def network(path, mirror, keep_largest):
         found = truth.astype(np.int32)
         found[7, 7, 4:8] = 0 if keep_largest in (None, True) else 17
+        found[:2, :2, 0] = 0 if mirror else 17
         return SimpleNamespace(labels=found)
 
     network.model = SimpleNamespace(config=SimpleNamespace(attention_type="sign", resolved_bit_gradient="none"))
-    network.dtype, network.label_names = torch.float32, names
+    network.dtype, network.label_names, network.settings = torch.float32, names, settings
     monkeypatch.setattr(bf.VolumeSegmentationPipeline, "from_pretrained", lambda folder, dtype: network)
     folder = PreparedFolder(tmp_path)
     rows = evaluate_split(tmp_path, folder, "validation", baseline=False, compare_pieces=True)["rows"]
     assert {name: row["mean"] for name, row in rows.items()} == {"network": 0.8, "largest pieces": 1}
-    assert evaluate_split(tmp_path, folder, "validation", baseline=False)["rows"]["network"]["mean"] == 1
+    plain, mirrored = (evaluate_split(tmp_path, folder, "validation", baseline=False, mirror=m) for m in (None, True))
+    assert (plain["rows"]["network"]["mean"], plain["mirror"]) == (1, False)
+    assert (mirrored["rows"]["network"]["mean"], mirrored["mirror"]) == (pytest.approx(2 / 3, abs=1e-4), True)
 
 
 @pytest.mark.parametrize(("size", "wanted"), [(12, 4), (9, 6), (7, 16), (10, 10), (33, 11), (5, 13)])
