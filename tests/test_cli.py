@@ -60,7 +60,9 @@ def checkpoint(tmp_path_factory) -> Path:
         id2label=NAMES,
     )
     BinaryFormerForSemanticSegmentation(config).save_pretrained(folder)
-    processor = BinaryFormerImageProcessor(num_slices=3, slice_axis=1, spacing=(2, 2, 2), image_size=(32, 32))
+    processor = BinaryFormerImageProcessor(
+        num_slices=3, slice_axis=1, spacing=(2, 2, 2), image_size=(32, 32), mirror=False
+    )
     processor.save_pretrained(folder)
     return folder
 
@@ -113,9 +115,10 @@ def test_segment_writes_everything(scan, out, checkpoint):
     before = scan.read_bytes()
     result = run(
         *("segment", scan, "-o", out / "labels.nii.gz", "--model", checkpoint, "--dtype", "bfloat16"),
-        *("--overlay", out / "x.png", "--report", out / "x.json", "--probabilities", out / "p.nii.gz"),
+        *("--overlay", out / "x.png", "--report", out / "x.json", "--probabilities", out / "p.nii.gz", "--mirror"),
     )
     assert result.exit_code == 0, result.output
+    assert json.loads((out / "x.json").read_text())["mirror"]
     assert scan.read_bytes() == before
     assert files_in(out) == {"labels.nii.gz", "x.png", "x.json", "p.nii.gz"}
 

@@ -47,7 +47,7 @@ class BinaryFormerImageProcessor(ProcessorCheckpointMixin, BaseImageProcessor): 
         head_only: pipelines remove labels outside the head (:func:`~hf_binaryformer.pipelines.postprocessing.head_mask`).
             None: False.
         mirror: pipelines average the probabilities of each image with those of its mirror image, left and right exchanged.
-            False: they do if asked to. None: they refuse, since the network was not trained on mirror images.
+            False: they do if asked to. None: they refuse, since the network may not have seen mirror images.
 
     Example:
         >>> processor = BinaryFormerImageProcessor(num_slices=3, image_size=(64, 64), spacing=None)

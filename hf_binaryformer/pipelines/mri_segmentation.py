@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.pipelines.base import Pipeline
 
 if TYPE_CHECKING:
-    from hf_binaryformer.pipelines.segmentation import VolumeSegmentationOutput
+    from hf_binaryformer.pipelines.segmentation_report import VolumeSegmentationOutput
 
 CALL_OPTIONS = ("return_probabilities", "progress", "generator", "views", "mirror", "keep_largest", "head_only")
 
@@ -54,7 +54,7 @@ class MRISegmentationPipeline(Pipeline):
         Raises:
             VolumeError: a file cannot be used.
             TypeError: there is no such option.
-            ValueError: there is no such view, or the network was not trained on mirror images.
+            ValueError: as for :meth:`~hf_binaryformer.pipelines.segmentation.VolumeSegmentationPipeline.settings`.
         """
         return super().__call__(inputs, **kwargs)
 

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,12 @@ from hf_binaryformer.pipelines.grids import (
 )
 from hf_binaryformer.pipelines.postprocessing import head_mask, intracranial_ml, largest_pieces
 from hf_binaryformer.pipelines.precision import AUTO, number_format
-from hf_binaryformer.pipelines.provenance import NOTICE
 from hf_binaryformer.pipelines.quality import quality_notes, quality_report
-from hf_binaryformer.pipelines.segmentation_report import segmentation_notes, segmentation_report
+from hf_binaryformer.pipelines.segmentation_report import (
+    VolumeSegmentationOutput,
+    segmentation_notes,
+    segmentation_report,
+)
 from hf_binaryformer.pipelines.slice_results import (
     Probabilities,
     ProgressCallback,
@@ -44,36 +46,9 @@ from hf_binaryformer.pipelines.slice_results import (
     view_names,
 )
 from hf_binaryformer.pipelines.structure_names import is_brain
-from hf_binaryformer.pipelines.volumes import Volume, read_volume, write_labels
+from hf_binaryformer.pipelines.volumes import Volume, read_volume
 
 DEFAULT_SEED = 0
-
-
-@dataclass(frozen=True, eq=False)
-class VolumeSegmentationOutput:
-    """What the network found in one volume.
-
-    Args:
-        labels: (I, J, K) int32, RAS order, on the grid of ``volume``; 0 is background.
-        probabilities: (C, I, J, K) float16, 0 to 1, one for each label; None unless asked for.
-        volume: the input, in canonical orientation.
-        label_names: name of each label number.
-        seconds: time taken, including reading.
-        report: the same and more in machine-readable form: names and volumes in ml of all labels, "quality", "intracranial_ml"
-            (None if the labels are no brain), "notes", grid, model, backend, versions.
-    """
-
-    labels: np.ndarray
-    probabilities: np.ndarray | None
-    volume: Volume
-    label_names: dict[int, str]
-    seconds: float
-    report: dict[str, Any]
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the labels on the input's own grid: :func:`~hf_binaryformer.pipelines.volumes.write_labels`."""
-        description = f"{self.report['model']}. {NOTICE}"
-        return write_labels(path, self.labels, self.volume, label_names=self.label_names, description=description)
 
 
 class VolumeSegmentationPipeline:
@@ -133,7 +108,10 @@ class VolumeSegmentationPipeline:
             self.dtype = torch.float32  # weights of another type run in their own
         self.batch_size = batch_size
         self._number_format()  # raises if weights and dtype do not go together
-        self.label_names = {int(label): str(name) for label, name in model.config.id2label.items()}
+        # In the order of the network's classes, whatever the order in the file.
+        self.label_names = {
+            index: str(name) for index, name in sorted((int(k), n) for k, n in model.config.id2label.items())
+        }
         # The number of each class of the network in label volumes; None: its own.
         self.label_values = getattr(model.config, "label_values", None)
         if self.label_values is not None:
@@ -210,6 +188,7 @@ class VolumeSegmentationPipeline:
 
     def settings(
         self,
+        *,
         views: str | None = None,
         mirror: bool | None = None,
         keep_largest: bool | None = None,
@@ -220,10 +199,15 @@ class VolumeSegmentationPipeline:
         Arguments as in a call; the result says what such a call takes.
 
         Raises:
-            ValueError: there is no such view, or the network was not trained on mirror images.
+            ValueError: there is no such view, the processor does not allow ``mirror``, or a label has one side only.
         """
         if mirror and self.processor.mirror is None:
-            raise ValueError(f"mirror is asked of {self.name}, which was not trained on mirror images: leave it out")
+            raise ValueError(
+                f"mirror is asked of {self.name}, whose image processor does not allow it: leave it out, or set mirror to false "
+                f"there if the network was trained on mirror images"
+            )
+        if mirror or (mirror is None and self.processor.mirror):
+            mirrored_labels(self.label_names)  # raises
         axes = self.processor.slice_axes if views is None else axes_of(views)
         return {
             "dtype": str(self._number_format()).removeprefix("torch."),
@@ -268,7 +252,7 @@ class VolumeSegmentationPipeline:
         """
         start = time.perf_counter()
         self._number_format()  # the model may have been cast since
-        settings = self.settings(views, mirror, keep_largest, head_only)
+        settings = self.settings(views=views, mirror=mirror, keep_largest=keep_largest, head_only=head_only)
         axes = [axis for view in settings["views"] for axis in axes_of(view)]
         if not isinstance(volume, Volume):
             volume = read_volume(volume)

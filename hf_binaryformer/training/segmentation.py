@@ -113,6 +113,8 @@ def build_task(recipe: dict[str, Any], folder: PreparedFolder | None, accelerato
         )
         folder.check_unchanged()
         processor.foreground_extent = list(samples.foreground_extent)
+        if recipe["augment"].get("mirror") and processor.mirror is None:
+            processor.mirror = False  # pipelines may be asked to average with the mirror image
     criterion = build_criterion(train)
 
     def losses(network: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from hf_binaryformer.modeling.configuration import BinaryFormerConfig
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.modeling.networks import BinaryFormerForSemanticSegmentation
-from hf_binaryformer.pipelines.segmentation import VolumeSegmentationOutput, VolumeSegmentationPipeline
+from hf_binaryformer.pipelines.segmentation import VolumeSegmentationPipeline
+from hf_binaryformer.pipelines.segmentation_report import VolumeSegmentationOutput
 from hf_binaryformer.pipelines.volumes import volume_from_image
 
 SHAPE = (40, 30, 44)

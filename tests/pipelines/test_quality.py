@@ -99,7 +99,7 @@ def test_the_three_views_differ_and_the_processor_may_ask_for_all() -> None:
     asked = VolumeSegmentationPipeline(model, processor(slice_axis="all"))(v)
     named = VolumeSegmentationPipeline(model, processor())(v, views="all")
     np.testing.assert_array_equal(asked.labels, named.labels)
-    unusual = "the checkpoint takes coronal slices: with sagittal and axial ones, labels are worse"
+    unusual = "the checkpoint takes coronal slices: with sagittal and axial ones, labels are probably worse"
     assert [any(unusual in note for note in one.report["notes"]) for one in (asked, named)] == [False, True]
     calls: list[tuple[int, int]] = []
     VolumeSegmentationPipeline(model, processor())(v, views="all", progress=lambda *step: calls.append(step))
@@ -167,11 +167,21 @@ def test_the_mirror_image_gets_the_mirrored_labels(views: str) -> None:
 
 def test_a_network_that_saw_no_mirror_images_refuses_them() -> None:
     v, model = volume(), OfIntensity()
-    with pytest.raises(ValueError, match="OfIntensity, which was not trained on mirror images: leave it out"):
+    with pytest.raises(ValueError, match="OfIntensity, whose image processor does not allow it: leave it out"):
         VolumeSegmentationPipeline(model, processor())(v, mirror=True)
     one_side = VolumeSegmentationPipeline(OfIntensity({0: "background", 1: "left eye"}), processor(mirror=False))
     with pytest.raises(ValueError, match="'left eye' and no label is the same on the right"):
-        one_side(v, mirror=True)
+        one_side.settings(mirror=True)
+
+
+def test_classes_keep_their_order_whatever_that_of_the_file() -> None:
+    """JSON that was sorted has "10" before "2"."""
+    names = {number: f"part {number}" for number in range(9)} | {9: "left eye", 10: "right eye", 11: "part 11"}
+    p = processor(mirror=False)
+    wanted = VolumeSegmentationPipeline(OfIntensity(names), p)(volume(), mirror=True).labels
+    by_text = VolumeSegmentationPipeline(OfIntensity(dict(sorted(names.items(), key=lambda pair: str(pair[0])))), p)
+    np.testing.assert_array_equal(by_text(volume(), mirror=True).labels, wanted)
+    assert list(by_text.label_names) == list(names)
 
 
 def test_steps_after_the_network_are_off_unless_asked_for() -> None:

@@ -112,12 +112,16 @@ def test_a_training_starts_from_a_checkpoint(recipe, prepared, tmp_path):
         f"model.from_pretrained={tmp_path / 'first' / 'model'}",
         "train.learning_rate=1e-9",
         "train.weight_decay=0",
+        "augment.mirror=0.5",
     ]
     second = run(recipe, prepared, tmp_path / "second", overrides=overrides)
     new = {key for key in second if key not in first}
     assert new and all("log_scale" in key and second[key].abs().max() < 1e-6 for key in new)
     for key, tensor in first.items():
         torch.testing.assert_close(second[key], tensor, rtol=0, atol=1e-6, msg=key)
+    # Who saw mirror images may be asked to average with them.
+    places = (tmp_path / name / "model" / "preprocessor_config.json" for name in ("first", "second"))
+    assert [json.loads(place.read_text()).get("mirror") for place in places] == [None, False]
 
 
 def test_the_best_of_the_validations_is_saved(recipe, prepared, tmp_path):
