@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 import hf_binaryformer as bf
 from hf_binaryformer.data.label_schemes import common_scheme
-from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.attention_configuration import attention_form
 from hf_binaryformer.modeling.pretrained import PACKAGED, known_checkpoints
 from hf_binaryformer.pipelines.grids import foreground_box
 from hf_binaryformer.pipelines.metrics import mask_dice
+from hf_binaryformer.pipelines.sides import mirrored_labels
 from hf_binaryformer.pipelines.volumes import read_volume, volume_from_image
 from hf_binaryformer.training.cards import checkpoint_card
 from hf_binaryformer.training.recipes import load_recipe

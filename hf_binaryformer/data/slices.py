@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from hf_binaryformer.data.contrasts import RandomCurve, redrawn
 from hf_binaryformer.data.prepared_folder import Case, read_labels
-from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.image_processing import BinaryFormerImageProcessor
 from hf_binaryformer.pipelines.grids import (
     add_margin,
@@ -27,6 +26,7 @@ from hf_binaryformer.pipelines.grids import (
     resample,
     same_spacing,
 )
+from hf_binaryformer.pipelines.sides import mirrored_labels
 from hf_binaryformer.pipelines.volumes import read_volume
 
 

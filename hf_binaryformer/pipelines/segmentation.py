@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.modeling.at_rest import unchanged
 from hf_binaryformer.modeling.attention import attention_backend, drawing_from
 from hf_binaryformer.pipelines.grids import (
@@ -35,6 +34,7 @@ from hf_binaryformer.pipelines.segmentation_report import (
     segmentation_notes,
     segmentation_report,
 )
+from hf_binaryformer.pipelines.sides import mirrored_labels
 from hf_binaryformer.pipelines.slice_results import (
     Probabilities,
     ProgressCallback,

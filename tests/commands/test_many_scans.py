@@ -19,7 +19,7 @@ from PIL import Image
 from scan_cases import NAMES, all_files, checkpoint, results, run, save, table
 
 from hf_binaryformer.commands import many_scans
-from hf_binaryformer.pipelines import segmentation
+from hf_binaryformer.pipelines import segmentation, segmentation_report
 from hf_binaryformer.pipelines.precision import fast_format
 
 
@@ -175,7 +175,7 @@ def test_results_of_another_scan_are_not_overwritten(tmp_path, model):
 def test_an_interrupted_run_leaves_a_right_table(scans, tmp_path, model, monkeypatch, last):
     """Ctrl-C in the second scan; or no space for it, after which no other is tried."""
     (scans / "b.nii.gz").unlink()
-    out, save_labels, calls = tmp_path / "out", segmentation.write_labels, []
+    out, save_labels, calls = tmp_path / "out", segmentation_report.write_labels, []
 
     def stop(*arguments, **options):
         calls.append(1)
@@ -183,7 +183,7 @@ def test_an_interrupted_run_leaves_a_right_table(scans, tmp_path, model, monkeyp
             raise last(28, "No space left on device")
         return save_labels(*arguments, **options)
 
-    monkeypatch.setattr(segmentation, "write_labels", stop)
+    monkeypatch.setattr(segmentation_report, "write_labels", stop)
     result = run(scans, "-o", out, "--model", model)
     assert result.exit_code != 0 and (last is KeyboardInterrupt or "no space left" in result.stderr)
     assert all_files(out) == results("a") | {"volumes.csv", "report.html"}

@@ -16,13 +16,13 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from hf_binaryformer.commands import prepare
-from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.data.synthesis.anatomy import Anatomy, read_anatomy
 from hf_binaryformer.data.synthesis.description import DESCRIPTIONS, Ranges, load_description
 from hf_binaryformer.data.synthesis.engine import SynthVolume, synthesize
 from hf_binaryformer.data.synthesis.paint import draw_means
 from hf_binaryformer.data.synthesis.shapes import Deformation, affine_matrix
 from hf_binaryformer.modeling.intensities import IntensityScale
+from hf_binaryformer.pipelines.sides import mirrored_labels
 
 BRAIN = DESCRIPTIONS / "brain-sides.yaml"
 # FreeSurfer's numbers, written out a second time.

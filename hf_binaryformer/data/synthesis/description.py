@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_binaryformer.data.sides import SIDES
+from hf_binaryformer.pipelines.sides import SIDES
 
 DESCRIPTIONS = Path(__file__).parent
 CONTRAST_RANDOM = "random"

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hf_binaryformer.data.sides import mirrored_labels
 from hf_binaryformer.data.synthesis.anatomy import Anatomy
 from hf_binaryformer.data.synthesis.axes import SmoothField, along_axes, linear_matrix
 from hf_binaryformer.data.synthesis.body import embodied
@@ -21,6 +20,7 @@ from hf_binaryformer.data.synthesis.description import Description, Ranges
 from hf_binaryformer.data.synthesis.paint import painted
 from hf_binaryformer.data.synthesis.scanner import Axes, ScanPlan, plan_scan, scan
 from hf_binaryformer.data.synthesis.shapes import Deformation, field_of_view, stripped
+from hf_binaryformer.pipelines.sides import mirrored_labels
 
 # Quantile of the foreground that becomes 255.
 FULL_SCALE = 0.999
