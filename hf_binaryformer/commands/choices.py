@@ -1,4 +1,4 @@
-"""Options that several commands have, and what options offer to choose from."""
+"""Options that commands share or that decide about labels, and what options offer to choose from."""
 
 from __future__ import annotations
 

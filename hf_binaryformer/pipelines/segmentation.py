@@ -206,13 +206,14 @@ class VolumeSegmentationPipeline:
                 f"mirror is asked of {self.name}, whose image processor does not allow it: leave it out, or set mirror to false "
                 f"there if the network was trained on mirror images"
             )
-        if mirror or (mirror is None and self.processor.mirror):
+        mirror = bool(self.processor.mirror if mirror is None else mirror)
+        if mirror:
             mirrored_labels(self.label_names)  # raises
         axes = self.processor.slice_axes if views is None else axes_of(views)
         return {
             "dtype": str(self._number_format()).removeprefix("torch."),
             "views": view_names(axes),
-            "mirror": bool(self.processor.mirror if mirror is None else mirror),
+            "mirror": mirror,
             "keep_largest": bool(self.processor.keep_largest if keep_largest is None else keep_largest),
             "head_only": bool(self.processor.head_only if head_only is None else head_only),
         }

@@ -1,4 +1,4 @@
-"""Slices of a volume for a network: padded to its window, and what is kept of its answers, along one axis or several."""
+"""Slices of a volume for a network: padded to its window, in batches, along one axis or several; what is kept of its answers."""
 
 from __future__ import annotations
 
